@@ -1,0 +1,39 @@
+"""What many tests share: one local Ray, one tiny random base model, and the larger data where it is at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from umarvel_ray.ray_session import prepare_environment, start_ray
+
+prepare_environment()  # before any test module imports ray
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One loopback Ray for the whole session; stopped at its end, and nothing else with it."""
+    with start_ray(cpus=4, object_store_bytes=256 * 2**20):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """An HF directory with a random Qwen2-VL of the demo's shapes, scaled down."""
+    from tests.tiny import make_tiny_base
+
+    directory = tmp_path_factory.mktemp("tiny_base")
+    make_tiny_base(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Golden vectors and larger data beside the checkout; they are not part of the repository."""
+    directory = REPO.parent / "shared"
+    if not directory.is_dir():
+        pytest.skip("no ../shared beside the checkout")
+    return directory

@@ -1,0 +1,166 @@
+"""One exactness kit: the training core on gloo processes without Ray, against plain PyTorch written here."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+
+from umarvel_ray.model.batch import collate
+from umarvel_ray.model.embedding_model import EmbeddingModel, VisionCache
+from umarvel_ray.model.items import ItemEncoder
+from umarvel_ray.model.lora import add_lora
+from umarvel_ray.model.losses import info_nce
+from umarvel_ray.recipe import ContrastiveStep, Engine, Lora, ModelSettings
+from umarvel_ray.train.embedding_step import Passes, TemperedEmbedder, embedding_step
+from umarvel_ray.train.engine import capture, load_trainable, make_engine, restore, set_learning_rate
+from umarvel_ray.train.tower import FrozenTower
+
+SETTINGS = ModelSettings(min_pixels=4096, max_pixels=4096)
+STEP = ContrastiveStep(queries="x", batch_size=6, learning_rate=1e-3, clip_norm=0.5, weight_decay=0.1, adam_eps=1e-6,
+                       lora=Lora(r=4, alpha=8, dropout=0.0))  # fmt: skip
+BOUNDS = (np.log(0.01), np.log(1.0))
+STEPS = 3
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def batches(base: Path) -> list[tuple[list, list, torch.Tensor, torch.Tensor]]:
+    """Per step: encoded queries (N=6) and documents (M=9), targets, relevance with a shared positive; uneven, mixed."""
+    encoder = ItemEncoder.from_pretrained(base, SETTINGS)
+    made = []
+    for step in range(STEPS):
+        queries = [
+            {"text": "fox " * (1 + (i * 7 + step) % 11), "instruction": "Find an image."}
+            if i % 2
+            else {"image": picture(10 * step + i), "text": "boat"}
+            for i in range(6)
+        ]
+        documents = [
+            {"image": picture(10 * step + i % 7)} if i < 3 else {"text": f"snow {i} " * (i + step)} for i in range(9)
+        ]
+        targets = torch.tensor([0, 1, 2, 3, 4, 4])
+        relevant = torch.zeros(6, 9, dtype=torch.bool)
+        relevant[torch.arange(6), targets] = True
+        relevant[0, 5] = relevant[3, 7] = relevant[2, 0] = True
+        made.append(
+            ([encoder.encode(q, "query") for q in queries], [encoder.encode(d, "document") for d in documents],
+             targets, relevant)
+        )  # fmt: skip
+    return made
+
+
+def tempered(base: Path, lora: Lora = STEP.lora) -> TemperedEmbedder:
+    model = EmbeddingModel.from_pretrained(base, SETTINGS, torch.float32, temperature=0.07)
+    add_lora(model, lora, seed=3)
+    # The B matrices start at zero, where half of the gradient vanishes: move them so that everything counts.
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    return TemperedEmbedder(model, BOUNDS, 0)
+
+
+def plain_run(base: Path, two_way: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The truth: one process, one graph, the loss as a loop over the formula, torch's own AdamW and clipping."""
+    module = tempered(base)
+    model = module.embedder
+    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    decayed = [p for n, p in trainable.items() if "temperature" not in n]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": [model.log_temperature], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-6)
+    losses = []
+    for queries, documents, targets, relevant in batches(base):
+        q = torch.cat([model(collate([item], 0)) for item in queries])
+        d = torch.cat([model(collate([item], 0)) for item in documents])
+        similarity = (q @ d.T) / model.log_temperature.exp()
+        loss = 0.0
+        for i, j in enumerate(targets.tolist()):
+            others = [k for k in range(9) if not relevant[i, k]]
+            loss = loss - similarity[i, j] + torch.logsumexp(similarity[i, [j, *others]], dim=0)
+            if two_way:
+                others = [k for k in range(6) if not relevant[k, j]]
+                loss = loss - similarity[i, j] + torch.logsumexp(similarity[[i, *others], j], dim=0)
+        loss = loss / 6
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(trainable.values()), 0.5)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {n: p.detach().clone() for n, p in trainable.items()}
+
+
+def run_ranks(world: int, base: Path, cases: list[dict], out: Path) -> list[dict]:
+    """Run every case on `world` gloo ranks; returns rank 0's results in order."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, args=(world, port, str(base), cases, str(out)), nprocs=world)
+    return torch.load(out)
+
+
+def _rank(rank: int, world: int, port: int, base: str, cases: list[dict], out: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    results = [_case(rank, world, Path(base), **case) for case in cases]
+    if rank == 0:
+        torch.save(results, out)
+    torch.distributed.destroy_process_group()
+
+
+def _case(
+    rank: int,
+    world: int,
+    base: Path,
+    zero: int = 1,
+    cached: bool = True,
+    budget: int = 200,
+    two_way: bool = False,
+    cache_vision: bool = False,
+    dropout: float = 0.0,
+    start: int = 0,
+    state: dict | None = None,
+    stop: int = STEPS,
+) -> dict:
+    module = tempered(base, Lora(r=4, alpha=8, dropout=dropout)).train()
+    if state:
+        load_trainable(module, state)
+    tower = FrozenTower(module.embedder.backbone, "cpu")
+    engine = make_engine(module, STEP, Engine(zero_stage=zero, dtype="float32"))
+    if state:
+        restore(engine, state, start)
+    visual_of = partial(VisionCache(2**30 if cache_vision else 0).features, tower)
+    losses = []
+    for number, (queries, documents, targets, relevant) in enumerate(batches(base)[:stop]):
+        if number < start:
+            continue
+
+        def loss_of(q, d, tau, rows, targets=targets, relevant=relevant):
+            return info_nce(q, d, targets, relevant, tau, rows, two_way)
+
+        set_learning_rate(engine, STEP.learning_rate)
+        mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
+        yours = slice(rank * 9 // world, (rank + 1) * 9 // world)
+        loss, _ = embedding_step(
+            engine, queries[mine], documents[yours], loss_of, Passes(budget, cached), visual_of, seed=100 + number
+        )
+        engine.step()
+        losses.append(loss)
+    captured = capture(engine)
+    engine.destroy()
+    return {"losses": losses, "state": captured}

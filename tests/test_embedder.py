@@ -1,0 +1,99 @@
+"""The library's front door: shapes, order, inputs, refusals."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import umarvel_ray
+from umarvel_ray.errors import UserError
+from umarvel_ray.model.embedder import WINDOW, Embedder
+from umarvel_ray.model.items import ItemEncoder
+from umarvel_ray.recipe import ModelSettings
+
+SETTINGS = ModelSettings(min_pixels=4096, max_pixels=4096)
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny_base) -> Embedder:
+    return Embedder.from_pretrained(tiny_base, settings=SETTINGS)
+
+
+def test_the_package_offers_it():
+    assert umarvel_ray.Embedder is Embedder
+
+
+def test_a_vector_is_the_unit_mean_of_the_stock_models_states(tiny_base, embedder):
+    """Against transformers' own forward, pixels and positions included, pooled here by hand."""
+    item = {"image": Image.effect_noise((64, 64), 60).convert("RGB"), "text": "boats", "instruction": "find it"}
+    encoded = ItemEncoder.from_pretrained(tiny_base, SETTINGS).encode(item, "query")
+    ids = torch.from_numpy(encoded.input_ids).long()[None]
+    core = embedder.model.backbone.model
+    with torch.no_grad():
+        states = core(
+            input_ids=ids,
+            pixel_values=torch.from_numpy(encoded.pixels),
+            image_grid_thw=torch.from_numpy(encoded.grids),
+            mm_token_type_ids=(ids == core.config.image_token_id).int(),
+            attention_mask=torch.ones_like(ids),
+        ).last_hidden_state[0]
+    tokens = embedder.encoder.tokenizer.convert_ids_to_tokens(ids[0])
+    start, end = tokens.index("<instruction_start>"), tokens.index("<instruction_end>")
+    mean = torch.cat([states[:start], states[end + 1 :]]).mean(0)
+    np.testing.assert_allclose(embedder.encode_query([item])[0], (mean / mean.norm()).numpy(), atol=1e-5)
+
+
+def test_shapes_order_and_type(embedder):
+    texts = [f"{'a red fox ' * (i % 7)}number {i}" for i in range(40)]
+    vectors = embedder.encode_document(texts, token_budget=64)
+    assert vectors.dtype == np.float32
+    assert vectors.shape == (40, embedder.dimension)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    for i in (0, 6, 39):
+        np.testing.assert_allclose(embedder.encode_document([texts[i]])[0], vectors[i], atol=1e-5)
+
+
+def test_more_items_than_a_window(embedder):
+    vectors = embedder.encode_document([str(i % 5) for i in range(WINDOW + 3)])
+    assert vectors.shape[0] == WINDOW + 3
+    np.testing.assert_allclose(vectors, np.resize(vectors[:5], vectors.shape), atol=1e-5)
+
+
+def test_nothing_gives_nothing(embedder):
+    assert embedder.encode_query([]).shape == (0, embedder.dimension)
+    assert embedder.encode([]).shape == (0, embedder.dimension)
+
+
+def test_a_string_is_a_text_and_no_instruction_makes_both_sides_alike(embedder):
+    np.testing.assert_array_equal(embedder.encode_query(["boats"]), embedder.encode_document([{"text": "boats"}]))
+
+
+def test_the_instruction_matters_though_it_is_not_pooled(embedder):
+    one, two = embedder.encode_query([{"text": "boats", "instruction": i} for i in ("find images", "find texts")])
+    assert np.abs(one - two).max() > 1e-3
+
+
+def test_similarity_is_the_cosine(embedder):
+    a, b = embedder.encode_query(["boats", "fox"]), embedder.encode_document(["boats", "snow", "a"])
+    scores = embedder.similarity(a, b)
+    assert scores.shape == (2, 3)
+    assert scores[0, 0] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_bad_item_is_named_by_its_place(embedder):
+    with pytest.raises(UserError, match=r"document 1: picture gone.png not found"):
+        embedder.encode_document(["fine", {"image": "gone.png"}])
+    with pytest.raises(TypeError, match="list of items"):
+        embedder.encode_query("boats")
+
+
+def test_a_base_needs_settings(tiny_base):
+    with pytest.raises(UserError, match=r"umarvel.json: not found"):
+        Embedder.from_pretrained(tiny_base)
+
+
+def test_bfloat16_is_close(tiny_base, embedder):
+    half = Embedder.from_pretrained(tiny_base, dtype="bfloat16", settings=SETTINGS)
+    vectors = half.encode_query(["a red fox", "boats"])
+    assert vectors.dtype == np.float32
+    assert (vectors * embedder.encode_query(["a red fox", "boats"])).sum(1).min() > 0.99

@@ -1,0 +1,170 @@
+"""Rule 3: pooled vectors that the reference code itself computed, matched to 1e-5 (Qwen2-VL)."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
+
+from umarvel_ray.model.batch import Batch
+from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.model.pooling import pool
+from umarvel_ray.recipe import ModelSettings
+
+SHARED = Path(os.environ.get("UMARVEL_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
+GOLDEN = SHARED / "golden" / "qwen2vl_tiny.safetensors"
+pytestmark = pytest.mark.skipif(not GOLDEN.is_file(), reason="no ../shared/golden beside the checkout")
+
+REFERENCE = ModelSettings(positions="sequential")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def directory(golden, tmp_path_factory) -> Path:
+    """The golden state as a checkpoint of its time: old tensor names, `sim.temp` among them."""
+    folder = tmp_path_factory.mktemp("golden")
+    state = {name.removeprefix("state/"): value for name, value in golden.items() if name.startswith("state/")}
+    assert "sim.temp" in state
+    assert "model.embed_tokens.weight" in state
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    Qwen2VLConfig(
+        text_config={
+            "vocab_size": 600,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        tie_word_embeddings=False,
+    ).save_pretrained(folder)
+    names = ["<pad>", "<bos>", "<eos>", "<vision_start>", "<vision_end>", "<|image_pad|>", "<|video_pad|>"]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(directory) -> EmbeddingModel:
+    return EmbeddingModel.from_pretrained(directory, REFERENCE).eval()
+
+
+def reference_batch(golden, rows: slice = slice(None)) -> Batch:
+    """The reference's own batch: padded on the left, positions counted through the padding."""
+    ids, mask = golden["io/input_ids"][rows], golden["io/attention_mask"][rows]
+    pictures = int((golden["io/image_grid_thw"]).shape[0])
+    return Batch(
+        input_ids=ids,
+        attention_mask=mask,
+        pool_mask=mask.bool(),
+        positions=torch.arange(ids.shape[1]).expand(3, *ids.shape),
+        pixel_values=golden["io/pixel_values"],
+        grids=golden["io/image_grid_thw"],
+        image_keys=tuple(map(str, range(pictures))),
+    )
+
+
+def right_padded(golden) -> Batch:
+    """The same items as this project batches them: padding on the right, positions from each item's first token."""
+    batch = reference_batch(golden)
+    shift = (batch.attention_mask == 0).sum(1).tolist()
+
+    def rolled(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([row.roll(-n) for row, n in zip(x, shift, strict=True)])
+
+    return Batch(
+        **{
+            **vars(batch),
+            "input_ids": rolled(batch.input_ids),
+            "attention_mask": rolled(batch.attention_mask),
+            "pool_mask": rolled(batch.pool_mask),
+        }
+    )
+
+
+@torch.no_grad()
+def test_plain_mean_matches_the_reference(model, golden):
+    batch = reference_batch(golden)
+    ours = pool(model.hidden_states(batch), batch.pool_mask)
+    torch.testing.assert_close(ours, golden["io/expected_plain"], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_instruction_masked_mean_matches_the_reference(model, golden):
+    batch = reference_batch(golden)
+    span = golden["io/instruction_mask"].bool()
+    assert span.any(dim=1).any()
+    ours = pool(model.hidden_states(batch), batch.pool_mask & ~span)
+    theirs = golden["io/expected_instruction_masked"]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (theirs - golden["io/expected_plain"]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_right_padding_gives_the_same_unit_vectors(model, golden):
+    expected = golden["io/expected_plain"] / golden["io/expected_plain"].norm(dim=1, keepdim=True)
+    torch.testing.assert_close(model(right_padded(golden)), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_an_unpadded_item_equals_its_padded_golden_vector(model, golden):
+    """Trap T10: the reference runs this one causally and is 1.3 away."""
+    batch = right_padded(golden)
+    text_only = [i for i in range(len(batch)) if not (batch.input_ids[i] == 5).any()]
+    assert text_only
+    for row in text_only:
+        length = int(batch.attention_mask[row].sum())
+        alone = Batch(
+            input_ids=batch.input_ids[row : row + 1, :length],
+            attention_mask=batch.attention_mask[row : row + 1, :length],
+            pool_mask=batch.pool_mask[row : row + 1, :length],
+            positions=batch.positions[:, row : row + 1, :length],
+            pixel_values=batch.pixel_values[:0],
+            grids=batch.grids[:0],
+            image_keys=(),
+        )
+        expected = golden["io/expected_plain"][row]
+        torch.testing.assert_close(pool(model.hidden_states(alone), alone.pool_mask)[0], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_causal_attention_is_far_from_the_reference(directory, golden):
+    causal = EmbeddingModel.from_pretrained(directory, ModelSettings(attention="causal", positions="sequential"))
+    batch = reference_batch(golden)
+    ours = pool(causal.eval().hidden_states(batch), batch.pool_mask)
+    assert np.abs((ours - golden["io/expected_plain"]).numpy()).max() > 0.1
+
+
+def test_the_saved_checkpoint_has_todays_names(model, tmp_path):
+    model.backbone.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    assert "sim.temp" not in names
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["text_config"]["is_causal"] is False

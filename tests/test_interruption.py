@@ -1,0 +1,81 @@
+"""A running job meets Ctrl-C or a full disk: one clear last line, the right status, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import REPO
+
+pytestmark = pytest.mark.timeout(1200)  # start-up is minutes when the machine is busy
+STEPS = ("stage1.text", "stage1.image_text", "stage1.instruction")
+
+
+def start_stage1(base: Path, output: Path, *overrides: str) -> subprocess.Popen:
+    """Stage 1 of the demo's data on a tiny base, as a process group of its own, as a shell would start it."""
+    small = [f"{step}.batch_size=8" for step in STEPS]
+    return subprocess.Popen(
+        [Path(sys.executable).parent / "umarvel", "stage1", f"base={base}", f"output={output}", *small, *overrides],
+        cwd=REPO,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 900) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.5)
+
+
+def test_ctrl_c_ends_a_running_job_in_one_line(tiny_base, tmp_path):
+    log = tmp_path / "run" / "train" / "text" / "log.jsonl"
+    process = start_stage1(tiny_base, tmp_path / "run", "stage1.text.max_steps=400")
+    try:
+        wait_for(lambda: log.exists() and log.stat().st_size, process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does: the whole foreground group gets it
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert said.splitlines()[-1].startswith("umarvel: interrupted")
+    assert "Traceback" not in said
+    assert process.returncode == 130
+    _, left = psutil.wait_procs(family, timeout=60)
+    assert not left
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own with three megabytes, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_ends_a_running_job_in_one_line(tiny_base, tmp_path, small_disk):
+    steps = [f"{step}.max_steps=1" for step in STEPS]
+    process = start_stage1(tiny_base, small_disk / "run", *steps, "cluster.max_failures=0")
+    try:
+        said, _ = process.communicate(timeout=900)
+    finally:
+        process.kill()
+    assert "No space left on device" in said.splitlines()[-1]
+    assert said.splitlines()[-1].startswith("umarvel: ")
+    assert "Traceback" not in said
+    assert process.returncode == 2

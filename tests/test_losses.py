@@ -1,0 +1,77 @@
+"""InfoNCE against its formula written out, and rule 6: a listed positive is never a negative."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from umarvel_ray.model.losses import info_nce
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    queries = F.normalize(torch.randn(4, 8), dim=-1).requires_grad_()
+    documents = F.normalize(torch.randn(6, 8), dim=-1).requires_grad_()
+    targets = torch.tensor([0, 2, 3, 5])
+    relevant = torch.zeros(4, 6, dtype=torch.bool)
+    relevant[torch.arange(4), targets] = True
+    relevant[0, 2] = relevant[1, 4] = True
+    return queries, documents, targets, relevant, torch.tensor([math.log(0.1)], requires_grad=True)
+
+
+def formula(queries, documents, targets, relevant, log_temperature, two_way):
+    s = queries.double() @ documents.double().T / log_temperature.double().exp()
+    total = 0
+    for i, t in enumerate(targets.tolist()):
+        negatives = [j for j in range(6) if not relevant[i, j]]
+        total = total - torch.log(s[i, t].exp() / (s[i, t].exp() + sum(s[i, j].exp() for j in negatives)))
+        if two_way:
+            negatives = [k for k in range(4) if not relevant[k, t]]
+            total = total - torch.log(s[i, t].exp() / (s[i, t].exp() + sum(s[k, t].exp() for k in negatives)))
+    return total / 4
+
+
+@pytest.mark.parametrize("two_way", [False, True])
+def test_value_and_gradients(batch, two_way):
+    queries, documents, targets, relevant, tau = batch
+    leaves = [queries, documents, tau]
+    loss = info_nce(queries, documents, targets, relevant, tau, slice(0, 4), two_way)
+    expected = formula(queries, documents, targets, relevant, tau, two_way)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    for ours, truth in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, truth, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("two_way", [False, True])
+def test_shares_of_the_ranks_add_up(batch, two_way):
+    queries, documents, targets, relevant, tau = batch
+    whole = info_nce(queries, documents, targets, relevant, tau, slice(0, 4), two_way)
+    parts = [info_nce(queries, documents, targets, relevant, tau, rows, two_way) for rows in (slice(0, 1), slice(1, 4))]
+    assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("two_way", [False, True])
+def test_another_querys_positive_gets_no_push(batch, two_way):
+    """Moving a document that is query 0's second positive may not change query 0's own terms."""
+    queries, documents, targets, relevant, tau = batch
+    one = info_nce(queries, documents, targets, relevant, tau, slice(0, 1), two_way)
+    (gradient,) = torch.autograd.grad(one, documents)
+    assert torch.equal(gradient[2], torch.zeros(8))
+    relevant = relevant.clone()
+    relevant[0, 2] = False
+    (gradient,) = torch.autograd.grad(
+        info_nce(queries, documents, targets, relevant, tau, slice(0, 1), two_way), documents
+    )
+    assert gradient[2].abs().max() > 0
+
+
+def test_half_precision_vectors_are_compared_in_fp32(batch):
+    queries, documents, targets, relevant, tau = batch
+    loss = info_nce(queries.bfloat16(), documents.bfloat16(), targets, relevant, tau, slice(0, 4))
+    exact = info_nce(queries.bfloat16().float(), documents.bfloat16().float(), targets, relevant, tau, slice(0, 4))
+    assert loss.dtype == torch.float32
+    assert loss.item() == exact.item()

@@ -1,0 +1,132 @@
+"""The batch plan: deterministic, no duplicate positive in a batch, nothing relevant unmarked, slices that add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from umarvel_ray.data.plan import (
+    QueryRows,
+    contrastive_plan,
+    distil_plan,
+    rank_slice,
+    read_plan,
+    rerank_plan,
+    steps_in,
+    write_plan,
+)
+from umarvel_ray.errors import UserError
+from umarvel_ray.recipe import Step
+
+
+def step(size: int, **changes) -> Step:
+    return Step(queries="train", batch_size=size, learning_rate=1e-3, **changes)
+
+
+@st.composite
+def tables(draw):
+    n = draw(st.integers(12, 60))
+    documents = draw(st.integers(8, 40))
+    positives = st.lists(st.integers(0, documents - 1), min_size=1, max_size=3, unique=True)
+    return QueryRows(
+        [f"q{i}" for i in range(n)],
+        [f"task{draw(st.integers(0, 1))}" for _ in range(n)],
+        [[f"d{j}" for j in draw(positives)] for _ in range(n)],
+    )
+
+
+@settings(deadline=None)
+@given(tables(), st.integers(2, 4), st.integers(0, 5), st.booleans(), st.integers(0, 2))
+def test_contrastive_batches(rows, size, seed, homogeneous, per_query):
+    negatives = {q: [f"d{(i * 7 + k) % 40}" for k in range(3)] for i, q in enumerate(rows.ids)}
+    recipe = step(size, max_steps=9, homogeneous=homogeneous)
+    try:
+        plan = contrastive_plan(rows, recipe, seed, negatives, per_query)
+    except UserError:  # too few distinct positives; has a test of its own
+        return
+    assert [p.step for p in plan] == list(range(9))
+    row_of = {q: i for i, q in enumerate(rows.ids)}
+    for batch in plan:
+        targets = batch.arrays["targets"]
+        assert len(batch.query_ids) == len(set(batch.query_ids)) == size
+        assert len(set(targets.tolist())) == size
+        assert len(batch.document_ids) == len(set(batch.document_ids))
+        marked = {tuple(pair) for pair in batch.arrays["relevant"].tolist()}
+        listed = {
+            (i, j)
+            for i, q in enumerate(batch.query_ids)
+            for j, d in enumerate(batch.document_ids)
+            if d in rows.positives[row_of[q]]
+        }
+        assert marked == listed
+        assert all((i, int(j)) in marked for i, j in enumerate(targets))
+        if per_query:
+            assert {d for q in batch.query_ids for d in negatives[q][:per_query]} <= set(batch.document_ids)
+        if homogeneous:
+            assert len({rows.tasks[row_of[q]] for q in batch.query_ids}) == 1
+    again = contrastive_plan(rows, recipe, seed, negatives, per_query)
+    assert [p.query_ids for p in again] == [p.query_ids for p in plan]
+    assert [p.document_ids for p in again] == [p.document_ids for p in plan]
+
+
+def test_an_epoch_uses_each_query_once_where_it_can():
+    rows = QueryRows([f"q{i}" for i in range(64)], ["t"] * 64, [[f"d{i}"] for i in range(64)])
+    plan = contrastive_plan(rows, step(8), seed=1)
+    used = [q for p in plan for q in p.query_ids]
+    assert sorted(used) == sorted(rows.ids)
+    assert [p.query_ids for p in contrastive_plan(rows, step(8), seed=2)] != [p.query_ids for p in plan]
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_slices_partition(n, world):
+    parts = [range(n)[rank_slice(n, rank, world)] for rank in range(world)]
+    assert [i for part in parts for i in part] == list(range(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_too_few_distinct_positives_is_one_clear_line():
+    rows = QueryRows(["a", "b", "c"], ["t"] * 3, [["d"], ["d"], ["d"]])
+    with pytest.raises(UserError, match="lower batch_size"):
+        contrastive_plan(rows, step(2, max_steps=1), seed=0)
+
+
+def test_distillation_keeps_each_querys_own_candidates():
+    candidates = [["a", "b", "c"], ["b", "d"], ["e", "a", "f"]]
+    teacher = [[0.9, 0.5, 0.1], [0.7, 0.2], [0.3, 0.2, 0.1]]
+    for batch in distil_plan(["x", "y", "z"], candidates, teacher, step(2, max_steps=5), seed=3):
+        for i, query in enumerate(batch.query_ids):
+            row = "xyz".index(query)
+            columns = batch.arrays["candidates"][i]
+            assert [batch.document_ids[j] for j in columns if j >= 0] == candidates[row]
+            assert batch.arrays["teacher"][i][: len(candidates[row])] == pytest.approx(teacher[row])
+
+
+def test_reranker_pairs_come_as_one_yes_and_one_no():
+    rows = QueryRows(["a", "b", "c"], ["t"] * 3, [["p"], ["q", "r"], ["s"]])
+    negatives = {"a": ["n1", "n2"], "b": ["n3"], "c": []}
+    for batch in rerank_plan(rows, negatives, step(4, max_steps=6), seed=0):
+        assert batch.arrays["answers"].tolist() == [1, 0] * 4
+        for query, document, answer in zip(batch.query_ids, batch.document_ids, batch.arrays["answers"], strict=True):
+            assert document in (rows.positives[rows.ids.index(query)] if answer else negatives[query])
+        assert "c" not in batch.query_ids
+    with pytest.raises(UserError, match="no query has a mined negative"):
+        rerank_plan(rows, {}, step(4, max_steps=1), seed=0)
+
+
+def test_a_plan_survives_the_disk(tmp_path):
+    rows = QueryRows([f"q{i}" for i in range(20)], ["t"] * 20, [[f"d{i}", f"d{i + 1}"] for i in range(20)])
+    plan = contrastive_plan(rows, step(4, max_steps=3), seed=0)
+    write_plan(plan, tmp_path / "plan.parquet")
+    for old, new in zip(plan, read_plan(tmp_path / "plan.parquet"), strict=True):
+        assert (old.step, old.query_ids, old.document_ids) == (new.step, new.query_ids, new.document_ids)
+        for name in old.arrays:
+            assert np.array_equal(old.arrays[name], new.arrays[name])
+
+
+def test_length_of_a_run():
+    assert steps_in(step(10), 105) == 10
+    assert steps_in(step(10, epochs=2), 105) == 21
+    assert steps_in(step(10, max_steps=7), 105) == 7
+    assert steps_in(step(200), 105) == 1

@@ -1,0 +1,309 @@
+"""The HTTP service through real sockets, from other processes: its answers are the library's, its refusals clear."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ray import serve
+
+from serve.app import SLOT_TOKENS, SLOTS, EmbedderDeployment, Ingress, Service, batch_slots, build
+from tests.tiny_run import TEXTS, make_run, picture
+from umarvel_ray.errors import UserError
+from umarvel_ray.model.embedder import Embedder
+from umarvel_ray.model.reranker import Reranker
+from umarvel_ray.search import search_run
+
+PNG = base64.b64encode(picture(1)).decode()
+INSTRUCTION = "Find an image that matches the caption."
+# One request per form of input: (what the client sends, the library's items, side).
+FORMS = [
+    ("a red fox", ["a red fox"], "query"),
+    (["a red fox", "two boats near a pier"], ["a red fox", "two boats near a pier"], "document"),
+    ([{"text": "a red fox", "instruction": INSTRUCTION}], [{"text": "a red fox", "instruction": INSTRUCTION}], "query"),
+    ([{"image": f"data:image/png;base64,{PNG}"}], [{"image": picture(1)}], "document"),
+    (
+        [{"image": PNG, "text": "at dusk", "instruction": INSTRUCTION}, "a small blue bird"],
+        [{"image": picture(1), "text": "at dusk", "instruction": INSTRUCTION}, "a small blue bird"],
+        "query",
+    ),
+]
+CLIENT = """
+import json, sys
+from openai import OpenAI
+url, forms = json.load(sys.stdin)
+client = OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+answers = []
+for given, _, side in forms:
+    for form in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
+        answer = client.embeddings.create(model="distillation", input=given, extra_body={"input_type": side}, **form)
+        rows = [[row.index, row.embedding] for row in answer.data]
+        answers.append([rows, answer.usage.total_tokens])
+print(json.dumps([answers, [model.id for model in client.models.list().data]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base, tmp_path_factory):
+    return make_run(tiny_base, tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def service(run) -> Service:
+    return Service(
+        embedder=str(run / "checkpoints" / "distillation"),
+        reranker=str(run / "checkpoints" / "reranker"),
+        index=str(run / "evaluation" / "distillation" / "test-documents"),
+        data=str(run / "data"),
+    )
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(address, service):
+    serve.run(build(service), name="umarvel", route_prefix="/")
+    return address
+
+
+@pytest.fixture(scope="module")
+def embedder(service):
+    return Embedder.from_pretrained(service.embedder)
+
+
+def call(url: str, body: dict | bytes | None = None) -> tuple[int, dict, dict]:
+    """Status, JSON and headers of a GET, or of a POST when there is a body."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer), answer.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error), error.headers
+
+
+def expected(embedder: Embedder, items: list, side: str) -> np.ndarray:
+    return embedder.encode_query(items) if side == "query" else embedder.encode_document(items)
+
+
+def test_openai_client_gets_the_librarys_vectors(url, embedder):
+    client = subprocess.run(
+        [sys.executable, "-c", CLIENT],
+        input=json.dumps([url, [[given, None, side] for given, _, side in FORMS]]),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert client.returncode == 0, client.stderr
+    answers, models = json.loads(client.stdout)
+    assert models == ["distillation", "reranker"]
+    for number, (rows, tokens) in enumerate(answers):
+        _, items, side = FORMS[number // 3]
+        indices, vectors = zip(*rows, strict=True)
+        if number % 3 == 2:  # asked for in so many words, base64 is what the client hands on
+            vectors = [np.frombuffer(base64.b64decode(vector), "<f4") for vector in vectors]
+        np.testing.assert_allclose(vectors, expected(embedder, items, side), atol=1e-5)
+        assert indices == tuple(range(len(items)))
+        assert tokens == sum(embedder.encoder.encode(item, side).length for item in items)
+
+
+def test_requests_that_share_a_batch_keep_their_own_answers(url, embedder):
+    texts = [" ".join(TEXTS[: 1 + i % 5]) + f" {i}" for i in range(48)]
+    with ThreadPoolExecutor(48) as pool:
+        answers = list(pool.map(lambda text: call(f"{url}/v1/embeddings", {"input": text}), texts))
+    assert [status for status, _, _ in answers] == [200] * len(texts)
+    vectors = [answer["data"][0]["embedding"] for _, answer, _ in answers]
+    np.testing.assert_allclose(vectors, embedder.encode_query(texts), atol=1e-5)
+
+
+def test_a_request_larger_than_a_batch(url, embedder):
+    texts = [f"{' '.join(TEXTS)} {i}" for i in range(96)]
+    assert sum(embedder.encoder.encode(text, "query").length for text in texts) > SLOTS * SLOT_TOKENS
+    status, answer, _ = call(f"{url}/v1/embeddings", {"input": texts})
+    assert status == 200
+    vectors = [row["embedding"] for row in answer["data"]]
+    np.testing.assert_allclose(vectors, embedder.encode_query(texts), atol=1e-5)
+
+
+def test_batches_are_measured_in_tokens(embedder):
+    short, long = (embedder.encoder.encode(text, "query") for text in ("a", " ".join(TEXTS * 2)))
+    assert short.length < SLOT_TOKENS < long.length <= 2 * SLOT_TOKENS
+    assert batch_slots([[short], [long], [long]]) == 1 + 2 + 2
+    assert batch_slots([[long] * SLOTS]) == SLOTS
+    assert batch_slots([[short]] * (SLOTS + 1)) == SLOTS + 1
+
+
+def test_rerank_is_the_librarys(url, service):
+    query = {"text": "a boat", "instruction": INSTRUCTION}
+    documents = ["two boats", {"image": PNG}, {"text": "dusk", "image": f"data:image/png;base64,{PNG}"}, "a fox"]
+    items = ["two boats", {"image": picture(1)}, {"text": "dusk", "image": picture(1)}, "a fox"]
+    scores = Reranker.from_pretrained(service.reranker).score(query, items)
+    body = {"query": query, "documents": documents, "return_documents": True}
+    status, answer, _ = call(f"{url}/v1/rerank", body)
+    assert status == 200
+    order = [result["index"] for result in answer["results"]]
+    assert order == np.argsort(-scores).tolist()
+    np.testing.assert_allclose([result["relevance_score"] for result in answer["results"]], scores[order], atol=1e-5)
+    wanted = [
+        {"text": item, "image": None, "instruction": None} if isinstance(item, str) else item for item in documents
+    ]
+    for result in answer["results"]:
+        assert result["document"].items() >= wanted[result["index"]].items()
+    _, first, _ = call(f"{url}/v1/rerank", body | {"top_n": 2, "return_documents": False})
+    assert [(r["index"], r["document"]) for r in first["results"]] == [(index, None) for index in order[:2]]
+
+
+@pytest.mark.parametrize("rerank", [False, True])
+def test_search_is_the_librarys(url, run, rerank):
+    query = {"text": "a bird on a boat", "instruction": INSTRUCTION}
+    body = {"query": query, "top_k": 4, "rerank": rerank, "return_documents": True}
+    status, answer, _ = call(f"{url}/v1/search", body)
+    assert status == 200
+    hits = search_run(run, query, top_k=4, rerank=rerank)
+    assert [result["id"] for result in answer["results"]] == [hit.document["id"] for hit in hits]
+    np.testing.assert_allclose([r["score"] for r in answer["results"]], [hit.score for hit in hits], atol=1e-5)
+    for result, hit in zip(answer["results"], hits, strict=True):
+        assert result["document"]["text"] == hit.document["text"]
+        image = result["document"]["image"]
+        assert (base64.b64decode(image.split(",")[1]) if image else None) == hit.document["image"]
+        assert (result["rerank_score"] is None) != rerank
+    assert answer["timings"]["encode_ms"] > 0
+    assert (answer["timings"]["rerank_ms"] > 1) == rerank
+
+
+def test_a_picture_finds_itself(url):
+    body = {"query": {"image": base64.b64encode(picture(3)).decode()}, "top_k": 1}
+    _, answer, _ = call(f"{url}/v1/search", body)
+    assert answer["results"][0]["id"] == "i3"
+    assert answer["results"][0]["score"] == pytest.approx(1, abs=1e-5)
+
+
+def test_health_when_ready(url):
+    assert call(f"{url}/health")[:2] == (200, {"status": "ok", "waiting_for": []})
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param", "index"),
+    [
+        ("embeddings", {"input": ["fine", {"image": "https://example.org/cat.png"}]}, "input[1].image", 1),
+        ("embeddings", {"input": [{"image": "/etc/hostname"}]}, "input[0].image", 0),
+        ("embeddings", {"input": [{"image": "file:///etc/hostname"}]}, "input[0].image", 0),
+        ("embeddings", {"input": ["a", "b", {"image": "data:text/plain;base64,aGk="}]}, "input[2].image", 2),
+        ("embeddings", {"input": ["a", {"image": base64.b64encode(picture(1)[:60]).decode()}]}, "input[1]", 1),
+        ("embeddings", {"input": ["a", {"text": "b", "colour": "red"}]}, "input[1].colour", 1),
+        ("embeddings", {"input": ["a", ""]}, "input[1]", 1),
+        ("embeddings", {"input": [[1, 2, 3]]}, "input[0]", 0),
+        ("embeddings", {"input": ["a", {}]}, "input[1]", 1),
+        ("embeddings", {"input": [{"text": "a", "instruction": "b"}], "input_type": "document"}, "input[0]", 0),
+        ("embeddings", {"input": "\ud800"}, "input", None),
+        ("embeddings", {"input": ["a"] * 97}, "input", None),
+        ("embeddings", {"input": "a", "dimensionz": 3}, "dimensionz", None),
+        ("embeddings", b"{not json", "body", None),
+        ("rerank", {"query": "a", "documents": ["a", {"image": "cat.png"}]}, "documents[1].image", 1),
+        ("rerank", {"query": {"image": "cat.png"}, "documents": ["a"]}, "query.image", None),
+        ("rerank", {"query": "a", "documents": [{"text": "a", "instruction": "b"}]}, "documents[0]", 0),
+        ("search", {"query": {"image": "ftp://example.org/cat.png"}}, "query.image", None),
+        ("search", {"query": "a", "top_k": 0}, "top_k", None),
+    ],
+)
+def test_a_bad_item_is_named(url, route, body, param, index):
+    status, answer, _ = call(f"{url}/v1/{route}", body)
+    assert status == 400
+    assert (answer["error"]["param"], answer["error"]["index"]) == (param, index)
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert "\n" not in answer["error"]["message"]
+
+
+def test_a_model_that_is_not_served(url):
+    status, answer, _ = call(f"{url}/v1/embeddings", {"input": "a", "model": "gpt"})
+    assert status == 404
+    assert "'distillation'" in answer["error"]["message"]
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Late:
+    """Stands where the reranker stands, and starts when it is let."""
+
+    def __init__(self, gate: str) -> None:
+        while not Path(gate).exists():
+            time.sleep(0.05)
+
+
+def test_starting_overload_and_missing_parts(url, service, embedder, tmp_path):
+    """A second application: a late part, no index, and an embedder with room for two requests."""
+    service = service.model_copy(update={"reranker": None, "index": None})
+    small = EmbedderDeployment.options(max_ongoing_requests=1, max_queued_requests=1)
+    app = Ingress.bind(service, small.bind(service.embedder, "cpu", "float32"), Late.bind(str(tmp_path / "gate")), None)
+    target = serve.RunTarget(target=app, name="small", route_prefix="/small")
+    serve.run_many([target], wait_for_applications_running=False)
+
+    states = health_until(
+        f"{url}/small", lambda status, answer: answer == {"status": "starting", "waiting_for": ["Late"]}
+    )
+    assert 200 not in states
+    (tmp_path / "gate").touch()
+    health_until(f"{url}/small", lambda status, answer: status == 200)
+
+    texts = [f"{' '.join(TEXTS)} {i}" for i in range(96)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: call(f"{url}/small/v1/embeddings", {"input": texts}), range(16)))
+    assert {status for status, _, _ in answers} == {200, 503}
+    vectors = embedder.encode_query(texts)
+    for status, answer, headers in answers:
+        if status == 200:
+            np.testing.assert_allclose([row["embedding"] for row in answer["data"]], vectors, atol=1e-5)
+        else:
+            assert int(headers["Retry-After"]) >= 1
+            assert answer["error"]["type"] == "overloaded"
+    assert call(f"{url}/small/v1/embeddings", {"input": texts[:1]})[0] == 200
+
+    status, answer, _ = call(f"{url}/small/v1/search", {"query": "a"})
+    assert status == 404
+    assert "UMARVEL_INDEX" in answer["error"]["message"]
+    serve.delete("small")
+
+
+def health_until(url: str, reached: Callable[[int, dict], bool]) -> set[int]:
+    """Poll /health until it says what is awaited; the statuses seen on the way."""
+    seen = set()
+    for _ in range(600):
+        try:
+            status, answer, _ = call(f"{url}/health")
+        except json.JSONDecodeError:  # the proxy's own 404, before the route exists
+            status, answer = 404, {}
+        seen.add(status)
+        if reached(status, answer):
+            return seen
+        time.sleep(0.1)
+    pytest.fail(f"{url}/health: statuses {seen}, last {answer}")
+
+
+def test_a_missing_path_is_said_before_anything_starts(service):
+    with pytest.raises(UserError, match=r"reranker: no folder nowhere.*UMARVEL_RERANKER"):
+        build(service.model_copy(update={"reranker": "nowhere"}))
+
+
+def test_the_environment_overrides_the_config(service, monkeypatch):
+    monkeypatch.setenv("UMARVEL_EMBEDDER", "elsewhere")
+    with pytest.raises(UserError, match="no folder elsewhere"):
+        build(service)

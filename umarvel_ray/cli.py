@@ -1,0 +1,201 @@
+"""`umarvel VERB [RECIPE] key=value … [--dry-run]`, and the shared main of the scripts in `jobs/`.
+
+A user's mistake or a full disk ends in one line on stderr and status 2, Ctrl-C in one line and status 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.ray_session import prepare_environment, start_ray
+from umarvel_ray.recipe import dump_recipe, load_recipe
+from umarvel_ray.toolchain import require_compiled_op
+
+# verb: (function of umarvel_ray.pipeline, help)
+STORIES = {
+    "demo": ("pipeline", "every stage and the report; the same command goes on where it stopped"),
+    "train": ("pipeline", "the same for a recipe of yours"),
+    "stage1": ("stage1", "progressive transition: text pairs, image-caption pairs, instructions"),
+    "mine": ("mine", "embed, exact top-k and filter: the hard negatives"),
+    "stage2": ("stage2", "go on with mined hard negatives"),
+    "rerank": ("reranker", "train the pointwise reranker"),
+    "distill": ("stage3", "distil recall-then-rerank into the embedder"),
+    "embed": ("embed", "embed every document with the final model"),
+    "evaluate": ("evaluate", "recall per task after every finished step, and the report"),
+}
+TRAINING = {"pipeline", "stage1", "stage2", "reranker", "stage3"}
+ENVIRONMENT_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
+}  # fmt: skip
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `umarvel`; returns the exit status."""
+    return _guard(lambda: _main(argv))
+
+
+def run_job(function: str, argv: list[str] | None = None) -> NoReturn:
+    """Entry point of `jobs/*.py`: `--recipe NAME key=value … [--dry-run]` for one function of the pipeline."""
+    parser = _Parser(prog=f"jobs/{function}.py")
+    parser.add_argument("--recipe", default="demo", help="a YAML file or a shipped recipe's name")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    _add_switches(parser)
+
+    def job() -> None:
+        options = parser.parse_intermixed_args(argv)
+        _story(function, options.recipe, options.overrides, options)
+
+    sys.exit(_guard(job))
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = _Parser(prog="umarvel", description="Train, mine, rerank, distil, evaluate and serve a retriever.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    for verb, (function, text) in STORIES.items():
+        story = verbs.add_parser(verb, help=text, description=text)
+        story.add_argument("words", nargs="*", metavar="[RECIPE] key=value", help="default: demo, as it is")
+        _add_switches(story)
+        story.set_defaults(function=function, run=_run_story)
+    index = verbs.add_parser("index", help="build a faiss index from embedded documents")
+    index.add_argument("embeddings", nargs="?", type=Path, default=Path("runs/demo/embeddings/documents"))
+    index.add_argument("output", nargs="?", type=Path, default=Path("runs/demo/index"))
+    index.add_argument("--factory", help="a faiss factory string, such as HNSW32; default: by size")
+    index.set_defaults(run=_run_index)
+    search = verbs.add_parser("search", help="search a run's documents with its newest model")
+    search.add_argument("text", nargs="?", help="what to look for")
+    search.add_argument("--image", help="a picture to look for, alone or with the text")
+    search.add_argument("--instruction", help="what kind of document to find, in words")
+    search.add_argument("--run", dest="folder", type=Path, default=Path("runs/demo"), help="run folder (runs/demo)")
+    search.add_argument("--top-k", type=int, default=10, help="results (10)")
+    search.add_argument("--rerank", action="store_true", help="reorder the best ones with the reranker")
+    search.add_argument("--html", type=Path, help="also write the results, with pictures, to this page")
+    search.set_defaults(run=_run_search)
+    serve = verbs.add_parser("serve", help="answer over HTTP: embeddings, rerank, search")
+    serve.add_argument(
+        "config", nargs="?", type=Path, default=Path("serve/config.yaml"), help="a Ray Serve config file"
+    )
+    serve.set_defaults(run=_run_serve)
+    options = parser.parse_args(argv)
+    options.run(options)
+
+
+def _add_switches(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--verbose", action="store_true", help="show the workers' own output")
+
+
+def _run_story(options: argparse.Namespace) -> None:
+    recipes = [word for word in options.words if "=" not in word]
+    if len(recipes) > 1:
+        raise UserError(f"one recipe at a time, not {' and '.join(recipes)}; write changes as key=value")
+    overrides = [word for word in options.words if "=" in word]
+    _story(options.function, recipes[0] if recipes else "demo", overrides, options)
+
+
+def _story(function: str, source: str, overrides: list[str], options: argparse.Namespace) -> None:
+    recipe = load_recipe(source, overrides)
+    if options.dry_run:
+        print(dump_recipe(recipe), end="")
+        return
+    if not recipe.cluster.gpus_per_worker:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
+        if function in TRAINING:
+            require_compiled_op()
+    prepare_environment()
+    from umarvel_ray.runs import Run
+
+    run = Run.open(recipe)
+    with start_ray(verbose=options.verbose):
+        story: Callable[[Run], None] = vars(import_module("umarvel_ray.pipeline"))[function]
+        try:
+            story(run)
+        except SystemExit:  # what Ray Train's own handler of Ctrl-C, in place from its first run on, ends with
+            raise KeyboardInterrupt from None
+
+
+def _run_index(options: argparse.Namespace) -> None:
+    from umarvel_ray.index.faiss_index import build_index
+
+    build_index(options.embeddings, options.output, options.factory)
+
+
+def _run_search(options: argparse.Namespace) -> None:
+    given = {"text": options.text, "image": options.image, "instruction": options.instruction}
+    query = {key: value for key, value in given.items() if value is not None}
+    if not query.keys() & {"text", "image"}:
+        raise UserError("nothing to search for; give a text, --image FILE, or both")
+    if options.top_k < 1:
+        raise UserError(f"--top-k {options.top_k}: ask for at least one result")
+    from umarvel_ray.search import as_lines, search_run, write_page
+
+    hits = search_run(options.folder, query, options.top_k, options.rerank)
+    print(as_lines(hits))
+    if options.html:
+        write_page(options.html, query, hits)
+
+
+def _run_serve(options: argparse.Namespace) -> None:
+    if not options.config.is_file():
+        raise UserError(f"no Serve config {options.config}; run this in the repository's root, or name a config file")
+    prepare_environment()
+    os.execv(sys.executable, [sys.executable, "-m", "ray.serve.scripts", "run", str(options.config)])
+
+
+def _guard(work: Callable[[], None]) -> int:
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("umarvel: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        line = next(filter(None, map(_line, _causes(error))), None)
+        if line is None:
+            raise
+        print(f"umarvel: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _line(error: BaseException) -> str | None:
+    """The one line a user needs for an error that is theirs to mend; None for a defect of ours."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; free some space or set output=DIR to another folder"
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it came from, nearest first, without Ray's wrappers."""
+    remote = sys.modules["ray"].exceptions.RayTaskError if "ray" in sys.modules else ()
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        current = todo.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, remote):
+            todo.append(current.cause)
+        else:
+            yield current
+        todo += [current.__cause__, current.__context__]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Open pictures from anywhere, safely: every bad one ends as one `BadImage` line that names where it came from."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from umarvel_ray.errors import UserError
+
+MAX_PIXELS = 100_000_000
+
+
+class BadImage(UserError):
+    """A picture that cannot be used."""
+
+
+def open_image(image: str | Path | bytes | Image.Image, where: str) -> Image.Image:
+    """Read a picture as upright RGB.
+
+    Args:
+        image: a path, a `data:` URI, encoded bytes or a PIL picture. EXIF rotation is applied, transparency laid on
+            white, the first frame of an animation taken, 16-bit grey scaled to 8.
+        where: names the picture in errors (file and row, or id).
+
+    Raises:
+        BadImage: missing, unreadable, truncated, empty, over `MAX_PIXELS`, or a URL.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = image if isinstance(image, Image.Image) else Image.open(_stream(image, where))
+            if picture.width * picture.height > MAX_PIXELS:
+                raise BadImage(f"{where}: picture of {picture.width}×{picture.height} is over {MAX_PIXELS} pixels")
+            if 0 in picture.size:
+                raise BadImage(f"{where}: picture of {picture.width}×{picture.height} is empty")
+            picture.load()
+            return _rgb(ImageOps.exif_transpose(picture))
+    except BadImage:
+        raise
+    except FileNotFoundError:
+        raise BadImage(f"{where}: picture {image} not found") from None
+    except UnidentifiedImageError:
+        raise BadImage(f"{where}: not a picture in a known format") from None
+    # Decoders raise what they like on hostile bytes (SyntaxError, struct.error, ZeroDivisionError …).
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise BadImage(f"{where}: picture cannot be read ({type(error).__name__}: {reason})") from None
+
+
+def _stream(image: str | Path | bytes, where: str) -> Any:
+    if isinstance(image, bytes | bytearray | memoryview):
+        return io.BytesIO(image)
+    if isinstance(image, str) and image.startswith("data:"):
+        head, comma, body = image.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise BadImage(f"{where}: data URI is not base64")
+        try:
+            return io.BytesIO(base64.b64decode(body, validate=True))
+        except binascii.Error:
+            raise BadImage(f"{where}: data URI is not valid base64") from None
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        raise BadImage(f"{where}: pictures by URL are not fetched; give a path, bytes or a data URI")
+    if isinstance(image, str | Path):
+        return io.BytesIO(Path(image).read_bytes())
+    raise BadImage(f"{where}: a picture is a path, bytes, data URI or PIL image, not {type(image).__name__}")
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # PIL clips 16-bit grey at 255 instead of scaling it
+        return Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        return Image.fromarray(np.asarray(picture).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")

@@ -1,0 +1,228 @@
+"""The batch plan: which queries meet which documents in which optimiser step.
+
+A plan is a pure function of (tables, recipe step, seed). It is the whole order of a training run, so a resumed run
+replays it from a step number (rule 5) and any number of ranks slices the same global batch (rule 4). Every distinct
+document of a step appears once; no two queries of a batch draw the same positive; every listed positive that is
+present is recorded so that the loss never punishes it (rule 6).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.recipe import Step
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """One optimiser step over all ranks.
+
+    `arrays` by kind of step, with N queries and M documents:
+      contrastive: `targets` (N,) column of each query's positive; `relevant` (R, 2) row and column of every positive.
+      distil: `candidates` (N, K) columns, −1 where padded; `teacher` (N, K) fused scores.
+      rerank: `answers` (N,) 1 for yes; queries and documents are aligned pairs, N = M.
+    """
+
+    step: int
+    query_ids: list[str]
+    document_ids: list[str]
+    arrays: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """The columns of a query table that planning needs."""
+
+    ids: list[str]
+    tasks: list[str]
+    positives: list[list[str]]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> QueryRows:
+        return cls(
+            table["id"].to_pylist(),
+            table["task"].to_pylist(),
+            table["positive_ids"].to_pylist(),
+        )
+
+
+def steps_in(step: Step, queries: int) -> int:
+    """Optimiser steps of a run: `max_steps`, or what `epochs` over `queries` rows fill."""
+    return step.max_steps or max(1, int(step.epochs * queries) // step.batch_size)
+
+
+def contrastive_plan(
+    queries: QueryRows, step: Step, seed: int, negatives: Mapping[str, Sequence[str]] | None = None, per_query: int = 0
+) -> list[PlanStep]:
+    """InfoNCE batches; `negatives` adds up to `per_query` mined documents to each query's batch.
+
+    Raises:
+        UserError: fewer queries with distinct positives than one batch needs.
+    """
+    plan = []
+    for number, rows in enumerate(_batches(queries, step, seed)):
+        drawn = [row.positive for row in rows]
+        mined = [d for row in rows for d in list((negatives or {}).get(queries.ids[row.index], ()))[:per_query]]
+        documents = list(dict.fromkeys(drawn + mined))
+        column = {d: j for j, d in enumerate(documents)}
+        relevant = [(i, column[d]) for i, row in enumerate(rows) for d in queries.positives[row.index] if d in column]
+        arrays = {
+            "targets": np.array([column[d] for d in drawn], dtype=np.int32),
+            "relevant": np.array(relevant, dtype=np.int32).reshape(-1, 2),
+        }
+        plan.append(PlanStep(number, [queries.ids[row.index] for row in rows], documents, arrays))
+    return plan
+
+
+def distil_plan(
+    query_ids: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    teacher: Sequence[Sequence[float]],
+    step: Step,
+    seed: int,
+) -> list[PlanStep]:
+    """Batches of queries with their own top-k candidates and fused teacher scores (method section 5)."""
+    plan = []
+    width = max(len(c) for c in candidates)
+    order = _epochs(len(query_ids), seed)
+    for number in range(steps_in(step, len(query_ids))):
+        rows = [next(order) for _ in range(min(step.batch_size, len(query_ids)))]
+        documents = list(dict.fromkeys(d for r in rows for d in candidates[r]))
+        column = {d: j for j, d in enumerate(documents)}
+        index = np.full((len(rows), width), -1, dtype=np.int32)
+        scores = np.zeros((len(rows), width), dtype=np.float32)
+        for i, r in enumerate(rows):
+            index[i, : len(candidates[r])] = [column[d] for d in candidates[r]]
+            scores[i, : len(candidates[r])] = teacher[r]
+        plan.append(PlanStep(number, [query_ids[r] for r in rows], documents, {"candidates": index, "teacher": scores}))
+    return plan
+
+
+def rerank_plan(queries: QueryRows, negatives: Mapping[str, Sequence[str]], step: Step, seed: int) -> list[PlanStep]:
+    """Pairs for the Yes/No reranker: for each query one positive and one mined negative (method section 4)."""
+    usable = [i for i, q in enumerate(queries.ids) if negatives.get(q)]
+    if not usable:
+        raise UserError("no query has a mined negative; run mining first, or raise mining.depth or max_similarity")
+    plan = []
+    order = _epochs(len(usable), seed)
+    for number in range(steps_in(step, len(usable))):
+        rng = np.random.default_rng((seed, number))
+        query_ids, document_ids, answers = [], [], []
+        for i in (usable[next(order)] for _ in range(step.batch_size)):
+            for pool, answer in ((queries.positives[i], 1), (negatives[queries.ids[i]], 0)):
+                query_ids.append(queries.ids[i])
+                document_ids.append(pool[rng.integers(len(pool))])
+                answers.append(answer)
+        plan.append(PlanStep(number, query_ids, document_ids, {"answers": np.array(answers, dtype=np.int32)}))
+    return plan
+
+
+def rank_slice(n: int, rank: int, world: int) -> slice:
+    """The contiguous share of n rows that belongs to a rank; shares differ by at most one row."""
+    return slice(rank * n // world, (rank + 1) * n // world)
+
+
+def write_plan(plan: Sequence[PlanStep], path: Path) -> None:
+    """Store a plan as a Parquet table: one row per step, arrays as nested lists."""
+    names = plan[0].arrays.keys()
+    columns = {
+        "step": [p.step for p in plan],
+        "query_ids": [p.query_ids for p in plan],
+        "document_ids": [p.document_ids for p in plan],
+        **{name: [p.arrays[name].tolist() for p in plan] for name in names},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.table(columns), partial)
+    partial.replace(path)
+
+
+def read_plan(path: Path) -> list[PlanStep]:
+    """Read what `write_plan` wrote."""
+    rows = pq.read_table(path).to_pylist()
+    return [
+        PlanStep(
+            row.pop("step"),
+            row.pop("query_ids"),
+            row.pop("document_ids"),
+            {name: _as_array(name, value) for name, value in row.items()},
+        )
+        for row in rows
+    ]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    index: int
+    positive: str
+
+
+def _batches(queries: QueryRows, step: Step, seed: int) -> Iterator[list[_Drawn]]:
+    total = steps_in(step, len(queries.ids))
+    made, epoch = 0, 0
+    while made < total:
+        before = made
+        for batch in _epoch_batches(queries, step, np.random.default_rng((seed, epoch))):
+            yield batch
+            made += 1
+            if made == total:
+                return
+        if made == before:
+            raise UserError(
+                f"queries '{step.queries}' cannot fill one batch of {step.batch_size} with distinct positives"
+                f"{' from one task' if step.homogeneous else ''}; lower batch_size"
+            )
+        epoch += 1
+
+
+def _epoch_batches(queries: QueryRows, step: Step, rng: np.random.Generator) -> list[list[_Drawn]]:
+    drawn = [
+        _Drawn(int(i), queries.positives[i][rng.integers(len(queries.positives[i]))])
+        for i in rng.permutation(len(queries.ids))
+    ]
+    groups: dict[str, list[_Drawn]] = {}
+    for row in drawn:
+        groups.setdefault(queries.tasks[row.index] if step.homogeneous else "", []).append(row)
+    batches = [batch for rows in groups.values() for batch in _distinct_batches(rows, step.batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))] if step.homogeneous else batches
+
+
+def _distinct_batches(rows: Sequence[_Drawn], size: int) -> Iterator[list[_Drawn]]:
+    """Full batches in order; a row whose positive is already in the batch waits for the next one."""
+    waiting: deque[_Drawn] = deque()
+    fresh = iter(rows)
+    while True:
+        batch: list[_Drawn] = []
+        taken: set[str] = set()
+        held: deque[_Drawn] = deque()
+        while len(batch) < size:
+            row = waiting.popleft() if waiting else next(fresh, None)
+            if row is None:
+                return
+            if row.positive in taken:
+                held.append(row)
+            else:
+                taken.add(row.positive)
+                batch.append(row)
+        waiting.extendleft(reversed(held))
+        yield batch
+
+
+def _epochs(n: int, seed: int) -> Iterator[int]:
+    epoch = 0
+    while True:
+        yield from np.random.default_rng((seed, epoch)).permutation(n).tolist()
+        epoch += 1
+
+
+def _as_array(name: str, value: list) -> np.ndarray:
+    array = np.array(value, dtype=np.float32 if name == "teacher" else np.int32)
+    return array.reshape(-1, 2) if name == "relevant" else array

@@ -1,0 +1,172 @@
+"""Documents, queries and pools as Arrow tables (DESIGN.md, words and shapes), whatever they are stored as.
+
+A Parquet folder holds `documents.parquet` (id, text, image, modality, source …), `pools.parquet` (task, split,
+document_ids) and one `NAME.parquet` per query table (the document columns, instruction, positive_ids, task …). An image
+is encoded bytes, or a path relative to the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from umarvel_ray.data.mbeir import read_mbeir
+from umarvel_ray.errors import UserError
+from umarvel_ray.recipe import Data
+
+DEMO = Path(__file__).parent.parent / "demo" / "data"
+
+DOCUMENT_COLUMNS = ("id", "text", "image", "modality", "source")
+QUERY_COLUMNS = (*DOCUMENT_COLUMNS, "instruction", "positive_ids", "task")
+POOL_COLUMNS = ("task", "split", "document_ids")
+ITEM_COLUMNS = ("text", "image", "instruction")
+
+
+def item_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The item in a row of a documents or queries table: its text, image and instruction, where they are."""
+    return {key: row[key] for key in ITEM_COLUMNS if row.get(key) is not None}
+
+
+class Dataset:
+    """One corpus with its query tables. Tables are read when first asked for.
+
+    Args:
+        root: named in errors.
+        documents, pools: tables with the columns above.
+        read_queries: a query table by name; raises UserError for a name it does not know.
+    """
+
+    def __init__(
+        self, root: Path, documents: pa.Table, pools: pa.Table, read_queries: Callable[[str], pa.Table]
+    ) -> None:
+        self.root = root
+        self.documents = documents
+        self.pools = pools
+        self.queries = lru_cache(read_queries)
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """Row number of each document id."""
+        return {name: row for row, name in enumerate(self.documents["id"].to_pylist())}
+
+    def with_queries(self, name: str, table: pa.Table) -> Dataset:
+        """The same corpus with the query table `name` replaced."""
+        return Dataset(
+            self.root, self.documents, self.pools, lambda asked: table if asked == name else self.queries(asked)
+        )
+
+    def tasks(self, split: str) -> list[str]:
+        """Tasks that have a pool in the split, in the order of the pools table."""
+        return self._pools_of(split)["task"].to_pylist()
+
+    def pool(self, task: str, split: str) -> list[str]:
+        """Document ids of a task's own pool.
+
+        Raises:
+            UserError: no such pool, or it is empty.
+        """
+        rows = self._pools_of(split)
+        found = rows.filter(pc.equal(rows["task"], task))["document_ids"]
+        if len(found) == 0:
+            raise UserError(f"{self.root}: no pool for task '{task}' in split '{split}'; add it to the pools")
+        if not (ids := found[0].as_py()):
+            raise UserError(f"{self.root}: the pool of task '{task}', split '{split}', is empty; add its documents")
+        return ids
+
+    def global_pool(self, split: str) -> list[str]:
+        """The union of the split's pools, in their order, each document once."""
+        return list(dict.fromkeys(name for task in self.tasks(split) for name in self.pool(task, split)))
+
+    def validate(self, name: str) -> None:
+        """Check the query table `name`, and the pools of the split of that name, against the documents.
+
+        Raises:
+            UserError: the first duplicate id, query without a positive, positive or pool entry that names an unknown
+                document, or empty pool; with file and row.
+        """
+        _check_unique(self.documents["id"], f"{self.root}: documents")
+        queries = self.queries(name)
+        _check_unique(queries["id"], f"{self.root}: {name}")
+        known = self.documents["id"]
+        counts = pc.fill_null(pc.list_value_length(queries["positive_ids"]), 0)
+        if (row := pc.index(counts, pa.scalar(0, counts.type)).as_py()) >= 0:
+            query = queries["id"][row].as_py()
+            raise UserError(f"{self.root}: {name}, row {row}: query '{query}' has no positive; add one or drop the row")
+        if unknown := _first_unknown(queries["positive_ids"], known):
+            row, document = unknown
+            query = queries["id"][row].as_py()
+            raise UserError(
+                f"{self.root}: {name}, row {row}: query '{query}' names the unknown document '{document}' as positive; "
+                "add it to the documents or drop it"
+            )
+        for task in self.tasks(name):
+            if unknown := _first_unknown(pa.chunked_array([pa.array([self.pool(task, name)])]), known):
+                raise UserError(
+                    f"{self.root}: pools, task '{task}', split '{name}': unknown document '{unknown[1]}'; "
+                    "add it to the documents or drop it"
+                )
+
+    def _pools_of(self, split: str) -> pa.Table:
+        return self.pools.filter(pc.equal(self.pools["split"], split))
+
+
+def open_dataset(data: Data) -> Dataset:
+    """Open what a recipe's `data` names.
+
+    Raises:
+        UserError: no such folder, a file or a column that is missing or damaged.
+    """
+    root = DEMO if data.root == "builtin:demo" else Path(data.root)
+    if not root.is_dir():
+        raise UserError(f"data folder {root} does not exist; set data.root=DIR")
+    if data.format == "mbeir":
+        return Dataset(root, *read_mbeir(root))
+    return Dataset(
+        root,
+        _read(root, "documents", DOCUMENT_COLUMNS),
+        _read(root, "pools", POOL_COLUMNS),
+        lambda name: _read(root, name, QUERY_COLUMNS),
+    )
+
+
+def _read(root: Path, name: str, columns: tuple[str, ...]) -> pa.Table:
+    path = root / f"{name}.parquet"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; write it or check data.root and the name of the table")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+    if missing := [column for column in columns if column not in table.column_names]:
+        raise UserError(f"{path}: column '{missing[0]}' is missing; add it")
+    return _absolute_images(table, root)
+
+
+def _absolute_images(table: pa.Table, root: Path) -> pa.Table:
+    if "image" not in table.column_names or not pa.types.is_string(table.schema.field("image").type):
+        return table
+    paths = table["image"]
+    joined = pc.binary_join_element_wise(str(root.absolute()), paths, "/")
+    column = pc.if_else(pc.fill_null(pc.match_substring_regex(paths, "^(/|[a-z]+:)"), True), paths, joined)
+    return table.set_column(table.column_names.index("image"), "image", column)
+
+
+def _check_unique(ids: pa.ChunkedArray, where: str) -> None:
+    if ids.null_count:
+        raise UserError(f"{where}: row {pc.index(ids.is_null(), True).as_py()} has no id; give it one")
+    if len(pc.unique(ids)) < len(ids):
+        counts = ids.value_counts().flatten()
+        twice = counts[0].filter(pc.greater(counts[1], 1))[0].as_py()
+        raise UserError(f"{where}: id '{twice}' occurs twice; ids must be unique")
+
+
+def _first_unknown(lists: pa.ChunkedArray, known: pa.ChunkedArray) -> tuple[int, str] | None:
+    values, parents = pc.list_flatten(lists), pc.list_parent_indices(lists)
+    at = pc.index(pc.is_in(values, value_set=known.combine_chunks()), False).as_py()
+    return (parents[at].as_py(), values[at].as_py()) if at >= 0 else None

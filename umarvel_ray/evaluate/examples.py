@@ -1,0 +1,152 @@
+"""Example queries for the report, chosen by rule, and their pictures, each stored once."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from umarvel_ray.data.images import BadImage, open_image
+from umarvel_ray.data.tables import Dataset
+from umarvel_ray.evaluate.metrics import hit_at_k
+from umarvel_ray.evaluate.results import StepResult, positives_of
+from umarvel_ray.mine.filters import picture_key
+
+SHOWN = 5  # documents per query
+KEEP_BYTES = 6_000  # a stored picture up to this size is shown as it is
+THUMBNAIL = 128
+PICTURE_BUDGET = 3_000_000
+SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
+
+
+class Pictures:
+    """Data URIs by number; the same picture gets the same number. Past PICTURE_BUDGET bytes no more are taken."""
+
+    def __init__(self) -> None:
+        self._number: dict[str, int | None] = {}
+        self.uris: list[str] = []
+        self._bytes = 0
+
+    def add(self, image: bytes | str | None) -> int | None:
+        """The picture's number; None when there is none, it cannot be read, or the budget is spent."""
+        key = picture_key(image)
+        if key is None:
+            return None
+        if key not in self._number:
+            self._number[key] = self._store(image)
+        return self._number[key]
+
+    def _store(self, image: bytes | str) -> int | None:
+        try:
+            kind, data = _small(image)
+        except BadImage:
+            return None
+        uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        if self._bytes + len(uri) > PICTURE_BUDGET:
+            return None
+        self._bytes += len(uri)
+        self.uris.append(uri)
+        return len(self.uris) - 1
+
+
+@dataclass
+class Card:
+    """A query or document as shown: its text, its picture's number, whether it is relevant."""
+
+    text: str | None
+    picture: int | None
+    has_picture: bool
+    hit: bool = False
+    instruction: str | None = None
+    score: float | None = None
+
+
+@dataclass
+class Example:
+    """One query, why it was chosen, and what each step retrieved first."""
+
+    story: str
+    query: Card
+    found: dict[str, list[Card]] = field(default_factory=dict)
+
+
+def choose(first: dict[str, float], last: dict[str, float]) -> list[tuple[str, str]]:
+    """(why, query id) of up to three queries: one that training fixed, one found all along, one still missed.
+
+    Args:
+        first, last: recall of each query at the first and at the last step; the first query in order that fits is
+            taken, and what is missing is filled with others.
+    """
+    rules = (
+        ("Found after training", lambda id_: not first[id_] and last[id_]),
+        ("Found all along", lambda id_: first[id_] and last[id_]),
+        ("Still missed", lambda id_: not last[id_]),
+    )
+    chosen: dict[str, str] = {}
+    for why, fits in rules:
+        id_ = next((id_ for id_ in last if fits(id_)), None)
+        if id_ is not None:
+            chosen[id_] = why
+    for id_ in last:
+        if len(chosen) >= len(rules):
+            break
+        chosen.setdefault(id_, "Found" if last[id_] else "Missed")
+    return [(why, id_) for id_, why in chosen.items()]
+
+
+def examples(
+    dataset: Dataset, split: str, results: Sequence[StepResult], final: StepResult, pictures: Pictures
+) -> dict[str, list[Example]]:
+    """By task, example queries with the first documents of every step's local ranking."""
+    positives = positives_of(dataset, split)
+    queries = {row["id"]: row for row in dataset.queries(split).to_pylist()}
+    rankings = {result.step: _by_query(result.ranking("local")) for result in results}
+    shown: dict[str, list[Example]] = {}
+    for task, numbers in final.scores["local"].items():
+        ids = [id_ for id_, row in rankings[final.step].items() if row["task"] == task]
+
+        def recall(step: str, ids=ids, k=int(numbers["k"])) -> dict[str, float]:
+            found = rankings[step]
+            return {id_: hit_at_k(found[id_]["document_ids"], positives[id_], k) for id_ in ids if id_ in found}
+
+        for why, id_ in choose(recall(results[0].step), recall(final.step)):
+            example = Example(why, _card(queries[id_], pictures))
+            example.query.instruction = queries[id_]["instruction"]
+            for result in results:
+                row = rankings[result.step].get(id_, {"document_ids": [], "scores": []})
+                example.found[result.step] = [
+                    _card(document, pictures, document["id"] in positives[id_], score)
+                    for document, score in zip(
+                        _documents(dataset, row["document_ids"][:SHOWN]), row["scores"][:SHOWN], strict=True
+                    )
+                ]
+            shown.setdefault(task, []).append(example)
+    return shown
+
+
+def _by_query(ranking: pa.Table) -> dict[str, dict]:
+    return {row["query_id"]: row for row in ranking.to_pylist()}
+
+
+def _documents(dataset: Dataset, ids: Sequence[str]) -> list[dict]:
+    return dataset.documents.take(pa.array([dataset.row_of[id_] for id_ in ids], pa.int64())).to_pylist()
+
+
+def _card(row: dict, pictures: Pictures, hit: bool = False, score: float | None = None) -> Card:
+    return Card(row["text"], pictures.add(row["image"]), row["image"] is not None, hit, score=score)
+
+
+def _small(image: bytes | str) -> tuple[str, bytes]:
+    """The picture's format and bytes, made smaller where it is large."""
+    if isinstance(image, bytes) and len(image) <= KEEP_BYTES:
+        kind = next((kind for start, kind in SIGNATURES.items() if image.startswith(start)), None)
+        if kind:
+            return kind, image
+    picture = open_image(image, "report")
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=80)
+    return "webp", buffer.getvalue()

@@ -1,0 +1,191 @@
+"""The report of a run: `metrics.json`, `table.md`, TREC run files and one self-contained `index.html`.
+
+write_report(run, dataset, results)      # results in the order of the ladder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+
+from umarvel_ray import __version__
+from umarvel_ray.data.tables import Dataset
+from umarvel_ray.errors import UserError
+from umarvel_ray.evaluate.charts import Line, bar_chart, duration, line_chart, smooth
+from umarvel_ray.evaluate.examples import Pictures, examples
+from umarvel_ray.evaluate.results import AVERAGE, SCOPES, StepResult
+from umarvel_ray.evaluate.run_files import write_run
+from umarvel_ray.recipe import dump_recipe
+from umarvel_ray.runs import Run
+from umarvel_ray.train.log import read_log
+
+RERANKED = "recall+rerank"
+TASK_SHAPES = {
+    "0": "text → image",
+    "1": "text → text",
+    "2": "text → image + text",
+    "3": "image → text",
+    "4": "image → image",
+    "5": "image → image + text",
+    "6": "image + text → text",
+    "7": "image + text → image",
+    "8": "image + text → image + text",
+}
+
+
+def write_report(run: Run, dataset: Dataset, results: Sequence[StepResult]) -> Path:
+    """Write all files of the report under `run.dir/report` and return the page's path.
+
+    Args:
+        results: the ladder, base first; recall-then-rerank, when there, last. The single model whose rankings become
+            `run.trec` (local) and `run-global.trec`, and whose examples are shown, is the last before it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = run.dir / "report"
+    final = [result for result in results if result.step != RERANKED][-1]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "metrics.json", json.dumps(metrics(results), indent=1) + "\n")
+        _write(folder / "table.md", table(results))
+        for scope, name in (("local", "run.trec"), ("global", "run-global.trec")):
+            rows = final.ranking(scope).to_pylist()
+            ranked = ((row["query_id"], row["document_ids"], row["scores"]) for row in rows)
+            write_run(folder / name, ranked, f"umarvel-{final.step}")
+        _write(folder / "index.html", page(run, dataset, results, final))
+    except OSError as error:
+        raise UserError(f"cannot write the report to {folder}: {error.strerror}") from None
+    print(f"{table(results, scopes=('local',), averages_only=True)}\nreport: {folder / 'index.html'}")
+    return folder / "index.html"
+
+
+def metrics(results: Sequence[StepResult]) -> dict[str, Any]:
+    """The ladder as numbers: recall by step, scope and task; beside it chance, k and the other metrics."""
+    return {
+        "ladder": [{"step": result.step, "local": result.local, "global": result.global_} for result in results],
+        "chance": {scope: results[-1].chance(scope) for scope in SCOPES},
+        "k": {task: int(numbers["k"]) for task, numbers in results[-1].scores["local"].items()},
+        "details": {result.step: {**result.scores, "notes": result.notes} for result in results},
+    }
+
+
+def table(results: Sequence[StepResult], scopes: Sequence[str] = SCOPES, averages_only: bool = False) -> str:
+    """Markdown: one row per task, chance in the column beside the steps."""
+    lines = []
+    for scope in scopes:
+        chance, steps = results[-1].chance(scope), [_recalls(result, scope) for result in results]
+        lines += [f"### {scope.capitalize()} pools", ""] if not averages_only else []
+        lines.append(f"| recall, {scope} | k | queries | chance | {' | '.join(result.step for result in results)} |")
+        lines.append(f"|---|---:|---:|---:|{'---:|' * len(results)}")
+        for task, numbers in results[-1].scores[scope].items():
+            if not averages_only:
+                cells = [f"{step[task]:.3f}" for step in steps]
+                lines.append(
+                    f"| {task} | {numbers['k']:.0f} | {numbers['queries']:.0f} | {chance[task]:.3f} | "
+                    f"{' | '.join(cells)} |"
+                )
+        cells = [f"**{step[AVERAGE]:.3f}**" if not averages_only else f"{step[AVERAGE]:.3f}" for step in steps]
+        queries = sum(numbers["queries"] for numbers in results[-1].scores[scope].values())
+        lines += [f"| average | | {queries:.0f} | {chance[AVERAGE]:.3f} | {' | '.join(cells)} |", ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def page(run: Run, dataset: Dataset, results: Sequence[StepResult], final: StepResult) -> str:
+    """The whole report as one HTML file."""
+    split, pictures = run.recipe.evaluate.split, Pictures()
+    shown = examples(dataset, split, results, final, pictures)
+    tasks = list(final.scores["local"])
+    environment = Environment(
+        loader=PackageLoader("umarvel_ray.evaluate", "."), autoescape=select_autoescape(), trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("report.html").render(
+        name=run.recipe.name,
+        version=__version__,
+        split=split,
+        recipe=dump_recipe(run.recipe),
+        steps=[result.step for result in results],
+        results=results,
+        final=final,
+        base=results[0],
+        scopes=SCOPES,
+        average=AVERAGE,
+        tasks=tasks,
+        shape_of={task: TASK_SHAPES.get(task.rpartition("task")[2], "") for task in tasks},
+        recalls={scope: [_recalls(result, scope) for result in results] for scope in SCOPES},
+        chance={scope: final.chance(scope) for scope in SCOPES},
+        queries=sum(int(numbers["queries"]) for numbers in final.scores["local"].values()),
+        documents=len(dataset.global_pool(split)),
+        ladder=Markup(_ladder(results, AVERAGE)),
+        small={task: Markup(_ladder(results, task, small=True)) for task in tasks},
+        curves=_curves(run),
+        times=_times(run),
+        examples=shown,
+        pictures=pictures.uris,
+        notes=[(result.step, name, value) for result in results for name, value in result.notes.items()],
+    )
+
+
+def _recalls(result: StepResult, scope: str) -> dict[str, float]:
+    return result.local if scope == "local" else result.global_
+
+
+def _ladder(results: Sequence[StepResult], task: str, small: bool = False) -> str:
+    lines = [
+        Line(f"{scope} pools", [_recalls(result, scope)[task] for result in results], scope, dots=True)
+        for scope in reversed(SCOPES)
+    ]
+    chance = [result.chance("local")[task] for result in results]
+    steps = [result.step for result in results]
+    title = f"Recall of {task} by step"
+    if small:
+        return line_chart([Line("chance", chance, "chance"), *lines], title, [""] * len(steps), 240, 104, 0, 1)
+    high = min(1.0, max(max(line.values) for line in lines) * 1.15 + 0.02)
+    return line_chart([Line("chance", chance, "chance"), *lines], title, steps, 760, 320, 0, high, values=True)
+
+
+def _curves(run: Run) -> list[dict[str, Any]]:
+    """Per training run with a log: its charts and what it took."""
+    curves = []
+    logs = sorted((run.dir / "train").glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime)
+    for path in logs:
+        log = read_log(path)
+        if not log:
+            continue
+        losses = [line["loss"] for line in log]
+        lines = [Line("loss", losses, "raw"), Line("loss, smoothed", smooth(losses), "smooth")]
+        charts = [("loss", Markup(line_chart(lines, f"Loss of {path.parent.name}", (), 360, 170)))]
+        temperatures = [line["temperature"] for line in log if line.get("temperature") is not None]
+        if temperatures and max(temperatures) > min(temperatures):
+            spread = max(temperatures) - min(temperatures)
+            low, high = min(temperatures) - 0.1 * spread, max(temperatures) + 0.1 * spread
+            line = Line("temperature", temperatures, "smooth")
+            title = f"Temperature of {path.parent.name}"
+            charts.append(("temperature", Markup(line_chart([line], title, (), 360, 170, low, high))))
+        seconds = sum(line["seconds"] for line in log)
+        waited = sum(line["wait_share"] * line["seconds"] for line in log) / seconds
+        rate = sum(line["samples_per_s"] * line["seconds"] for line in log) / seconds
+        facts = f"{len(log)} steps · {duration(seconds)} · {rate:.0f} samples/s · {waited:.0%} of it waiting for data"
+        curves.append({"name": path.parent.name, "charts": charts, "facts": facts})
+    return curves
+
+
+def _times(run: Run) -> dict[str, Any] | None:
+    path = run.dir / "times.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    if not times:
+        return None
+    return {"total": duration(sum(times.values())), "chart": Markup(bar_chart(times, "Wall time of each part"))}
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,40 @@
+"""TREC run files: `query Q0 document rank score tag`, as trec_eval, ir_measures and pyserini read them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from umarvel_ray.errors import UserError
+
+
+def write_run(path: Path, rows: Iterable[tuple[str, Sequence[str], Sequence[float]]], tag: str) -> None:
+    """Write (query id, document ids best first, scores) rows; atomically.
+
+    Raises:
+        UserError: an id holds white space, which the format cannot carry.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for query, documents, scores in rows:
+            for rank, (document, score) in enumerate(zip(documents, scores, strict=True), start=1):
+                if len(query.split()) != 1 or len(document.split()) != 1:
+                    raise UserError(f"run file {path}: id {query!r} or {document!r} holds white space; rename it")
+                file.write(f"{query} Q0 {document} {rank} {score:.6f} {tag}\n")
+    os.replace(partial, path)
+
+
+def read_run(path: Path) -> dict[str, list[tuple[str, float]]]:
+    """Query id → (document id, score) in rank order.
+
+    Raises:
+        UserError: a line has not six fields.
+    """
+    ranked: dict[str, list[tuple[int, str, float]]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        fields = line.split()
+        if len(fields) != 6:
+            raise UserError(f"{path}, line {number}: a run line has six fields, this one {len(fields)}")
+        ranked.setdefault(fields[0], []).append((int(fields[3]), fields[2], float(fields[4])))
+    return {query: [(document, score) for _, document, score in sorted(rows)] for query, rows in ranked.items()}

@@ -1,0 +1,140 @@
+"""The index of online search: faiss over embedding shards, saved beside its ids, its recall against exact search known.
+
+    index = build_index(run / "embeddings" / "documents", run / "index")   # prints recall@10 against exact
+    scores, ids = open_index(run / "index").search(embedder.encode_query([...]), k=10)
+
+Mining and evaluation never use it (rule 7).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.mine.embeddings import read_embeddings
+from umarvel_ray.mine.topk import topk
+
+FLAT_UP_TO = 200_000  # exact search over this many vectors still answers in tens of milliseconds
+TRAIN_VECTORS = 400_000
+PROBE_SHARE = 16  # one list in this many is searched
+
+
+class Index:
+    """Unit vectors behind document ids, searched by cosine."""
+
+    def __init__(self, ids: list[str], index: faiss.Index) -> None:
+        self.ids = ids
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]]]:
+        """Cosines float32 (n, k') and document ids, best first, for queries float32 (n, d); k' = min(k, size).
+
+        Raises:
+            UserError: the vectors have another dimension than the index.
+        """
+        if vectors.ndim != 2 or vectors.shape[1] != self._index.d:
+            raise UserError(
+                f"index of dimension {self._index.d}: queries have shape {vectors.shape}; use its own model"
+            )
+        scores, rows = self._index.search(np.ascontiguousarray(vectors, np.float32), min(k, len(self.ids)))
+        return scores, [[self.ids[row] for row in line if row >= 0] for line in rows]
+
+    def save(self, folder: str | Path) -> None:
+        """Write `index.faiss` and `ids.json`; each atomically.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".ids.partial").write_text(json.dumps(self.ids))
+            faiss.write_index(self._index, str(folder / ".index.partial"))
+            os.replace(folder / ".ids.partial", folder / "ids.json")
+            os.replace(folder / ".index.partial", folder / "index.faiss")
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot write the index to {folder}: {error}") from None
+
+
+def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None) -> Index:
+    """Index unit vectors float32 (n, d).
+
+    Args:
+        factory: a faiss factory string; None takes exact search for small corpora and IVF with fp16 vectors for large.
+
+    Raises:
+        UserError: no vectors, or faiss does not know the factory string.
+    """
+    if not len(ids):
+        raise UserError("nothing to index: no embeddings; run the embed job first")
+    lists = int(4 * len(ids) ** 0.5)
+    factory = factory or ("Flat" if len(ids) <= FLAT_UP_TO else f"IVF{lists},SQfp16")
+    try:
+        index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError:
+        raise UserError(f"faiss does not know the index '{factory}'; try Flat, IVF1024,SQfp16 or HNSW32") from None
+    if not index.is_trained:
+        rng = np.random.default_rng(0)
+        some = rng.choice(len(vectors), min(len(vectors), TRAIN_VECTORS), replace=False)
+        index.train(vectors[np.sort(some)])
+    index.add(np.ascontiguousarray(vectors, np.float32))
+    if isinstance(index, faiss.IndexIVF):
+        index.nprobe = max(1, index.nlist // PROBE_SHARE)
+    return Index(ids, index)
+
+
+def recall_against_exact(index: Index, vectors: np.ndarray, queries: np.ndarray, k: int = 10) -> float:
+    """Share of the exact top k (rows of `vectors`, float32 (n, d)) that the index finds too."""
+    _, exact = topk(queries, vectors, min(k, len(vectors)))
+    _, found = index.search(queries, k)
+    hits = [len({index.ids[row] for row in line} & set(ids)) for line, ids in zip(exact, found, strict=True)]
+    return sum(hits) / exact.size
+
+
+def build_index(
+    embeddings_dir: str | Path, out_dir: str | Path, factory: str | None = None, queries: np.ndarray | None = None
+) -> Index:
+    """Index a finished embed job, save it and print its recall against exact search.
+
+    Args:
+        queries: float32 (n, d) to measure recall with; None takes 256 of the documents.
+
+    Raises:
+        UserError: no finished embed job; see `make_index` and `Index.save`.
+    """
+    ids, vectors = read_embeddings(embeddings_dir)
+    index = make_index(ids, vectors, factory)
+    if queries is None:
+        queries = vectors[np.random.default_rng(0).choice(len(ids), min(len(ids), 256), replace=False)]
+    index.save(out_dir)
+    recall = recall_against_exact(index, vectors, queries)
+    print(f"indexed {len(ids):,} documents in {out_dir}; recall@10 against exact search {recall:.4f}")
+    return index
+
+
+def open_index(folder: str | Path) -> Index:
+    """A saved index.
+
+    Raises:
+        UserError: missing, damaged, or the two files do not belong together.
+    """
+    folder = Path(folder)
+    try:
+        ids = json.loads((folder / "ids.json").read_text())
+        index = faiss.read_index(str(folder / "index.faiss"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no index; build it with: umarvel index") from None
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{folder}: the index is damaged ({first}); build it again with: umarvel index") from None
+    if len(ids) != index.ntotal:
+        raise UserError(f"{folder}: {len(ids)} ids for {index.ntotal} vectors; build it again with: umarvel index")
+    return Index(ids, index)

@@ -1,0 +1,169 @@
+"""Teacher scores: P(yes) of the reranker for each query's candidates, on actors, resumable (method section 5).
+
+    with RerankerPool(recipe.cluster, recipe.engine) as pool:
+        scored = score_table(pool, candidates, queries, documents, run / "scores" / "train", checkpoint)
+
+`scored` is `candidates` with a column `rerank_scores` more; cosines stay cosines, fusion happens where it is used.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+
+from umarvel_ray.data.tables import item_of
+from umarvel_ray.errors import UserError
+from umarvel_ray.mine.embed import describe
+from umarvel_ray.mine.filters import content_key
+from umarvel_ray.mine.pool import Pool
+from umarvel_ray.mine.shards import close_output, digest_of_table, open_output, read_shards, write_shard
+from umarvel_ray.model.pairs import EncodedPair
+from umarvel_ray.model.reranker import Reranker
+from umarvel_ray.progress import progress
+from umarvel_ray.recipe import Cluster, Engine
+
+SHARD_QUERIES = 64
+ENCODED_DOCUMENTS = 2048  # kept per actor: neighbouring queries share many candidates
+SCORED = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("document_ids", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float32())),
+        ("rerank_scores", pa.list_(pa.float32())),
+    ]
+)
+
+
+@ray.remote
+class RerankerActor:
+    """One device. `checkpoint` is what `describe` returns."""
+
+    def __init__(self, engine: Engine, gpu: bool, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._device, self._engine = "cuda" if gpu else "cpu", engine
+        self._identity = ""
+        self._reranker: Reranker | None = None
+        self._encoded: OrderedDict[tuple, EncodedPair] = OrderedDict()
+
+    def score_shard(
+        self, checkpoint: dict[str, Any], candidates: pa.Table, queries: pa.Table, documents: pa.Table, folder: Path,
+        index: int,
+    ) -> int:  # fmt: skip
+        """Score and write one shard; returns the number of queries done."""
+        self._load(checkpoint)
+        query_of = {row["id"]: row for row in queries.to_pylist()}
+        document_of = {row["id"]: row for row in documents.to_pylist()}
+        done, quarantined = [], []
+        for row in candidates.to_pylist():
+            try:
+                item = item_of(query_of[row["query_id"]])
+                query = self._reranker.encoder.encode_query(item, f"query {row['query_id']}")
+                halves = [self._document(document_of[id_]) for id_ in row["document_ids"]]
+                scores = self._reranker.score_encoded(query, halves, self._engine.token_budget)
+                done.append(row | {"rerank_scores": scores.tolist()})
+            except UserError as error:
+                quarantined.append((row["query_id"], str(error)))
+        write_shard(folder, index, pa.Table.from_pylist(done, schema=SCORED), quarantined)
+        return candidates.num_rows
+
+    def _load(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint["identity"] != self._identity:
+            self._encoded.clear()
+            self._reranker = Reranker.from_pretrained(checkpoint["path"], self._device, self._engine.dtype)
+            self._identity = checkpoint["identity"]
+
+    def _document(self, row: dict) -> EncodedPair:
+        key = content_key(row)
+        if key not in self._encoded:
+            self._encoded[key] = self._reranker.encoder.encode_document(item_of(row), f"document {row['id']}")
+        self._encoded.move_to_end(key)
+        if len(self._encoded) > ENCODED_DOCUMENTS:
+            self._encoded.popitem(last=False)
+        return self._encoded[key]
+
+
+class RerankerPool(Pool):
+    """The scoring actors of a run, as many and as large as the embedders."""
+
+    def __init__(self, cluster: Cluster, engine: Engine) -> None:
+        gpu, threads = cluster.gpus_per_embedder > 0, max(1, int(cluster.cpus_per_embedder))
+        super().__init__(
+            RerankerActor,
+            (engine, gpu, threads),
+            count=cluster.embedders,
+            cpus=cluster.cpus_per_embedder,
+            gpus=cluster.gpus_per_embedder,
+            restarts=cluster.max_failures,
+            what="reranking",
+        )
+
+
+def score_table(
+    pool: RerankerPool,
+    candidates: pa.Table,
+    queries: pa.Table,
+    documents: pa.Table,
+    out_dir: str | Path,
+    checkpoint: str | Path,
+    what: str = "queries",
+) -> pa.Table:
+    """Score every candidate of every query, or finish an earlier attempt at exactly that.
+
+    Args:
+        candidates: query_id, document_ids[], scores[] (cosines); other columns are ignored. Each query once.
+        queries, documents: the tables those ids are found in.
+        checkpoint: a reranker's.
+
+    Returns:
+        query_id, document_ids[], scores[], rerank_scores[] in the order of `candidates`. A query with an item that
+        cannot be used is left out and stands in `quarantine.parquet` with the reason.
+
+    Raises:
+        UserError: no candidates, an id that is in no table, unreadable checkpoint, disk full, an actor died too often.
+    """
+    candidates = candidates.select(["query_id", "document_ids", "scores"])
+    if not candidates.num_rows:
+        raise UserError(f"{what}: no candidates to score; mine or evaluate first")
+    folder, described = Path(out_dir), describe(checkpoint)
+    query_row, document_row = _row_of(queries), _row_of(documents)
+    plan = {"checkpoint": described["identity"], "shard_rows": SHARD_QUERIES}
+    for name, table in (("candidates", candidates), ("queries", queries), ("documents", documents)):
+        plan[name] = digest_of_table(table)
+    missing = open_output(folder, plan, -(-candidates.num_rows // SHARD_QUERIES))
+
+    def submit(actor: Any, index: int) -> ray.ObjectRef:
+        some = candidates.slice(index * SHARD_QUERIES, SHARD_QUERIES)
+        wanted = dict.fromkeys(id_ for ids in some["document_ids"].to_pylist() for id_ in ids)
+        return actor.score_shard.remote(
+            described,
+            some,
+            queries.take(_find(query_row, some["query_id"].to_pylist(), "query")),
+            documents.take(_find(document_row, wanted, "document")),
+            folder,
+            index,
+        )
+
+    if missing:
+        left = sum(min(SHARD_QUERIES, candidates.num_rows - index * SHARD_QUERIES) for index in missing)
+        with progress(candidates.num_rows, f"rerank {what}", "query") as bar:
+            bar.update(candidates.num_rows - left)
+            for done in pool.run(missing, submit):
+                bar.update(done)
+    close_output(folder, candidates.num_rows)
+    return read_shards(folder)
+
+
+def _row_of(table: pa.Table) -> dict[str, int]:
+    return {id_: row for row, id_ in enumerate(table["id"].to_pylist())}
+
+
+def _find(row_of: dict[str, int], ids, kind: str) -> pa.Array:
+    unknown = next((id_ for id_ in ids if id_ not in row_of), None)
+    if unknown is not None:
+        raise UserError(f"candidates name the {kind} '{unknown}', which is in no table; mine again")
+    return pa.array([row_of[id_] for id_ in ids], pa.int64())

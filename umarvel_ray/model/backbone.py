@@ -1,0 +1,98 @@
+"""The Qwen2-VL backbone: attention direction as a configuration value, checked at load (DESIGN.md rule 2).
+
+The model is transformers' own `Qwen2VLForConditionalGeneration`; nothing is forked. Old checkpoints, the authors'
+included, load too: transformers renames `model.` and `visual.` itself, and their `sim.temp` is left aside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.model.checkpoint import check_files
+from umarvel_ray.model.items import load_tokenizer
+from umarvel_ray.recipe import ModelSettings
+
+NEW_ROWS_SEED = 0
+
+
+def load_backbone(
+    path: str | Path, settings: ModelSettings, dtype: torch.dtype | str = torch.float32
+) -> tuple[Qwen2VLForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Load weights and tokenizer on the CPU, in eval mode.
+
+    Raises:
+        UserError: missing or truncated files, another architecture, attention that does not obey the settings.
+    """
+    check_files(path)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    transformers_logging.disable_progress_bar()
+    config = _read_config(path)
+    config.text_config.is_causal = settings.attention == "causal"
+    model, report = Qwen2VLForConditionalGeneration.from_pretrained(
+        str(path), config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    # transformers would go on with random values in their place.
+    if bad := sorted(report["missing_keys"]) or [name for name, *_ in report["mismatched_keys"]]:
+        raise UserError(f"{path}: no weights for '{bad[0]}' in the shape that config.json asks for; check both files")
+    tokenizer = load_tokenizer(path)
+    _make_room(model, len(tokenizer))
+    model.eval()
+    probe_attention(model, settings.attention)
+    return model, tokenizer
+
+
+def _read_config(path: str | Path) -> Qwen2VLConfig:
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}/config.json: not a valid model configuration ({reason})") from None
+    if config.model_type != "qwen2_vl":
+        raise UserError(f"{path}/config.json: model_type '{config.model_type}' is not supported; use a Qwen2-VL model")
+    return config
+
+
+@torch.no_grad()
+def probe_attention(model: Qwen2VLForConditionalGeneration, attention: str) -> None:
+    """Change the second of two tokens: the first one's state must move exactly when attention is bidirectional.
+
+    Tried without padding and with it, because libraries take different paths there (trap T10).
+
+    Raises:
+        UserError: the installed transformers does not honour `is_causal`.
+    """
+    language_model = model.model.language_model
+    table = model.get_input_embeddings().weight
+    for padding in (0, 1):
+        mask = torch.tensor([[1, 1] + [0] * padding], device=table.device)
+        states = []
+        for second in (1, 2):
+            embeds = table[[0, second] + [0] * padding].unsqueeze(0)
+            output = language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+            states.append(output.last_hidden_state[0, 0].float())
+        moved = bool((states[0] - states[1]).abs().max() > 1e-6 * states[0].abs().max())
+        if moved != (attention == "bidirectional"):
+            raise UserError(
+                f"attention '{attention}' did not take effect under transformers {transformers.__version__} with "
+                f"'{model.config.text_config._attn_implementation}' attention; install transformers>=5.2"
+            )
+
+
+def _make_room(model: Qwen2VLForConditionalGeneration, tokens: int) -> None:
+    """Grow the embedding table to `tokens` rows. The new rows are random, alike on every worker, and never trained."""
+    old = model.get_input_embeddings().num_embeddings
+    if tokens <= old:
+        return
+    table = model.get_input_embeddings().weight
+    mean, std = table.float().mean(0), table.float().std(0)
+    noise = torch.randn(tokens - old, table.shape[1], generator=torch.Generator().manual_seed(NEW_ROWS_SEED))
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[old:] = (mean + std * noise).to(table.dtype)

@@ -1,0 +1,74 @@
+"""Batches of encoded items: grouped by length under a token budget, padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from umarvel_ray.model.items import EncodedItem
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B items padded to L tokens.
+
+    input_ids, attention_mask: int64 (B, L); pool_mask: bool (B, L), False on padding; positions: int64 (3, B, L);
+    pixel_values: float32 (patches, patch_dim) and grids: int64 (n, 3) of all pictures, in order; image_keys: one each.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    pool_mask: torch.Tensor
+    positions: torch.Tensor
+    pixel_values: torch.Tensor
+    grids: torch.Tensor
+    image_keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)
+
+
+def token_buckets(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Group indices, longest first, so that no group's padded size (longest × count) exceeds `budget` tokens.
+
+    An item longer than the budget has a group of its own. Equal lengths keep their order.
+    """
+    buckets: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if buckets and longest * (len(buckets[-1]) + 1) <= budget:
+            buckets[-1].append(index)
+        else:
+            buckets.append([index])
+            longest = lengths[index]
+    return buckets
+
+
+def collate(items: Sequence[EncodedItem], pad_id: int, device: torch.device | str = "cpu") -> Batch:
+    """Pad at least one item on the right and join all pictures."""
+    shape = (len(items), max(item.length for item in items))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    pool_mask = np.zeros(shape, dtype=bool)
+    positions = np.zeros((3, *shape), dtype=np.int64)
+    for row, item in enumerate(items):
+        input_ids[row, : item.length] = item.input_ids
+        attention_mask[row, : item.length] = 1
+        pool_mask[row, : item.length] = item.pool_mask
+        positions[:, row, : item.length] = item.positions
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        pool_mask=torch.from_numpy(pool_mask),
+        positions=torch.from_numpy(positions),
+        pixel_values=torch.from_numpy(np.concatenate([item.pixels for item in items])),
+        grids=torch.from_numpy(np.concatenate([item.grids for item in items])),
+        image_keys=tuple(key for item in items for key in item.image_keys),
+    ).to(device)

@@ -1,0 +1,137 @@
+"""Checkpoints: a plain HF directory plus `umarvel.json`, which says how to use it and where it comes from (rule 9)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import struct
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import ValidationError
+
+from umarvel_ray import __version__
+from umarvel_ray.errors import UserError
+from umarvel_ray.model.items import load_image_processor, load_tokenizer
+from umarvel_ray.recipe import ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import Qwen2VLForConditionalGeneration
+
+PROVENANCE = "umarvel.json"
+
+
+class HasBackbone(Protocol):
+    """An embedder or a reranker."""
+
+    backbone: Qwen2VLForConditionalGeneration
+
+
+def save_checkpoint(model: HasBackbone, path: str | Path, settings: ModelSettings, provenance: dict[str, Any]) -> None:
+    """Write weights, config, tokenizer, image processor, chat template and `umarvel.json`, atomically.
+
+    Tokenizer and image processor come from the directory the backbone was loaded from. An existing checkpoint at
+    `path` is replaced only once the new one is complete.
+
+    Args:
+        model: its adapters merged.
+        provenance: temperature, stage, parent, recipe, data, metrics; the versions are added here.
+
+    Raises:
+        UserError: the disk is full or `path` cannot be written.
+    """
+    backbone = model.backbone
+    if any(".lora_" in name for name in backbone.state_dict()):
+        raise ValueError("merge the adapters before saving: merge_lora(model)")
+    path = Path(path)
+    fresh = path.with_name(f".{path.name}.writing")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        backbone.save_pretrained(fresh)
+        _save_processor(backbone.name_or_path, fresh, settings)
+        record = {"settings": settings.model_dump(mode="json"), **provenance, "versions": _versions()}
+        (fresh / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
+        _replace(fresh, path)
+    except OSError as error:
+        raise UserError(f"{path}: checkpoint cannot be written ({error.strerror or error})") from None
+
+
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """What `umarvel.json` says.
+
+    Raises:
+        UserError: no such checkpoint, or the file is not valid.
+    """
+    file = Path(path) / PROVENANCE
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; give a checkpoint written by umarvel-ray") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); write the checkpoint again") from None
+
+
+def load_settings(path: str | Path) -> ModelSettings:
+    """The settings a checkpoint was trained with. Raises: see `read_provenance`."""
+    try:
+        return ModelSettings.model_validate(read_provenance(path)["settings"])
+    except (KeyError, TypeError, ValidationError):
+        raise UserError(f"{Path(path) / PROVENANCE}: no valid 'settings'; write the checkpoint again") from None
+
+
+def check_files(path: str | Path) -> None:
+    """Config and weights are there and whole, by each safetensors file's own header.
+
+    Raises:
+        UserError: naming the first file that is missing or truncated.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json; give a directory that holds a Hugging Face model")
+    index = path / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    except (KeyError, ValueError):
+        raise UserError(f"{index}: not a valid index; copy the checkpoint again") from None
+    for file in (path / name for name in sorted(names)):
+        if not file.is_file():
+            raise UserError(f"{file}: missing; copy the checkpoint again")
+        if not _is_whole(file):
+            raise UserError(f"{file}: truncated or damaged; copy the checkpoint again")
+
+
+def _is_whole(file: Path) -> bool:
+    with file.open("rb") as stream:
+        try:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length)) if length < 2**30 else {}
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (struct.error, ValueError, TypeError, KeyError):
+            return False
+    return bool(ends) and file.stat().st_size == 8 + length + max(ends)
+
+
+def _save_processor(source: str, target: Path, settings: ModelSettings) -> None:
+    load_tokenizer(source).save_pretrained(target)
+    processor = load_image_processor(source, settings).to_dict()
+    # The names every installation knows; the PIL class is only how this one reads pictures without torchvision.
+    processor |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    (target / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def _replace(fresh: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(fresh, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "transformers", "peft", "ray")}
+    return {"umarvel_ray": __version__, "python": platform.python_version(), **packages}

@@ -1,0 +1,258 @@
+"""From an item to token ids, pooling mask and pixels: U-MARVEL's message template (method sections 1.1 to 1.4).
+
+One conversation per item, the same on both sides: a user turn with the pictures, then the text, and an assistant turn
+`<emb>.`, rendered with the checkpoint's own chat template. A query's instruction stands before its text, wrapped in
+`<instruction_start>…<instruction_end>`; the span, both tags included, stays out of the mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.model.pictures import Pictures, read_pictures
+from umarvel_ray.model.positions import rotary_positions
+from umarvel_ray.recipe import ModelSettings
+
+EMB, INSTRUCTION_START, INSTRUCTION_END = "<emb>", "<instruction_start>", "<instruction_end>"
+IMAGE = "<|image_pad|>"
+TEXT_SLOT = "\x00"
+ITEM_KEYS = {"text", "image", "instruction"}
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """One tokenised item.
+
+    input_ids: int32 (L,); pool_mask: bool (L,), True where a token enters the pooled mean; positions: int32 (3, L)
+    rotary positions; pixels, grids, image_keys: see `Pictures`.
+    """
+
+    input_ids: np.ndarray
+    pool_mask: np.ndarray
+    positions: np.ndarray
+    pixels: np.ndarray
+    grids: np.ndarray
+    image_keys: tuple[str, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+
+def format_string(text: str | None) -> str:
+    """UniIR's clean-up: no carriage returns, outer spaces or quotes; capital first letter; closing punctuation."""
+    text = (text or "").replace("\r", "").strip().strip('"')
+    if not text:
+        return ""
+    text = text[0].upper() + text[1:]
+    return text if text[-1] in ".?!" else text + "."
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer with U-MARVEL's three tokens, always in the same order, so with the same ids."""
+    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    tokenizer.add_tokens([EMB, INSTRUCTION_START, INSTRUCTION_END])
+    return tokenizer
+
+
+def load_image_processor(path: str | Path, settings: ModelSettings) -> Qwen2VLImageProcessorPil:
+    """The checkpoint's image processor (PIL, no torchvision) with the settings' picture sizes."""
+    size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+    return Qwen2VLImageProcessorPil.from_pretrained(str(path), size=size)
+
+
+class ItemEncoder:
+    """Tokenises items and prepares their pictures on the CPU. Picklable; holds no weights."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil, settings: ModelSettings
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.settings = settings
+        self.pad_id = tokenizer.pad_token_id
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        self._emb, self._start, self._end = tokenizer.convert_tokens_to_ids([EMB, INSTRUCTION_START, INSTRUCTION_END])
+        self._frames: dict[int, tuple[str, str]] = {}
+        # Control tokens written out in a user's text would be read as structure.
+        self._control = re.compile("|".join(re.escape(token) for token in tokenizer.get_added_vocab()))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, settings: ModelSettings) -> ItemEncoder:
+        """Read tokenizer, chat template and image processor from an HF directory.
+
+        Raises:
+            UserError: the directory lacks one of them.
+        """
+        try:
+            return cls(load_tokenizer(path), load_image_processor(path, settings), settings)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: tokenizer or image processor cannot be read ({reason})") from None
+
+    def encode(self, item: Item | str, side: str, where: str = "item") -> EncodedItem:
+        """Encode one item; a bare string is text.
+
+        Args:
+            item: {"text"?, "image"? (one or a list), "instruction"? (queries only)}.
+            side: "query" or "document".
+            where: names the item (file and row, or id) in errors.
+
+        Raises:
+            UserError: nothing to embed, a key that is not known, an instruction on a document, a bad picture.
+        """
+        item = check_item(item, where)
+        if side == "document" and item.get("instruction"):
+            raise UserError(f"{where}: a document carries no instruction; put it on the query")
+        pictures = self.pictures(item.get("image"), where)
+        text = self._text(item.get("instruction"), item.get("text")) + self._prompt(item)
+        before, after = self._frame(len(pictures.grids))
+        input_ids = self._ids(before + text + after, pictures.grids)
+        return EncodedItem(
+            input_ids=input_ids,
+            pool_mask=self._pool_mask(input_ids),
+            positions=self.positions(input_ids, pictures.grids),
+            pixels=pictures.pixels,
+            grids=pictures.grids,
+            image_keys=pictures.keys,
+        )
+
+    def pictures(self, images: Any, where: str) -> Pictures:
+        """Open, resize and cut into patches; `images` is None, one picture or a list of them."""
+        return read_pictures(images, self.image_processor, where)
+
+    def tokenize(self, messages: list[dict], grids: np.ndarray, generation_prompt: bool) -> np.ndarray:
+        """Render a conversation with the checkpoint's chat template; each picture becomes its run of image tokens.
+
+        Returns:
+            int32 (L,) token ids.
+        """
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        return self._ids(rendered, grids)
+
+    def positions(self, input_ids: np.ndarray, grids: np.ndarray) -> np.ndarray:
+        """Rotary positions int32 (3, L), as the settings ask."""
+        return rotary_positions(
+            input_ids,
+            grids,
+            image_token_id=self.image_token_id,
+            merge_size=self.image_processor.merge_size,
+            how=self.settings.positions,
+        )
+
+    def clean(self, text: str | None) -> str:
+        """Text without control tokens, in the form `format_string` gives."""
+        return format_string(self._control.sub(" ", text or ""))
+
+    def cut(self, text: str, tokens: int) -> str:
+        """The longest beginning of `text` within that many tokens."""
+        if len(text.encode()) <= tokens:  # a token is at least a byte
+            return text
+        ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        if len(ids) <= tokens:
+            return text
+        return self.tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+
+    def _frame(self, images: int) -> tuple[str, str]:
+        """The rendered conversation before and after the user's text; rendering anew takes longer than the rest."""
+        if images not in self._frames:
+            rendered = self.tokenizer.apply_chat_template(
+                [user_turn(TEXT_SLOT, images), {"role": "assistant", "content": [_text_part(f"{EMB}.")]}],
+                tokenize=False,
+                add_generation_prompt=self.settings.generation_prompt,
+            )
+            before, _, after = rendered.partition(TEXT_SLOT)
+            self._frames[images] = before, after
+        return self._frames[images]
+
+    def _ids(self, rendered: str, grids: np.ndarray) -> np.ndarray:
+        head, *rest = rendered.split(IMAGE)
+        runs = np.prod(grids, axis=1) // self.image_processor.merge_size**2
+        text = head + "".join(IMAGE * int(run) + part for run, part in zip(runs, rest, strict=True))
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(encoding.ids, dtype=np.int32)
+
+    def _text(self, instruction: str | None, text: str | None) -> str:
+        limit = self.settings.max_text_tokens
+        if not instruction:
+            return self.cut(self.clean(text), limit)
+        tags = (INSTRUCTION_START, INSTRUCTION_END) if self.settings.instruction_mask else ("", "")
+        told = self.cut(self.clean(instruction), max(limit - 2, 0))
+        wanted = self._control.sub(" ", text or "")
+        # Cleaned as one string (method 1.2): the text keeps its own first letter, and an empty one leaves a full stop.
+        return self.cut(format_string(f"{tags[0]}{told}{tags[1]} {wanted}"), limit)
+
+    def _prompt(self, item: Item) -> str:
+        if not self.settings.compression_prompt:
+            return ""
+        image, text = item.get("image") is not None, bool(item.get("text"))
+        shown = "image and sentence" if image and text else "image" if image else "sentence"
+        return f"\nSummarize above {shown} in one word: "
+
+    def _pool_mask(self, input_ids: np.ndarray) -> np.ndarray:
+        if self.settings.pooling == "last":
+            return np.roll(input_ids == self._emb, -1)
+        opened = np.cumsum(input_ids == self._start)
+        closed = np.cumsum(input_ids == self._end) - (input_ids == self._end)
+        return opened == closed
+
+
+def check_item(item: Item | str, where: str) -> Item:
+    """The item as a dict without empty values; a bare string is text.
+
+    Raises:
+        UserError: not an item, a key that is not known, nothing to embed.
+    """
+    if isinstance(item, str):
+        item = {"text": item}
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: an item is a string or a dict, not {type(item).__name__}")
+    if unknown := item.keys() - ITEM_KEYS:
+        raise UserError(f"{where}: unknown key '{min(unknown)}'; an item has {', '.join(sorted(ITEM_KEYS))}")
+    kept = {key: value for key, value in item.items() if value is not None and not _is_empty(value)}
+    for key in ("text", "instruction"):
+        if key in kept and not isinstance(kept[key], str):
+            raise UserError(f"{where}: '{key}' is {type(kept[key]).__name__}, not text")
+    if "text" not in kept and "image" not in kept:
+        raise UserError(f"{where}: nothing to embed; give a text or an image")
+    return kept
+
+
+def user_turn(text: str, images: int) -> dict:
+    """A user message: pictures first, then the text (method 1.1)."""
+    return {"role": "user", "content": [{"type": "image"}] * images + [_text_part(text)]}
+
+
+def _text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, bytes) and len(value) == 0
+
+
+__all__ = [
+    "EMB",
+    "INSTRUCTION_END",
+    "INSTRUCTION_START",
+    "EncodedItem",
+    "Item",
+    "ItemEncoder",
+    "Pictures",
+    "check_item",
+    "format_string",
+    "load_image_processor",
+    "load_tokenizer",
+    "user_turn",
+]

@@ -1,0 +1,217 @@
+"""The reranker's prompt: one user turn with a query and a candidate, answered Yes or No (method section 4).
+
+The wording is the reference's without its stray indentation and its typo. The query comes first and is tokenised apart
+from the candidate, so the tokens up to "Candidate:" are the same for every candidate and can be computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.model.items import EMB, IMAGE, Item, ItemEncoder, Pictures, check_item
+from umarvel_ray.recipe import ModelSettings
+
+TASK = (
+    "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the requirements of "
+    "the query. If it does, respond with 'Yes'; if it does not, respond with 'No'."
+)
+IGNORED = -100  # a position without a label
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A tokenised pair, or one side of it.
+
+    input_ids: int32 (L,); labels: int32 (L,), −100 except on the answer word and the end of the turn; positions: int32
+    (3, L) rotary positions, from 0; pixels, grids, image_keys: the query's pictures, then the document's.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    pixels: np.ndarray
+    grids: np.ndarray
+    image_keys: tuple[str, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def next_position(self) -> int:
+        """Where what follows goes on: every side ends in text."""
+        return int(self.positions.max()) + 1
+
+
+class PairEncoder:
+    """Tokenises (query, document) pairs and prepares their pictures on the CPU. Picklable; holds no weights.
+
+    `answer_ids`: the tokens of "Yes" and "No"; `end_id` closes the assistant's turn.
+    """
+
+    def __init__(self, items: ItemEncoder, max_text_tokens: int) -> None:
+        self.items = items
+        self.max_text_tokens = max_text_tokens
+        self.pad_id = items.pad_id
+        self.answer_ids = {word: self._ids(word) for word in ("Yes", "No")}
+        said = items.tokenizer.apply_chat_template(
+            [{"role": "user", "content": []}, {"role": "assistant", "content": [_text(EMB)]}], tokenize=False
+        )
+        self.end_id = self._ids(said.split(EMB)[1])[0]
+        if self.answer_ids["Yes"][0] == self.answer_ids["No"][0]:
+            raise UserError("the tokenizer begins 'Yes' and 'No' with the same token; use one that tells them apart")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, settings: ModelSettings, max_text_tokens: int) -> PairEncoder:
+        """Read tokenizer, chat template and image processor from an HF directory.
+
+        Args:
+            max_text_tokens: where a query's (instruction and text together) or a document's text is cut.
+
+        Raises:
+            UserError: a file is missing, or the tokenizer cannot tell Yes from No.
+        """
+        return cls(ItemEncoder.from_pretrained(path, settings), max_text_tokens)
+
+    @property
+    def yes_no(self) -> tuple[int, int]:
+        """The first token of each answer: the two logits a score is made of."""
+        return self.answer_ids["Yes"][0], self.answer_ids["No"][0]
+
+    def encode(
+        self, query: Item | str, document: Item | str, answer: bool | None = None, where: str = "pair"
+    ) -> EncodedPair:
+        """The whole conversation; with `answer`, the reply and its labels too.
+
+        Raises:
+            UserError: an empty item, a key that is not known, an instruction on the document, a bad picture.
+        """
+        parts = [self.encode_query(query, where), self.encode_document(document, where)]
+        return join(parts if answer is None else [*parts, self.reply(answer)])
+
+    def encode_query(self, item: Item | str, where: str = "query") -> EncodedPair:
+        """Everything up to and including "Candidate:". Raises: see `encode`."""
+        item = check_item(item, where)
+        pictures = self.items.pictures(item.get("image"), where)
+        told = self.items.clean(item.get("instruction"))
+        text = self._cut(f"{told} {item.get('text') or ''}")
+        prompt, _ = self._render([*_images(pictures), _text(text)], [])
+        return self._side(prompt, pictures)
+
+    def encode_document(self, item: Item | str, where: str = "document") -> EncodedPair:
+        """The candidate and the assistant's header. Raises: see `encode`."""
+        item = check_item(item, where)
+        if item.get("instruction"):
+            raise UserError(f"{where}: a document carries no instruction; put it on the query")
+        pictures = self.items.pictures(item.get("image"), where)
+        _, prompt = self._render([], [*_images(pictures), _text(self._cut(item.get("text") or ""))])
+        return self._side(prompt, pictures)
+
+    def reply(self, answer: bool) -> EncodedPair:
+        """The answer word and the end of the turn, labelled."""
+        ids = np.asarray([*self.answer_ids["Yes" if answer else "No"], self.end_id], dtype=np.int32)
+        nothing = self.items.pictures(None, "reply")
+        positions = self.items.positions(ids, nothing.grids)
+        return EncodedPair(ids, ids, positions, nothing.pixels, nothing.grids, nothing.keys)
+
+    def _render(self, query: list[dict], document: list[dict]) -> tuple[str, str]:
+        # <emb> marks the border: cleaning takes it out of users' texts, so it occurs once.
+        content = [_text(f"{TASK}\nQuery: "), *query, _text(f"\nCandidate: {EMB}"), *document]
+        rendered = self.items.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        before, after = rendered.split(EMB)
+        return before, after
+
+    def _side(self, prompt: str, pictures: Pictures) -> EncodedPair:
+        head, *rest = prompt.split(IMAGE)
+        runs = np.prod(pictures.grids, axis=1) // self.items.image_processor.merge_size**2
+        text = head + "".join(IMAGE * int(run) + part for run, part in zip(runs, rest, strict=True))
+        input_ids = np.asarray(self._ids(text), dtype=np.int32)
+        return EncodedPair(
+            input_ids=input_ids,
+            labels=np.full_like(input_ids, IGNORED),
+            positions=self.items.positions(input_ids, pictures.grids),
+            pixels=pictures.pixels,
+            grids=pictures.grids,
+            image_keys=pictures.keys,
+        )
+
+    def _cut(self, text: str) -> str:
+        return self.items.cut(self.items.clean(text), self.max_text_tokens)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.items.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def join(parts: Sequence[EncodedPair]) -> EncodedPair:
+    """Query, document and reply as one sequence; positions go on where the part before ended."""
+    starts = accumulate((part.next_position for part in parts), initial=0)
+    return EncodedPair(
+        input_ids=np.concatenate([part.input_ids for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        positions=np.concatenate([part.positions + start for part, start in zip(parts, starts, strict=False)], axis=1),
+        pixels=np.concatenate([part.pixels for part in parts]),
+        grids=np.concatenate([part.grids for part in parts]),
+        image_keys=tuple(key for part in parts for key in part.image_keys),
+    )
+
+
+@dataclass(frozen=True)
+class PairTensors:
+    """B padded sequences.
+
+    input_ids, attention_mask, labels: int64 (B, L); positions: int64 (3, B, L); pixel_values: float32 (patches,
+    patch_dim) and grids: int64 (n, 3) of all pictures, in order; image_keys: one each.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    pixel_values: torch.Tensor
+    grids: torch.Tensor
+    image_keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> PairTensors:
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)
+
+
+def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, device: torch.device | str = "cpu") -> PairTensors:
+    """Pad at least one pair on the right and join all pictures."""
+    shape = (len(pairs), max(pair.length for pair in pairs))
+    arrays: dict[str, Any] = {
+        "input_ids": np.full(shape, pad_id, dtype=np.int64),
+        "attention_mask": np.zeros(shape, dtype=np.int64),
+        "labels": np.full(shape, IGNORED, dtype=np.int64),
+        "positions": np.zeros((3, *shape), dtype=np.int64),
+        "pixel_values": np.concatenate([pair.pixels for pair in pairs]),
+        "grids": np.concatenate([pair.grids for pair in pairs]),
+    }
+    for row, pair in enumerate(pairs):
+        arrays["input_ids"][row, : pair.length] = pair.input_ids
+        arrays["attention_mask"][row, : pair.length] = 1
+        arrays["labels"][row, : pair.length] = pair.labels
+        arrays["positions"][:, row, : pair.length] = pair.positions
+    keys = tuple(key for pair in pairs for key in pair.image_keys)
+    return PairTensors(**{name: torch.from_numpy(array) for name, array in arrays.items()}, image_keys=keys).to(device)
+
+
+def _images(pictures: Pictures) -> list[dict[str, str]]:
+    return [{"type": "image"}] * len(pictures.grids)
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}

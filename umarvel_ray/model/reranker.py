@@ -1,0 +1,203 @@
+"""The reranker: a generative pointwise model that answers Yes or No to a (query, candidate) pair (method section 4).
+
+Score = softmax over the two logits of "Yes" and "No" at the answer's place. A query is read once: its keys and values
+serve all its candidates. Attention is always causal, whatever the embedder it may start from uses: keys of the query
+must not depend on the candidate. Trained on the answer word and the end of the turn alone (trap T22: the reference
+spreads the loss over the constant tokens around them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import DynamicCache, Qwen2VLForConditionalGeneration
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.model.backbone import load_backbone
+from umarvel_ray.model.batch import token_buckets
+from umarvel_ray.model.checkpoint import PROVENANCE, load_settings, read_provenance
+from umarvel_ray.model.embedding_model import VisionCache
+from umarvel_ray.model.items import Item
+from umarvel_ray.model.pairs import EncodedPair, PairEncoder, PairTensors, collate_pairs
+from umarvel_ray.recipe import ModelSettings
+
+STAGE = "reranker"
+VISION_CACHE_BYTES = 256 * 2**20
+
+Visual = Mapping[str, torch.Tensor]
+
+
+def reranker_settings(settings: ModelSettings, max_text_tokens: int) -> ModelSettings:
+    """What a reranker's checkpoint stores: the embedder's settings, causal, with the reranker's own text limit."""
+    return settings.model_copy(update={"attention": "causal", "max_text_tokens": max_text_tokens})
+
+
+@dataclass(frozen=True)
+class ReadQuery:
+    """A query the model has read: per layer its keys and values (1, heads, L, d), and where its candidates go on."""
+
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    length: int
+    next_position: int
+
+    def for_candidates(self, count: int) -> DynamicCache:
+        """The same keys and values for each of `count` rows, without copying them."""
+        return DynamicCache([(k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in self.layers])
+
+
+class RerankerModel(nn.Module):
+    """Pairs in, losses out; queries and candidates in, two logits out."""
+
+    def __init__(self, backbone: Qwen2VLForConditionalGeneration, pad_id: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pad_id = pad_id
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, settings: ModelSettings, dtype: torch.dtype | str = torch.float32
+    ) -> RerankerModel:
+        """Load a base, an embedder's checkpoint or a reranker's, with causal attention. Raises: see `load_backbone`."""
+        backbone, tokenizer = load_backbone(path, settings.model_copy(update={"attention": "causal"}), dtype)
+        return cls(backbone, tokenizer.pad_token_id)
+
+    def forward(self, batch: PairTensors, visual: Visual | None = None) -> torch.Tensor:
+        """Next-token loss on the labelled tokens.
+
+        Args:
+            visual: the tower's output by image key, in place of running it; needs every key of the batch.
+
+        Returns:
+            float32 (B,), each pair's mean over its labelled tokens; every pair needs its answer.
+        """
+        hidden = self._read(batch, visual, batch.positions, batch.attention_mask)
+        rows, places = torch.nonzero(batch.labels[:, 1:] >= 0, as_tuple=True)
+        # The vocabulary is large and the labelled tokens few: logits for those alone.
+        logits = self.backbone.lm_head(hidden[rows, places]).float()
+        losses = F.cross_entropy(logits, batch.labels[rows, places + 1], reduction="none")
+        sums = torch.zeros(len(batch), device=losses.device).index_add(0, rows, losses)
+        return sums / torch.bincount(rows, minlength=len(batch))
+
+    @torch.no_grad()
+    def read_query(self, query: PairTensors, visual: Visual | None = None) -> ReadQuery:
+        """Run the part of the prompt that all candidates share (a batch of one)."""
+        cache = DynamicCache()
+        self._read(query, visual, query.positions, query.attention_mask, cache)
+        layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+        return ReadQuery(layers, query.input_ids.shape[1], int(query.positions.max()) + 1)
+
+    @torch.no_grad()
+    def answer_logits(
+        self, query: ReadQuery, candidates: PairTensors, token_ids: Sequence[int], visual: Visual | None = None
+    ) -> torch.Tensor:
+        """Logits of `token_ids` at the answer's place: float32 (B, len(token_ids))."""
+        count = len(candidates)
+        before = candidates.attention_mask.new_ones(count, query.length)
+        hidden = self._read(
+            candidates,
+            visual,
+            candidates.positions + query.next_position,
+            torch.cat([before, candidates.attention_mask], dim=1),
+            query.for_candidates(count),
+        )
+        last = hidden[torch.arange(count, device=hidden.device), candidates.attention_mask.sum(dim=1) - 1]
+        return F.linear(last, self.backbone.lm_head.weight[list(token_ids)]).float()
+
+    def run_tower(self, pixel_values: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The vision tower and its merger: one (tokens, D) tensor per picture."""
+        return self.backbone.model.get_image_features(pixel_values, grids, return_dict=True).pooler_output
+
+    def _read(
+        self,
+        batch: PairTensors,
+        visual: Visual | None,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor,
+        cache: DynamicCache | None = None,
+    ) -> torch.Tensor:
+        core = self.backbone.model
+        embeds = core.get_input_embeddings()(batch.input_ids)
+        if batch.image_keys:
+            found = (
+                self.run_tower(batch.pixel_values, batch.grids)
+                if visual is None
+                else [visual[key] for key in batch.image_keys]
+            )
+            mask = (batch.input_ids == core.config.image_token_id).unsqueeze(-1)
+            embeds = embeds.masked_scatter(mask, torch.cat(list(found)).to(embeds))
+        return core.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+
+class Reranker:
+    """Scores documents for a query with a trained checkpoint.
+
+    >>> reranker = Reranker.from_pretrained(path)
+    >>> reranker.score({"text": "a red car", "instruction": "Find an image that matches."}, [{"image": "car.jpg"}])
+    """
+
+    def __init__(self, model: RerankerModel, encoder: PairEncoder, device: torch.device | str = "cpu") -> None:
+        self.model = model.to(device).eval()
+        self.encoder = encoder
+        self.device = torch.device(device)
+        self.vision = VisionCache(VISION_CACHE_BYTES, self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str = "float32"
+    ) -> Reranker:
+        """Load a reranker's checkpoint.
+
+        Raises:
+            UserError: not a checkpoint, or another stage's; missing or truncated files.
+        """
+        stage = read_provenance(path).get("stage")
+        if stage != STAGE:
+            raise UserError(f"{Path(path) / PROVENANCE}: stage is '{stage}', not '{STAGE}'; give a reranker checkpoint")
+        settings = load_settings(path)
+        encoder = PairEncoder.from_pretrained(path, settings, settings.max_text_tokens)
+        return cls(RerankerModel.from_pretrained(path, settings, dtype), encoder, device)
+
+    def score(self, query: Item | str, documents: Sequence[Item | str], token_budget: int = 16384) -> np.ndarray:
+        """P(yes) of each document: float32 (n,), in the order given.
+
+        Raises:
+            UserError: an empty item, a key that is not known, an instruction on a document, a bad picture.
+        """
+        encoded = [self.encoder.encode_document(item, f"document {i}") for i, item in enumerate(documents)]
+        return self.score_encoded(self.encoder.encode_query(query), encoded, token_budget)
+
+    @torch.inference_mode()
+    def score_encoded(
+        self, query: EncodedPair, documents: Sequence[EncodedPair], token_budget: int = 16384
+    ) -> np.ndarray:
+        """`score` for sides that are tokenised already.
+
+        Args:
+            token_budget: padded tokens of a batch, the query's included for every row.
+        """
+        scores = np.empty(len(documents), dtype=np.float32)
+        if not documents:
+            return scores
+        tensors = self._tensors([query])
+        read = self.model.read_query(tensors, self.vision.features(self.model, tensors))
+        for bucket in token_buckets([query.length + document.length for document in documents], token_budget):
+            tensors = self._tensors([documents[index] for index in bucket])
+            visual = self.vision.features(self.model, tensors)
+            logits = self.model.answer_logits(read, tensors, self.encoder.yes_no, visual)
+            scores[bucket] = logits.softmax(dim=1)[:, 0].cpu().numpy()
+        return scores
+
+    def _tensors(self, sides: Sequence[EncodedPair]) -> PairTensors:
+        return collate_pairs(sides, self.encoder.pad_id, self.device)

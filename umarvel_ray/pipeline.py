@@ -1,0 +1,207 @@
+"""The recipe as a story: three stages, mined negatives, a reranker, distillation, evaluation (paper section 3).
+
+Each function is one job: it starts from what the run folder holds, skips what is finished, resumes what is half done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from umarvel_ray.data.plan import QueryRows, contrastive_plan, distil_plan, rerank_plan, write_plan
+from umarvel_ray.data.quarantine import without_unusable
+from umarvel_ray.data.sample import sample_queries
+from umarvel_ray.data.tables import Dataset, open_dataset
+from umarvel_ray.evaluate.report import write_report
+from umarvel_ray.evaluate.rerank import VALIDATION, evaluate_reranked
+from umarvel_ray.evaluate.retrieve import evaluate_base, evaluate_checkpoint
+from umarvel_ray.mine.embed import EmbedderPool, embed_table
+from umarvel_ray.mine.mine import mine as mine_negatives
+from umarvel_ray.mine.rank import embed_split, rank
+from umarvel_ray.mine.teacher import RerankerPool, score_table
+from umarvel_ray.model.distill import fuse
+from umarvel_ray.model.reranker import STAGE as RERANKER
+from umarvel_ray.model.reranker import reranker_settings
+from umarvel_ray.runs import Run
+from umarvel_ray.train.jobs import TrainJob, train_job
+from umarvel_ray.train.launch import run_jobs
+
+STAGE1 = ("text", "image-text", "instruction")
+STAGE2, STAGE3 = "hard-negatives", "distillation"
+
+
+class Pools(NamedTuple):
+    """Actors that outlive a stage: started at first use, kept for every checkpoint after it."""
+
+    embedders: EmbedderPool
+    rerankers: RerankerPool
+
+
+@contextmanager
+def open_pools(run: Run, given: Pools | None = None) -> Iterator[Pools]:
+    """The pools of the caller, or fresh ones for a job that runs alone."""
+    if given:
+        yield given
+        return
+    with ExitStack() as stack:
+        pools = (EmbedderPool, RerankerPool)
+        yield Pools(*(stack.enter_context(pool(run.recipe.cluster, run.recipe.engine)) for pool in pools))
+
+
+def pipeline(run: Run) -> None:
+    """Everything, with an evaluation after each stage."""
+    with open_pools(run) as pools:
+        stage1(run)
+        evaluate(run, pools)
+        stage2(run, pools)
+        reranker(run, pools)
+        stage3(run, pools)
+        evaluate(run, pools)
+
+
+def stage1(run: Run) -> None:
+    """Progressive transition: text pairs → image-caption pairs → instructions, adapters merged in between."""
+    data = open_dataset(run.recipe.data)
+    run.parent("base", "stage 1")
+    steps = [run.recipe.stage1.text, run.recipe.stage1.image_text, run.recipe.stage1.instruction]
+    jobs, queries = [], {}
+    for name, parent, step in zip(STAGE1, ["base", *STAGE1[:-1]], steps, strict=True):
+        queries[name] = _training_data(run, data, step.queries).queries(step.queries)
+        job = train_job(run, name, "contrastive", step, parent, step.temperature, step.two_way)
+        _plan_once(
+            job, lambda step=step, name=name: contrastive_plan(QueryRows.of(queries[name]), step, run.recipe.seed)
+        )
+        jobs.append(job)
+    with run.timed("stage1"):
+        run_jobs("stage1", jobs, queries, data.documents, run.recipe.cluster, run.dir)
+
+
+def mine(run: Run, pools: Pools | None = None) -> pa.Table:
+    """Embed the training split with stage 1's model, exact top-k, filters: what stage 2 and the reranker train on."""
+    with open_pools(run, pools) as pools, run.timed("mining"):
+        return mine_negatives(
+            pools.embedders,
+            _mining_data(run),
+            run.recipe,
+            run.parent(STAGE1[-1], "mining"),
+            run.dir / "embeddings" / STAGE1[-1],
+            run.dir / "mined",
+        )
+
+
+def stage2(run: Run, pools: Pools | None = None) -> None:
+    """Continue with InfoNCE on in-batch and mined, filtered negatives."""
+    run.parent(STAGE1[-1], "stage 2")
+    mined, data, step = mine(run, pools), _mining_data(run), run.recipe.stage2.train
+    negatives = dict(zip(mined["query_id"].to_pylist(), mined["negative_ids"].to_pylist(), strict=True))
+    queries = data.queries(step.queries)
+    job = train_job(run, STAGE2, "contrastive", step, STAGE1[-1], step.temperature, step.two_way)
+    rows = QueryRows.of(queries)
+    _plan_once(job, lambda: contrastive_plan(rows, step, run.recipe.seed, negatives, step.hard_negatives))
+    with run.timed("stage2"):
+        run_jobs("stage2", [job], {STAGE2: queries}, data.documents, run.recipe.cluster, run.dir)
+
+
+def reranker(run: Run, pools: Pools | None = None) -> None:
+    """Train the Yes/No reranker on positives and mined negatives."""
+    settings, parent = run.recipe.reranker, "base" if run.recipe.reranker.init == "base" else STAGE2
+    run.parent(parent, "the reranker")
+    mined, data = mine(run, pools), _mining_data(run)
+    negatives = {
+        row["query_id"]: [d for d, kept in zip(row["document_ids"], row["kept"], strict=True) if kept][
+            : settings.negatives_top
+        ]
+        for row in mined.to_pylist()
+    }
+    queries = data.queries(run.recipe.stage2.train.queries)
+    job = train_job(run, RERANKER, "rerank", settings.train, parent)
+    job = job._replace(settings=reranker_settings(run.recipe.model, settings.max_text_tokens))
+    _plan_once(job, lambda: rerank_plan(QueryRows.of(queries), negatives, settings.train, run.recipe.seed))
+    with run.timed("reranker"):
+        run_jobs("reranker", [job], {RERANKER: queries}, data.documents, run.recipe.cluster, run.dir)
+
+
+def stage3(run: Run, pools: Pools | None = None) -> None:
+    """Score a query sample's candidates with the reranker, fuse with recall, distil into the embedder."""
+    settings, checkpoint = run.recipe.stage3, run.parent(STAGE2, "stage 3")
+    teacher = run.parent(RERANKER, "stage 3")
+    name = settings.train.queries
+    whole = _training_data(run, open_dataset(run.recipe.data), name)
+    sampled = sample_queries(
+        whole.queries(name), round(settings.sample * whole.queries(name).num_rows), run.recipe.seed
+    )
+    data = whole.with_queries(name, sampled)
+    job = train_job(run, STAGE3, "distil", settings.train, STAGE2, settings.temperature)
+    with open_pools(run, pools) as pools, run.timed("teacher"):
+        embedded = embed_split(pools.embedders, data, name, checkpoint, run.dir / "embeddings" / STAGE2)
+        recalled = rank(embedded, data, name, "local", settings.top_k)
+        scored = score_table(
+            pools.rerankers, recalled, sampled, data.documents, run.dir / "scores", teacher, "sampled queries"
+        )
+    cosines, answers = scored["scores"].to_pylist(), scored["rerank_scores"].to_pylist()
+    fused = [
+        [fuse(cosine, p, settings.alpha) for cosine, p in zip(*row, strict=True)]
+        for row in zip(cosines, answers, strict=True)
+    ]
+    ids, candidates = scored["query_id"].to_pylist(), scored["document_ids"].to_pylist()
+    _plan_once(job, lambda: distil_plan(ids, candidates, fused, settings.train, run.recipe.seed))
+    with run.timed("stage3"):
+        run_jobs("stage3", [job], {STAGE3: sampled}, data.documents, run.recipe.cluster, run.dir)
+
+
+def embed(run: Run, pools: Pools | None = None) -> None:
+    """Embed every document with the final model: what an index is built from."""
+    checkpoint = run.parent(STAGE3, "embedding")
+    with open_pools(run, pools) as pools, run.timed("embed"):
+        documents = open_dataset(run.recipe.data).documents
+        embed_table(
+            pools.embedders, documents, "document", run.dir / "embeddings" / "documents", checkpoint, "documents"
+        )
+
+
+def evaluate(run: Run, pools: Pools | None = None) -> None:
+    """Recall of every step that has a checkpoint, and of recall-then-rerank; writes the report."""
+    data, folder = open_dataset(run.recipe.data), run.dir / "evaluation"
+    data.validate(run.recipe.evaluate.split)
+    with open_pools(run, pools) as pools, run.timed("evaluation"):
+        embedders = pools.embedders
+        results = [evaluate_base(embedders, data, run.recipe, run.base, folder / "base")]
+        for step in (*STAGE1, STAGE2, STAGE3):
+            if run.has(step):
+                results.append(
+                    evaluate_checkpoint(embedders, data, run.recipe, run.checkpoint(step), step, folder / step)
+                )
+        if run.has(STAGE3) and run.has(RERANKER):
+            final = run.checkpoint(STAGE3)
+            known = evaluate_checkpoint(
+                embedders, data, run.recipe, final, STAGE3, folder / VALIDATION, split=VALIDATION
+            )
+            results.append(
+                evaluate_reranked(
+                    pools.rerankers, data, run.recipe, run.checkpoint(RERANKER), results[-1], known, folder / "rerank"
+                )
+            )
+    write_report(run, data, results)
+
+
+def _mining_data(run: Run) -> Dataset:
+    """The training data with its queries cut to what mining may spend."""
+    name = run.recipe.stage2.train.queries
+    data = _training_data(run, open_dataset(run.recipe.data), name)
+    sampled = sample_queries(data.queries(name), run.recipe.stage2.mining.max_queries, run.recipe.seed)
+    return data.with_queries(name, sampled)
+
+
+def _training_data(run: Run, data: Dataset, name: str) -> Dataset:
+    """A query table checked against the documents, without rows that cannot be used."""
+    data.validate(name)
+    return without_unusable(data, name, run.dir / "quarantine")
+
+
+def _plan_once(job: TrainJob, make) -> None:
+    """Write a job's plan unless a killed run left it."""
+    if not job.plan_path.exists():
+        write_plan(make(), job.plan_path)

@@ -1,0 +1,268 @@
+"""The recipe: one typed tree for a whole run. Unknown keys and wrong types are refused with the key's full path.
+
+A recipe is a YAML file (or the name of one shipped in `umarvel_ray/recipes`) plus `a.b=c` overrides. It may start from
+another with `extends: NAME`. `umarvel VERB RECIPE --dry-run` prints it resolved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from umarvel_ray.errors import UserError
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the tree: immutable, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Section):
+    """Everything that changes an embedding; stored in each checkpoint so that no later job can disagree (rule 2)."""
+
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    pooling: Literal["mean", "last"] = "mean"
+    instruction_mask: bool = True
+    compression_prompt: bool = False
+    generation_prompt: bool = False
+    positions: Literal["mrope", "sequential"] = "mrope"
+    deepstack: bool = True
+    min_pixels: PositiveInt = 4 * 28 * 28
+    max_pixels: PositiveInt = 300 * 28 * 28
+    max_text_tokens: PositiveInt = 480
+
+
+class Data(Section):
+    """Where documents, queries and pools are read from."""
+
+    root: str = Field(description="a folder of Parquet tables, an M-BEIR folder, or 'builtin:demo'")
+    format: Literal["parquet", "mbeir"] = "parquet"
+
+
+class Lora(Section):
+    """Low-rank adapters on the language model's linear layers (method section 2)."""
+
+    r: PositiveInt = 128
+    alpha: PositiveInt = 256
+    dropout: Fraction = 0.05
+
+
+class Temperature(Section):
+    """InfoNCE temperature: exp of a clamped log-parameter when learned (trap T15)."""
+
+    init: Positive | Literal["parent"] = Field(default=0.05, description="a value, or the parent's (trap T16)")
+    learn: bool = False
+    minimum: Positive = 0.01
+    maximum: Positive = 1.0
+
+
+class Step(Section):
+    """One optimisation run: a set of queries, a loss, and AdamW with warm-up and cosine decay."""
+
+    queries: str = Field(description="name of the query table to train on")
+    batch_size: PositiveInt = Field(description="queries in the global batch, over all workers")
+    epochs: Positive = 1.0
+    max_steps: PositiveInt | None = None
+    learning_rate: Positive
+    warmup_ratio: Fraction = 0.03
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive = 1.0
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    adam_eps: Positive = 1e-8
+    lora: Lora = Lora()
+    homogeneous: bool = Field(default=False, description="each global batch drawn from a single task")
+    checkpoint_every: PositiveInt = 50
+
+
+class ContrastiveStep(Step):
+    """InfoNCE over the global batch (paper eq. 1); `two_way` adds the document → query direction."""
+
+    two_way: bool = False
+    temperature: Temperature = Temperature()
+    hard_negatives: int = Field(default=0, ge=0, description="mined documents added per query")
+
+
+class Mining(Section):
+    """Candidates for hard negatives (paper section on hard negatives; method section 3)."""
+
+    depth: PositiveInt = Field(default=100, description="candidates kept per query before the filters")
+    pool: Literal["local", "global"] = "global"
+    max_similarity: Annotated[float, Field(gt=-1.0, le=1.0)] | Literal["calibrate"] = 0.7
+    margin: float | None = Field(default=None, description="drop candidates above positive × (1 − margin)")
+    min_rank: int = Field(default=0, ge=0, description="skip this many best candidates that passed the filters")
+    random_mix: Fraction = Field(default=0.0, description="share of negatives drawn at random from the pool")
+    max_queries: PositiveInt | None = Field(default=None, description="mine and train on a sample of this many queries")
+
+
+class Stage1(Section):
+    """Progressive transition: text pairs, image-caption pairs, instructions (paper Table 3)."""
+
+    text: ContrastiveStep
+    image_text: ContrastiveStep
+    instruction: ContrastiveStep
+
+
+class Stage2(Section):
+    """Continual InfoNCE with mined, filtered hard negatives (paper Table 5)."""
+
+    mining: Mining = Mining()
+    train: ContrastiveStep
+
+
+class RerankerStage(Section):
+    """Generative pointwise reranker, next-token loss on Yes/No (method section 4)."""
+
+    init: Literal["base", "embedder"] = "base"
+    negatives_top: PositiveInt = Field(default=50, description="mined ranks the negative is drawn from")
+    max_text_tokens: PositiveInt = 256
+    train: Step
+
+
+class Stage3(Section):
+    """Distil recall-then-rerank into the embedder: KL on the top-k of a query sample (method section 5)."""
+
+    sample: Fraction = 0.1
+    top_k: PositiveInt = 50
+    alpha: Fraction = Field(default=0.5, description="S = α·cosine + (1 − α)·P(yes)")
+    temperature: Temperature = Temperature(init="parent", learn=True)
+    train: Step
+
+
+class Evaluate(Section):
+    """Recall@k per task; exact search in local and global pools (method section 6)."""
+
+    split: str = "test"
+    k: PositiveInt = 5
+    k_of: dict[str, PositiveInt] = Field(default_factory=dict, description="tasks measured at another k")
+    drop_query_image: bool = Field(default=True, description="take the query's own picture out of the pool")
+    rerank_top: PositiveInt = 50
+    rerank_weight: NonNegative | Literal["calibrate"] = "calibrate"
+
+
+class Engine(Section):
+    """DeepSpeed and memory: every default that matters, stated."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    token_budget: PositiveInt = Field(default=16384, description="padded tokens in one forward chunk")
+    gradient_cache: bool = True
+    activation_checkpointing: bool = True
+    cache_vision: bool = Field(default=True, description="keep the frozen tower's outputs by content hash")
+
+
+class Cluster(Section):
+    """What the Ray jobs ask for."""
+
+    workers: PositiveInt = 8
+    cpus_per_worker: Positive = 4
+    gpus_per_worker: NonNegative = 1
+    embedders: PositiveInt = 8
+    cpus_per_embedder: Positive = 2
+    gpus_per_embedder: NonNegative = 1
+    preprocess_tasks: PositiveInt = 16
+    max_failures: int = Field(default=3, ge=0)
+
+
+class Recipe(Section):
+    """A whole run. `base` is an HF directory, or 'builtin:demo'."""
+
+    name: str
+    seed: int = 42
+    output: str = "runs/{name}"
+    base: str
+    data: Data
+    model: ModelSettings = ModelSettings()
+    engine: Engine = Engine()
+    cluster: Cluster = Cluster()
+    stage1: Stage1
+    stage2: Stage2
+    reranker: RerankerStage
+    stage3: Stage3
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _negatives_need_mining(self) -> Recipe:
+        if self.stage2.train.hard_negatives > self.stage2.mining.depth:
+            raise ValueError("stage2.train.hard_negatives exceeds stage2.mining.depth")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output.format(name=self.name)).absolute()
+
+
+def load_recipe(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe by shipped name or path and apply `a.b=c` overrides (values are YAML).
+
+    Raises:
+        UserError: no such recipe, invalid YAML, unknown key, wrong type, malformed override.
+    """
+    tree = _read_tree(source)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"recipe {source}: unknown key '{where}'; remove it or check its spelling") from None
+        raise UserError(f"recipe {source}: {where}: {first['msg']} (got {first['input']!r})") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, keys in the order of the classes above."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_tree(source: str) -> dict[str, Any]:
+    shipped = SHIPPED / f"{source}.yaml"
+    path = shipped if shipped.is_file() else Path(source)
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
+        raise UserError(f"no recipe '{source}'; give a YAML file or one of: {names}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"recipe {path}{line}: not valid YAML") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path}: expected a mapping of keys to values")
+    parent = tree.pop("extends", None)
+    return _merge(_read_tree(parent), tree) if parent else tree
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{override}': write it as key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override '{override}': the value is not valid YAML") from None
+    *parents, leaf = key.split(".")
+    node = tree
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override '{override}': '{part}' is a value, not a section")
+    node[leaf] = value

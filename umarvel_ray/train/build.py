@@ -1,0 +1,71 @@
+"""From a job to the module that DeepSpeed wraps, and from its trained state to a merged checkpoint directory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.model.checkpoint import PROVENANCE, read_provenance, save_checkpoint
+from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.model.items import load_tokenizer
+from umarvel_ray.model.lora import add_lora, merge_lora, save_adapter
+from umarvel_ray.model.reranker import RerankerModel
+from umarvel_ray.train.embedding_step import TemperedEmbedder
+from umarvel_ray.train.engine import load_trainable
+from umarvel_ray.train.jobs import TrainJob
+
+
+def build_module(job: TrainJob) -> TemperedEmbedder | RerankerModel:
+    """The parent with fresh adapters; only those, and τ where it is learned, require a gradient."""
+    dtype = getattr(torch, job.engine.dtype)
+    if job.kind == "rerank":
+        reranker = RerankerModel.from_pretrained(job.parent, job.settings, dtype)
+        add_lora(reranker, job.step.lora, job.seed)
+        reranker.train()
+        return reranker
+    model = EmbeddingModel.from_pretrained(job.parent, job.settings, dtype, initial_temperature(job))
+    add_lora(model, job.step.lora, job.seed)
+    model.log_temperature.requires_grad_(job.temperature.learn)
+    if job.engine.activation_checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    bounds = (math.log(job.temperature.minimum), math.log(job.temperature.maximum))
+    module = TemperedEmbedder(model, bounds, load_tokenizer(job.parent).pad_token_id)
+    module.train()
+    return module
+
+
+def backbone_of(module: TemperedEmbedder | RerankerModel) -> Qwen2VLForConditionalGeneration:
+    """The language model with its vision tower."""
+    return module.embedder.backbone if isinstance(module, TemperedEmbedder) else module.backbone
+
+
+def initial_temperature(job: TrainJob) -> float:
+    """τ of the recipe, or the parent's where the recipe says 'parent'."""
+    if job.temperature.init != "parent":
+        return job.temperature.init
+    value = read_provenance(job.parent)["temperature"]
+    if value is None:
+        raise UserError(f"{job.parent}/{PROVENANCE} holds no temperature; give {job.name} a number as temperature.init")
+    return value
+
+
+def save_merged(job: TrainJob, state: dict[str, torch.Tensor], metrics: dict[str, float]) -> None:
+    """Merge the trained adapters into the parent and write the checkpoint; the adapter is kept beside it."""
+    module = build_module(job)
+    load_trainable(module, state)
+    model = module.embedder if isinstance(module, TemperedEmbedder) else module
+    save_adapter(model, job.step.lora, Path(job.output).parent / "adapters" / Path(job.output).name)
+    merge_lora(model)
+    record = {
+        **job.provenance,
+        "stage": job.name,
+        "parent": job.parent,
+        "step": job.step.model_dump(mode="json"),
+        "metrics": metrics,
+        "temperature": model.log_temperature.exp().item() if isinstance(model, EmbeddingModel) else None,
+    }
+    save_checkpoint(model, job.output, job.settings, record)

@@ -1,0 +1,145 @@
+"""The DeepSpeed engine: the optimiser boundary, and its state in a form that no world size is baked into.
+
+Every DeepSpeed default that matters is set here from the recipe. The learning rate is a pure function of the step, the
+state is per-parameter fp32 tensors, so a checkpoint written by W ranks resumes on any other number (rule 5).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch.nn import functional as F
+
+from umarvel_ray.recipe import Engine, Step
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(step: Step, number: int, total: int) -> float:
+    """Linear warm-up over `warmup_ratio` of the run, then cosine to zero (method section 2)."""
+    warmup = math.ceil(step.warmup_ratio * total)
+    if number < warmup:
+        return step.learning_rate * (number + 1) / warmup
+    return step.learning_rate * 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, total - warmup)))
+
+
+def deepspeed_config(step: Step, engine: Engine) -> dict[str, Any]:
+    """ZeRO, precision, clipping and reduction, spelled out."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": step.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": engine.dtype == "bfloat16"},
+        "zero_optimization": {"stage": engine.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
+        "steps_per_print": 10**9,
+    }
+
+
+def make_engine(module: torch.nn.Module, step: Step, engine: Engine) -> deepspeed.DeepSpeedEngine:
+    """Wrap a module whose trainable parameters are its `requires_grad` ones; temperatures carry no weight decay."""
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    decayed = [p for name, p in trainable.items() if not name.endswith("log_temperature")]
+    plain = [p for name, p in trainable.items() if name.endswith("log_temperature")]
+    groups = [{"params": decayed, "weight_decay": step.weight_decay}]
+    if plain:
+        groups.append({"params": plain, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=step.learning_rate, betas=step.adam_betas, eps=step.adam_eps)
+    wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(step, engine))
+    _prime(wrapped, steps=0)
+    return wrapped
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
+    """The rate of the next optimiser step, for all groups."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def capture(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Trainable parameters and Adam moments as full fp32 CPU tensors (a collective call under ZeRO).
+
+    Keys: `param.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`.
+    """
+    state = {}
+    for name, p in _trainable(engine):
+        if engine.zero_optimization_stage():
+            state[f"param.{name}"] = safe_get_full_fp32_param(p)
+            state |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+        else:
+            state[f"param.{name}"] = p.data
+            state |= {f"{key}.{name}": engine.basic_optimizer.state[p][key] for key in MOMENTS}
+    return {key: value.detach().float().cpu().clone().contiguous() for key, value in state.items()}
+
+
+def restore(engine: deepspeed.DeepSpeedEngine, state: dict[str, torch.Tensor], steps: int) -> None:
+    """Put a captured state back into a fresh engine; `steps` is how many optimiser steps it had taken."""
+    _prime(engine, steps)
+    stage = engine.zero_optimization_stage()
+    for name, p in _trainable(engine):
+        values = {key: state[f"{key}.{name}"].to(engine.device) for key in ("param", *MOMENTS)}
+        if stage == 3:
+            # DeepSpeed's full setters do not reckon with a last partition that is padding.
+            own = {key: _own_partition(value, p) for key, value in values.items()}
+            safe_set_local_fp32_param(p, own["param"])
+            for key in MOMENTS:
+                safe_set_local_optimizer_state(p, own[key], key)
+        elif stage:
+            safe_set_full_fp32_param(p, values["param"])
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(p, values[key], key)
+        else:
+            for key in MOMENTS:
+                engine.basic_optimizer.state[p][key].copy_(values[key])
+
+
+def load_trainable(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Copy captured parameters into a plain module (before it is wrapped, or to merge and save it)."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                p.copy_(state[f"param.{name}"])
+
+
+def _own_partition(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's slice of a whole tensor under ZeRO-3: equal slices, zeros behind the end."""
+    size = parameter.ds_tensor.numel()
+    flat = value.flatten()
+    padded = F.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
+    return padded[size * dist.get_rank() :][:size]
+
+
+def _prime(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
+    """Zero Adam state before the first step: DeepSpeed links its fragments when only the first group has stepped."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        flat = [p for _, p in _trainable(engine)]
+    else:
+        zero = engine.optimizer
+        flat = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+    for p in flat:
+        engine.basic_optimizer.state[p] = {
+            "step": torch.tensor(float(steps)),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    if stage in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _trainable(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]

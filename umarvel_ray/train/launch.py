@@ -1,0 +1,108 @@
+"""The Ray Train shell: one worker group per stage, restarted on failure, resumed after a killed driver."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from umarvel_ray.data.plan import read_plan
+from umarvel_ray.data.stream import Tables
+from umarvel_ray.errors import UserError
+from umarvel_ray.progress import progress
+from umarvel_ray.recipe import Cluster
+from umarvel_ray.train.jobs import TrainJob
+from umarvel_ray.train.log import read_log
+from umarvel_ray.train.loop import train_worker
+
+
+def run_jobs(
+    stage: str,
+    jobs: Sequence[TrainJob],
+    queries: dict[str, pa.Table],
+    documents: pa.Table,
+    cluster: Cluster,
+    run_dir: Path,
+) -> None:
+    """Run jobs in order in one worker group; done ones are skipped, a half-done one resumes at its last checkpoint.
+
+    Args:
+        stage: name of the Ray Train run, under `run_dir/train_state`.
+        queries: the query table of each job, by job name.
+
+    Raises:
+        UserError: the workers' own one-line error, or the failure budget is used up.
+    """
+    todo = [job for job in jobs if not job.done]
+    if not todo:
+        return
+    for job in todo:
+        job.error_path.unlink(missing_ok=True)
+    corpus = ray.put(documents)
+    processor = todo[0].parent  # later parents do not exist yet; all share its tokenizer
+    tables = {job.name: Tables(ray.put(queries[job.name]), corpus, processor, job.settings) for job in todo}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "jobs": list(todo),
+            "tables": tables,
+            "tasks": max(1, cluster.preprocess_tasks // cluster.workers),
+            "cpus_per_task": 1 if cluster.gpus_per_worker else 0.5,
+            "threads": max(1, int(cluster.cpus_per_worker)),
+        },
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker={"CPU": cluster.cpus_per_worker}
+            | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+        ),
+        run_config=RunConfig(
+            name=stage,
+            storage_path=str(run_dir / "train_state"),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    finished = threading.Event()
+    follower = threading.Thread(target=_follow, args=(todo, finished), daemon=True)
+    follower.start()
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        raise UserError(_told(todo) or _first_line(stage, error)) from error
+    finally:
+        finished.set()
+        follower.join()
+    if told := _told(todo):
+        raise UserError(told)
+
+
+def _told(jobs: Sequence[TrainJob]) -> str | None:
+    """The error of a user's that a worker wrote down."""
+    return next((job.error_path.read_text() for job in jobs if job.error_path.exists()), None)
+
+
+def _follow(jobs: Sequence[TrainJob], finished: threading.Event) -> None:
+    for job in jobs:
+        with progress(len(read_plan(job.plan_path)), f"train {job.name}", "step") as bar:
+            shown = 0
+            while not finished.is_set() and not job.done:
+                time.sleep(1)
+                done = len(read_log(job.log_path)) if job.log_path.exists() else 0
+                bar.update(max(0, done - shown))
+                shown = max(shown, done)
+        if finished.is_set() and not job.done:
+            return
+
+
+def _first_line(stage: str, error: ray.train.WorkerGroupError) -> str:
+    cause = next(iter(error.worker_failures.values()))
+    line = next((text for text in reversed(str(cause).splitlines()) if text.strip()), repr(cause))
+    return f"{stage}: a training worker failed and the failure budget is used up: {line.strip()}"

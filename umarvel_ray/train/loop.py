@@ -1,0 +1,125 @@
+"""The training loop that every Ray Train worker runs: all optimisation runs of a stage in one worker group.
+
+For each job: build the model from its parent, resume where the last checkpoint stands, walk the plan, and let rank 0
+merge the adapter and write the checkpoint directory that the next job starts from.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from umarvel_ray.data.plan import PlanStep, read_plan
+from umarvel_ray.data.stream import Tables, open_stream
+from umarvel_ray.errors import UserError
+from umarvel_ray.model.embedding_model import VisionCache
+from umarvel_ray.train.build import backbone_of, build_module, save_merged
+from umarvel_ray.train.embedding_step import Passes
+from umarvel_ray.train.engine import capture, learning_rate, load_trainable, make_engine, restore, set_learning_rate
+from umarvel_ray.train.jobs import TrainJob
+from umarvel_ray.train.log import StepLog
+from umarvel_ray.train.steps import run_step
+from umarvel_ray.train.tower import FrozenTower
+
+VISION_CACHE_BYTES = 2**30
+STATE, POSITION = "state.safetensors", "position.txt"
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker; `config`: jobs, tables (by job name), tasks, cpus_per_task."""
+    torch.set_num_threads(config["threads"])
+    for job in config["jobs"]:
+        if job.error_path.exists():
+            return  # a try before this one ended in an error of the user's, which no retry mends
+        if not job.done:
+            try:
+                _run(job, config["tables"][job.name], config["tasks"], config["cpus_per_task"])
+            except UserError as error:
+                job.error_path.write_text(str(error))
+                raise
+        dist.barrier()
+
+
+def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plan = read_plan(job.plan_path)
+    start, state = _resume_point(job.name)
+    module = build_module(job)
+    if state:
+        load_trainable(module, state)
+    tower = FrozenTower(backbone_of(module), "cuda" if torch.cuda.is_available() else "cpu")
+    cache = VisionCache(VISION_CACHE_BYTES if job.engine.cache_vision else 0)
+    engine = make_engine(module, job.step, job.engine)
+    if state:
+        restore(engine, state, start)
+    passes = Passes(job.engine.token_budget, job.engine.gradient_cache)
+    stream = open_stream(plan[start:], tables, rank, world, job.kind == "rerank", tasks, cpus)
+    log = StepLog(job.log_path, start) if rank == 0 else None
+    clock = time.monotonic()
+    for batch in stream:
+        number = batch.plan.step
+        waited = time.monotonic() - clock
+        set_learning_rate(engine, learning_rate(job.step, number, len(plan)))
+        engine.train()
+        loss, temperature, tokens = run_step(engine, job, batch, passes, partial(cache.features, tower))
+        _check_finite(loss, job.name, batch.plan)
+        engine.step()
+        seconds = time.monotonic() - clock
+        clock = time.monotonic()
+        metrics = {
+            "step": number,
+            "loss": loss,
+            "temperature": temperature,
+            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+            "learning_rate": engine.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+            "wait_share": waited / seconds,
+            "samples_per_s": len(batch.plan.query_ids) / seconds,
+            "tokens_per_s": tokens / seconds,
+        }
+        if log:
+            log.write(metrics)
+        if (number + 1) % job.step.checkpoint_every == 0 and number + 1 < len(plan):
+            _report(job.name, number + 1, capture(engine), metrics)
+    state = capture(engine)
+    if log:
+        log.close()
+        save_merged(job, state, metrics)
+    engine.destroy()
+    _report(job.name, len(plan), state, metrics)
+
+
+def _resume_point(name: str) -> tuple[int, dict[str, torch.Tensor] | None]:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0, None
+    with checkpoint.as_directory() as folder:
+        job, position = (Path(folder) / POSITION).read_text().split()
+        return (int(position), load_file(Path(folder) / STATE)) if job == name else (0, None)
+
+
+def _report(name: str, position: int, state: dict[str, torch.Tensor], metrics: dict[str, float]) -> None:
+    if dist.get_rank():
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(state, Path(folder) / STATE)
+        (Path(folder) / POSITION).write_text(f"{name} {position}")
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _check_finite(loss: float, name: str, plan: PlanStep) -> None:
+    if not math.isfinite(loss):
+        shown = ", ".join(plan.query_ids[:3])
+        raise UserError(
+            f"{name}: loss is {loss} at step {plan.step} (queries {shown}, …); lower learning_rate or check those rows"
+        )
