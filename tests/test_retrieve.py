@@ -222,7 +222,7 @@ def test_mined_negatives(pool, dataset, recipe, checkpoint, vectors, tmp_path, s
         seen += len(row["document_ids"])
     again = mine(pool, dataset, recipe, checkpoint, tmp_path / "embeddings", tmp_path / "mined").to_pylist()
     assert again == mined
-    assert capsys.readouterr().out == printed
+    assert capsys.readouterr().out == ""
     assert f"{seen:,} candidates" in printed
 
 

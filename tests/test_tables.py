@@ -212,6 +212,39 @@ def test_mbeir_reads_as_published(mbeir):
     assert data.queries("train")["task"].to_pylist() == ["mscoco_task0"]
 
 
+def test_mbeirs_training_union_is_cut_into_tasks(mbeir):
+    kinds = [("5:1", "text"), ("5:2", "image,text"), ("6:1", "text"), ("9:5", "image"), ("9:6", "text")]
+    union = mbeir / "cand_pool/global/mbeir_union_train_cand_pool.jsonl"
+    union.write_text("".join(json.dumps(document(did, "A.", None, kind)) + "\n" for did, kind in kinds))
+    train = mbeir / "query/union_train/mbeir_union_up_train.jsonl"
+    train.write_text(train.read_text() * 2)
+    data = open_mbeir(mbeir)
+    assert {task: data.pool(task, "train") for task in data.tasks("train")} == {
+        "mscoco_task0": ["9:5"],
+        "mscoco_task3": ["9:6"],
+        "oven_task6": ["5:1", "6:1"],
+        "oven_task8": ["5:2"],
+        "infoseek_task6": ["5:1", "6:1"],
+        "infoseek_task8": ["5:2"],
+    }
+    assert data.queries("train")["id"].to_pylist() == ["9:3", "9:3#2"]
+    data.validate("train")
+
+
+def test_other_pairs_come_in_mbeirs_layout(mbeir):
+    (mbeir / "query/nli").mkdir()
+    (mbeir / "query/nli/pairs.jsonl").write_text(json.dumps(query("10:1", "A cat.", None, "text", ["10:1"], 1)) + "\n")
+    pool = mbeir / "cand_pool/global/mbeir_nli_cand_pool.jsonl"
+    pool.write_text(json.dumps(document("10:1", "An animal.", None, "text")) + "\n")
+    data = open_mbeir(mbeir)
+    data.validate("nli")
+    [row] = data.queries("nli").to_pylist()
+    assert (row["task"], row["source"], row["instruction"]) == ("nli_task1", "nli", None)
+    assert "10:1" not in data.global_pool("train") + data.global_pool("test")
+    with pytest.raises(UserError, match=r"query/cc3m: no \*.jsonl for the query table 'cc3m'"):
+        data.queries("cc3m")
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     return _guard(lambda: _main(argv))
 
 
-def run_job(function: str, argv: list[str] | None = None) -> NoReturn:
+def run_job(function: str) -> NoReturn:
     """Entry point of `jobs/*.py`: `--recipe NAME key=value … [--dry-run]` for one function of the pipeline."""
     parser = _Parser(prog=f"jobs/{function}.py")
     parser.add_argument("--recipe", default="demo", help="a YAML file or a shipped recipe's name")
@@ -56,7 +56,7 @@ def run_job(function: str, argv: list[str] | None = None) -> NoReturn:
     _add_switches(parser)
 
     def job() -> None:
-        options = parser.parse_intermixed_args(argv)
+        options = parser.parse_intermixed_args()
         _story(function, options.recipe, options.overrides, options)
 
     sys.exit(_guard(job))

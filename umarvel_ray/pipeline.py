@@ -25,12 +25,9 @@ from umarvel_ray.mine.teacher import RerankerPool, score_table
 from umarvel_ray.model.distill import fuse
 from umarvel_ray.model.reranker import STAGE as RERANKER
 from umarvel_ray.model.reranker import reranker_settings
-from umarvel_ray.runs import Run
+from umarvel_ray.runs import LADDER, STAGE1, STAGE2, STAGE3, Run
 from umarvel_ray.train.jobs import TrainJob, train_job
 from umarvel_ray.train.launch import run_jobs
-
-STAGE1 = ("text", "image-text", "instruction")
-STAGE2, STAGE3 = "hard-negatives", "distillation"
 
 
 class Pools(NamedTuple):
@@ -169,7 +166,7 @@ def evaluate(run: Run, pools: Pools | None = None) -> None:
     with open_pools(run, pools) as pools, run.timed("evaluation"):
         embedders = pools.embedders
         results = [evaluate_base(embedders, data, run.recipe, run.base, folder / "base")]
-        for step in (*STAGE1, STAGE2, STAGE3):
+        for step in LADDER:
             if run.has(step):
                 results.append(
                     evaluate_checkpoint(embedders, data, run.recipe, run.checkpoint(step), step, folder / step)

@@ -15,6 +15,9 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import check_files
 from umarvel_ray.recipe import Recipe, dump_recipe
 
+STAGE1 = ("text", "image-text", "instruction")
+STAGE2, STAGE3 = "hard-negatives", "distillation"
+LADDER = (*STAGE1, STAGE2, STAGE3)  # the embedder's checkpoints, in order
 BUILTIN = Path(__file__).parent / "demo"
 FREE = ("cluster", "evaluate")  # sections that may change between two runs in one folder: they change no checkpoint
 

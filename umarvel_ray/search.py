@@ -24,8 +24,8 @@ from umarvel_ray.mine.embeddings import read_embeddings
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.recipe import Data, Recipe, load_recipe
+from umarvel_ray.runs import LADDER
 
-LADDER = ("text", "image-text", "instruction", "hard-negatives", "distillation")
 RERANK_DEPTH = 50  # candidates of the first stage that are reranked
 
 

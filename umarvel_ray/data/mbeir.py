@@ -4,6 +4,9 @@
 - cand_pool/{local,global}/*_cand_pool.jsonl                 did, txt, img_path, modality
 - qrels/{val,test}/{name of the query file}_qrels.txt        qid 0 did relevance [task]
 - instructions/query_instructions.tsv                        query modality, candidate modality, name, id, prompts …
+
+The pairs of stage 1's first two steps are not M-BEIR's; they come in its layout, as datasets 10 (nli) and 11 (cc3m):
+query/nli/*.jsonl, with the documents in cand_pool/global/mbeir_nli_cand_pool.jsonl (no split, so in no pool).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import csv
 import re
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +34,23 @@ DATASETS = (
     "fashioniq",
     "cirr",
     "mscoco",
+    "nli",
+    "cc3m",
 )
+TASKS = {
+    "visualnews": (0, 3),
+    "mscoco": (0, 3),
+    "fashion200k": (0, 3),
+    "webqa": (1, 2),
+    "edis": (2,),
+    "nights": (4,),
+    "oven": (6, 8),
+    "infoseek": (6, 8),
+    "fashioniq": (7,),
+    "cirr": (7,),
+}
+TARGETS = {0: "image", 1: "text", 2: "image,text", 3: "text", 4: "image", 6: "text", 7: "image", 8: "image,text"}
+WIKIPEDIA = ("oven", "infoseek")  # the two share their documents
 FOLDERS = {"train": ("union_train", "train"), "validation": ("val",), "test": ("test",)}
 
 STRING, STRINGS = pa.string(), pa.list_(pa.string())
@@ -51,7 +70,7 @@ Prompts = dict[tuple[int, str, str], list[str]]
 
 
 def read_mbeir(root: Path) -> tuple[pa.Table, pa.Table, Callable[[str], pa.Table]]:
-    """Documents, pools and a reader of query tables ("train", "validation", "test").
+    """Documents, pools and a reader of query tables: "train", "validation", "test", or a folder below query/.
 
     The instruction of a query is one of its task's prompts, chosen by a hash of the query id: the reference draws it
     anew in each run (trap T5). Test positives are the qrels', where there are any.
@@ -93,28 +112,49 @@ def _pools(tables: dict[Path, pa.Table]) -> pa.Table:
         if not name:
             raise UserError(f"{file}: a pool is called mbeir_DATASET_taskN[_SPLIT]_cand_pool.jsonl; rename it")
         task, split = name.groups()
-        # The union pools of evaluation are the local ones together; only training has no local pools.
-        if file.parent.name == "global" and split != "train":
+        if (task, split) == ("union", "train"):
+            rows += _training_pools(table, file)
             continue
+        if file.parent.name == "global" and split != "train":
+            continue  # the union pools of evaluation are the local ones together
         for part in [{"val": "validation"}.get(split, split)] if split else ["validation", "test"]:
             rows.append({"task": task, "split": part, "document_ids": table["did"].to_pylist()})
     return pa.Table.from_pylist(rows, pa.schema([("task", STRING), ("split", STRING), ("document_ids", STRINGS)]))
 
 
-def _queries(root: Path, name: str, prompts: Prompts, modality: dict[str, str]) -> pa.Table:
-    files = next((found for folder in FOLDERS.get(name, (name,)) if (found := _jsonl(root / "query" / folder))), None)
-    if not files:
-        raise UserError(f"{root}/query: no files for the query table '{name}'; M-BEIR has train, validation and test")
+def _training_pools(union: pa.Table, file: Path) -> list[dict]:
+    """Training's local pools, which M-BEIR does not publish: the task's dataset and modality (method section 3)."""
+    ids = defaultdict(list)
+    for did, modality in zip(union["did"].to_pylist(), union["modality"].to_pylist(), strict=True):
+        ids[_dataset(did, file), modality].append(did)
     rows = []
+    for dataset, numbers in TASKS.items():
+        for number in numbers:
+            sources = WIKIPEDIA if dataset in WIKIPEDIA else (dataset,)
+            if pool := [did for source in sources for did in ids[source, TARGETS[number]]]:
+                rows.append({"task": f"{dataset}_task{number}", "split": "train", "document_ids": pool})
+    return rows
+
+
+def _queries(root: Path, name: str, prompts: Prompts, modality: dict[str, str]) -> pa.Table:
+    folders = FOLDERS.get(name, (name,))
+    files = next((found for folder in folders if (found := _jsonl(root / "query" / folder))), None)
+    if not files:
+        raise UserError(f"{root}/query/{folders[0]}: no *.jsonl for the query table '{name}'; put its queries there")
+    rows, seen = [], Counter()
     for file in files:
         qrels = _read_qrels(root / "qrels" / file.parent.name / f"{file.stem}_qrels.txt")
         for line, row in enumerate(_read_jsonl(file, QUERY).to_pylist(), 1):
             where = f"{file}: line {line}"
+            id_ = row["qid"]
+            if file.parent.name == "union_train":  # it repeats the queries of small datasets; each stays a row
+                seen[id_] += 1
+                id_ += f"#{seen[id_]}" if seen[id_] > 1 else ""
             positives = qrels.get(row["qid"], row["pos_cand_list"] or [])
             target = next((modality[p] for p in positives if p in modality), None)
             rows.append(
                 {
-                    "id": row["qid"],
+                    "id": id_,
                     "text": row["query_txt"],
                     "image": row["query_img_path"],
                     "modality": row["query_modality"],

@@ -37,7 +37,6 @@ def line_chart(
     low: float = 0.0,
     high: float | None = None,
     values: bool = False,
-    digits: int = 2,
 ) -> str:
     """An SVG with a y grid, one polyline per line and, with `values`, every dot's value written beside it.
 
@@ -79,13 +78,13 @@ def line_chart(
             )
             if values:
                 below = any(other.values[i] > value for other in lines if other.dots and other is not line)
-                parts.append(_text(x(i), y(value) + (17 if below else -9), f"{value:.{digits}f}", f"value {line.kind}"))
+                parts.append(_text(x(i), y(value) + (17 if below else -9), f"{value:.2f}", f"value {line.kind}"))
     return "".join(parts) + "</svg>"
 
 
-def bar_chart(seconds: Mapping[str, float], title: str, width: int = 720) -> str:
+def bar_chart(seconds: Mapping[str, float], title: str) -> str:
     """Horizontal bars of durations, in the order given."""
-    row, left = 26, 150
+    width, row, left = 720, 26, 150
     longest = max(seconds.values()) or 1.0
     height = row * len(seconds) + 6
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']

@@ -19,13 +19,12 @@ from umarvel_ray.data.tables import Dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.evaluate.charts import Line, bar_chart, duration, line_chart, smooth
 from umarvel_ray.evaluate.examples import Pictures, examples
-from umarvel_ray.evaluate.results import AVERAGE, SCOPES, StepResult
+from umarvel_ray.evaluate.results import AVERAGE, RERANKED, SCOPES, StepResult
 from umarvel_ray.evaluate.run_files import write_run
 from umarvel_ray.recipe import dump_recipe
 from umarvel_ray.runs import Run
 from umarvel_ray.train.log import read_log
 
-RERANKED = "recall+rerank"
 TASK_SHAPES = {
     "0": "text → image",
     "1": "text → text",

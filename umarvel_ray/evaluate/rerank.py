@@ -12,7 +12,16 @@ import pyarrow as pa
 
 from umarvel_ray.data.tables import Dataset
 from umarvel_ray.evaluate.fusion import Answers, answers_of, calibrate_weight, candidates_to_score, fuse
-from umarvel_ray.evaluate.results import SCOPES, StepResult, load_result, not_ranked, positives_of, save_rankings, score
+from umarvel_ray.evaluate.results import (
+    RERANKED,
+    SCOPES,
+    StepResult,
+    load_result,
+    not_ranked,
+    positives_of,
+    save_rankings,
+    score,
+)
 from umarvel_ray.mine.embed import describe
 from umarvel_ray.mine.teacher import RerankerPool, score_table
 from umarvel_ray.recipe import Recipe
@@ -28,7 +37,6 @@ def evaluate_reranked(
     test: StepResult,
     validation: StepResult | None,
     out_dir: str | Path,
-    step: str = "recall+rerank",
 ) -> StepResult:
     """Score the top candidates of every query with the reranker and fuse.
 
@@ -59,7 +67,7 @@ def evaluate_reranked(
     positives = positives_of(dataset, split)
     lost = not_ranked(dataset.queries(split), rankings["local"])
     result = StepResult(
-        step,
+        RERANKED,
         {scope: score(rankings[scope], positives, recipe.evaluate, lost) for scope in SCOPES},
         folder,
         identity,

@@ -19,6 +19,7 @@ from umarvel_ray.recipe import Evaluate
 
 SCOPES = ("local", "global")
 AVERAGE = "average"
+RERANKED = "recall+rerank"  # the ladder's last row
 
 
 @dataclass

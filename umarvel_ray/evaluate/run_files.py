@@ -23,18 +23,3 @@ def write_run(path: Path, rows: Iterable[tuple[str, Sequence[str], Sequence[floa
                     raise UserError(f"run file {path}: id {query!r} or {document!r} holds white space; rename it")
                 file.write(f"{query} Q0 {document} {rank} {score:.6f} {tag}\n")
     os.replace(partial, path)
-
-
-def read_run(path: Path) -> dict[str, list[tuple[str, float]]]:
-    """Query id → (document id, score) in rank order.
-
-    Raises:
-        UserError: a line has not six fields.
-    """
-    ranked: dict[str, list[tuple[int, str, float]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        fields = line.split()
-        if len(fields) != 6:
-            raise UserError(f"{path}, line {number}: a run line has six fields, this one {len(fields)}")
-        ranked.setdefault(fields[0], []).append((int(fields[3]), fields[2], float(fields[4])))
-    return {query: [(document, score) for _, document, score in sorted(rows)] for query, rows in ranked.items()}

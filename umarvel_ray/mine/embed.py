@@ -44,9 +44,6 @@ class EmbedderActor:
         cache = CACHE_BYTES if engine.cache_vision else 0
         self._embedder = CachedEmbedder(self._device, engine.dtype, engine.token_budget, threads, cache)
 
-    def load(self, checkpoint: dict[str, Any]) -> None:
-        self._embedder.load(**checkpoint)
-
     def embed_shard(self, checkpoint: dict[str, Any], rows: pa.Table, side: str, folder: Path, index: int) -> int:
         """Embed and write one shard; returns the number of rows done."""
         self._embedder.load(**checkpoint)
@@ -68,21 +65,7 @@ class EmbedderPool(Pool):
     """The embedding actors of a run; they also search, exactly, in what they embedded (see mine/exact.py)."""
 
     def __init__(self, cluster: Cluster, engine: Engine) -> None:
-        gpu, threads = cluster.gpus_per_embedder > 0, max(1, int(cluster.cpus_per_embedder))
-        super().__init__(
-            EmbedderActor,
-            (engine, gpu, threads),
-            count=cluster.embedders,
-            cpus=cluster.cpus_per_embedder,
-            gpus=cluster.gpus_per_embedder,
-            restarts=cluster.max_failures,
-            what="embedding",
-        )
-
-    def load(self, checkpoint: str | Path, settings: ModelSettings | None = None) -> None:
-        """Have every actor load a checkpoint now; `embed_table` does it too, when there is anything to embed."""
-        described = describe(checkpoint, settings)
-        self.get([actor.load.remote(described) for actor in self.actors])
+        super().__init__(EmbedderActor, cluster, engine, "embedding")
 
 
 def embed_table(

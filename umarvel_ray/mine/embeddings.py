@@ -10,8 +10,6 @@ import pyarrow as pa
 
 from umarvel_ray.mine.shards import read_shards
 
-SCHEMA_FIELDS = ("id", "embedding")
-
 
 class Embeddings(NamedTuple):
     """Row i of `vectors` embeds `ids[i]`."""
@@ -27,7 +25,7 @@ def embedding_table(ids: list[str], vectors: np.ndarray) -> pa.Table:
     """ids and float32 (n, d) as `id: string, embedding: fixed_size_list<float32>[d]`."""
     flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
     embedding = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-    return pa.table([pa.array(ids, pa.string()), embedding], names=list(SCHEMA_FIELDS))
+    return pa.table([pa.array(ids, pa.string()), embedding], names=["id", "embedding"])
 
 
 def vectors_of(table: pa.Table) -> np.ndarray:

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray
 
 from umarvel_ray.mine.embed import EmbedderPool
-from umarvel_ray.mine.shards import read_manifest, shard_path
+from umarvel_ray.mine.shards import read_manifest, read_shard
 from umarvel_ray.mine.topk import TopK, merge_topk
 
 QUERY_BLOCK = 4096
@@ -30,8 +29,7 @@ class ExactSearch:
     def __init__(self, pool: EmbedderPool, folder: str | Path) -> None:
         folder = Path(folder)
         columns = [
-            pq.read_table(shard_path(folder, index), columns=["id"])["id"].to_pylist()
-            for index in range(read_manifest(folder)["shards"])
+            read_shard(folder, index, ["id"])["id"].to_pylist() for index in range(read_manifest(folder)["shards"])
         ]
         self.ids: list[str] = [id_ for ids in columns for id_ in ids]
         self.row_of = {id_: row for row, id_ in enumerate(self.ids)}

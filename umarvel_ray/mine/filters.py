@@ -13,7 +13,6 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 import numpy as np
 
 GOLD, SAME_CONTENT, TOO_SIMILAR, KEPT = "gold", "same content", "too similar", "kept"
-VERDICTS = (GOLD, SAME_CONTENT, TOO_SIMILAR, KEPT)
 
 
 def picture_key(image: bytes | str | None) -> str | None:
@@ -47,7 +46,7 @@ def judge(
     margin: float | None = None,
     positive_score: float | None = None,
 ) -> list[str]:
-    """One verdict of VERDICTS per candidate.
+    """One verdict (the four above) per candidate.
 
     Args:
         ids, scores, contents: the candidates, their cosines to the query and their content keys.

@@ -33,7 +33,6 @@ from umarvel_ray.mine.shards import (
     digest_of_table,
     is_complete,
     open_output,
-    read_manifest,
     read_shards,
     write_shard,
 )
@@ -63,7 +62,7 @@ def mine(
     """Mine candidates and negatives for the queries of stage 2, or read what was mined from exactly this before.
 
     Embeds under `embeddings_dir` (mine/rank.py), validation too when `max_similarity` is "calibrate". A query's own
-    picture is never a candidate. `out_dir/manifest.json`, and printed lines, give what each filter dropped.
+    picture is never a candidate. What each filter dropped is printed, once, and kept in `out_dir/manifest.json`.
 
     Returns:
         Columns of MINED, in the order of the query table.
@@ -82,13 +81,13 @@ def mine(
         "seed": recipe.seed,
     }
     if not open_output(out_dir, plan, shards=1) and is_complete(out_dir):
-        print(_summary(read_manifest(out_dir)))
         return read_shards(out_dir)
     thresholds = _thresholds(pool, dataset, recipe, checkpoint, embeddings_dir)
     embedded = embed_split(pool, dataset, split, checkpoint, embeddings_dir)
     ranking = rank(embedded, dataset, split, recipe.stage2.mining.pool, recipe.stage2.mining.depth)
     mined, counts = _choose(ranking, embedded, dataset, recipe, thresholds)
-    missing = [id_ for id_ in queries["id"].to_pylist() if id_ not in {row["query_id"] for row in mined}]
+    done = {row["query_id"] for row in mined}
+    missing = [id_ for id_ in queries["id"].to_pylist() if id_ not in done]
     quarantined = [(id_, "not embedded or without a pool; see the embeddings' quarantine.parquet") for id_ in missing]
     write_shard(out_dir, 0, pa.Table.from_pylist(mined, MINED), quarantined)
     facts = {"max_similarity": thresholds, "candidates": {task: dict(c) for task, c in counts.items()}}

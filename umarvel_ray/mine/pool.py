@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from umarvel_ray.errors import UserError
+from umarvel_ray.recipe import Cluster, Engine
 
 AHEAD = 2  # calls in flight per actor: the next one's input travels while this one is worked on
 
@@ -21,17 +22,21 @@ class Pool:
     """A fixed number of equal actors, started at first use and stopped on leaving the `with` block.
 
     Args:
-        actor: a Ray actor class.
-        arguments: of its constructor.
-        restarts: how often each actor, and each call, is tried again after a crash.
+        actor: a Ray actor class; its constructor takes the engine, whether it has a GPU, and its number of threads.
+        cluster: how many actors, how large, and how often each actor, and each call, is tried again after a crash.
+        what: names the work in errors.
     """
 
-    def __init__(
-        self, actor: Any, arguments: tuple, count: int, cpus: float, gpus: float, restarts: int, what: str
-    ) -> None:
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": restarts, "max_task_retries": restarts}
-        self._start = lambda: actor.options(**options).remote(*arguments)
-        self._count = count
+    def __init__(self, actor: Any, cluster: Cluster, engine: Engine, what: str) -> None:
+        options = {
+            "num_cpus": cluster.cpus_per_embedder,
+            "num_gpus": cluster.gpus_per_embedder,
+            "max_restarts": cluster.max_failures,
+            "max_task_retries": cluster.max_failures,
+        }
+        gpu, threads = cluster.gpus_per_embedder > 0, max(1, int(cluster.cpus_per_embedder))
+        self._start = lambda: actor.options(**options).remote(engine, gpu, threads)
+        self._count = cluster.embedders
         self._what = what
         self._actors: list[Any] = []
 

@@ -98,9 +98,9 @@ def read_shard(folder: Path, index: int, columns: Sequence[str] | None = None) -
     return pq.read_table(shard_path(folder, index), columns=columns).replace_schema_metadata(None)
 
 
-def read_shards(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_shards(folder: Path) -> pa.Table:
     """Every row of a complete output, in shard order."""
-    return pa.concat_tables([read_shard(folder, i, columns) for i in range(read_manifest(folder)["shards"])])
+    return pa.concat_tables([read_shard(folder, i) for i in range(read_manifest(folder)["shards"])])
 
 
 def digest_of_table(table: pa.Table) -> str:

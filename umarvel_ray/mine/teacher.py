@@ -91,16 +91,7 @@ class RerankerPool(Pool):
     """The scoring actors of a run, as many and as large as the embedders."""
 
     def __init__(self, cluster: Cluster, engine: Engine) -> None:
-        gpu, threads = cluster.gpus_per_embedder > 0, max(1, int(cluster.cpus_per_embedder))
-        super().__init__(
-            RerankerActor,
-            (engine, gpu, threads),
-            count=cluster.embedders,
-            cpus=cluster.cpus_per_embedder,
-            gpus=cluster.gpus_per_embedder,
-            restarts=cluster.max_failures,
-            what="reranking",
-        )
+        super().__init__(RerankerActor, cluster, engine, "reranking")
 
 
 def score_table(

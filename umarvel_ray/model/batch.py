@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -11,8 +12,21 @@ import torch
 from umarvel_ray.model.items import EncodedItem
 
 
+class Padded:
+    """What batches of items and of pairs have in common: their number of rows, and moving to a device."""
+
+    input_ids: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> Self:
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(Padded):
     """B items padded to L tokens.
 
     input_ids, attention_mask: int64 (B, L); pool_mask: bool (B, L), False on padding; positions: int64 (3, B, L);
@@ -26,13 +40,6 @@ class Batch:
     pixel_values: torch.Tensor
     grids: torch.Tensor
     image_keys: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def to(self, device: torch.device | str) -> Batch:
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors)
 
 
 def token_buckets(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -80,11 +80,6 @@ class EmbeddingModel(nn.Module):
         core = self.backbone.model
         return core.get_image_features(pixel_values, grids, return_dict=True).pooler_output
 
-    @torch.no_grad()
-    def visual_features(self, batch: Batch) -> list[torch.Tensor]:
-        """`run_tower` on all pictures of a batch, without gradient: what a cache of the frozen tower keeps."""
-        return list(self.run_tower(batch.pixel_values, batch.grids)) if batch.image_keys else []
-
 
 class VisionCache:
     """The frozen tower's outputs by image key, the least recently used dropped beyond `max_bytes`."""

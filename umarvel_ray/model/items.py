@@ -118,7 +118,7 @@ class ItemEncoder:
         pictures = self.pictures(item.get("image"), where)
         text = self._text(item.get("instruction"), item.get("text")) + self._prompt(item)
         before, after = self._frame(len(pictures.grids))
-        input_ids = self._ids(before + text + after, pictures.grids)
+        input_ids = self.tokenize(before + text + after, pictures.grids)
         return EncodedItem(
             input_ids=input_ids,
             pool_mask=self._pool_mask(input_ids),
@@ -132,14 +132,13 @@ class ItemEncoder:
         """Open, resize and cut into patches; `images` is None, one picture or a list of them."""
         return read_pictures(images, self.image_processor, where)
 
-    def tokenize(self, messages: list[dict], grids: np.ndarray, generation_prompt: bool) -> np.ndarray:
-        """Render a conversation with the checkpoint's chat template; each picture becomes its run of image tokens.
-
-        Returns:
-            int32 (L,) token ids.
-        """
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-        return self._ids(rendered, grids)
+    def tokenize(self, rendered: str, grids: np.ndarray) -> np.ndarray:
+        """Token ids int32 (L,) of a rendered conversation, in which each picture becomes its run of image tokens."""
+        head, *rest = rendered.split(IMAGE)
+        runs = np.prod(grids, axis=1) // self.image_processor.merge_size**2
+        text = head + "".join(IMAGE * int(run) + part for run, part in zip(runs, rest, strict=True))
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(encoding.ids, dtype=np.int32)
 
     def positions(self, input_ids: np.ndarray, grids: np.ndarray) -> np.ndarray:
         """Rotary positions int32 (3, L), as the settings ask."""
@@ -175,13 +174,6 @@ class ItemEncoder:
             before, _, after = rendered.partition(TEXT_SLOT)
             self._frames[images] = before, after
         return self._frames[images]
-
-    def _ids(self, rendered: str, grids: np.ndarray) -> np.ndarray:
-        head, *rest = rendered.split(IMAGE)
-        runs = np.prod(grids, axis=1) // self.image_processor.merge_size**2
-        text = head + "".join(IMAGE * int(run) + part for run, part in zip(runs, rest, strict=True))
-        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        return np.asarray(encoding.ids, dtype=np.int32)
 
     def _text(self, instruction: str | None, text: str | None) -> str:
         limit = self.settings.max_text_tokens
@@ -240,19 +232,3 @@ def _text_part(text: str) -> dict[str, str]:
 
 def _is_empty(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, bytes) and len(value) == 0
-
-
-__all__ = [
-    "EMB",
-    "INSTRUCTION_END",
-    "INSTRUCTION_START",
-    "EncodedItem",
-    "Item",
-    "ItemEncoder",
-    "Pictures",
-    "check_item",
-    "format_string",
-    "load_image_processor",
-    "load_tokenizer",
-    "user_turn",
-]

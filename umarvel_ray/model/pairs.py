@@ -7,7 +7,7 @@ from the candidate, so the tokens up to "Candidate:" are the same for every cand
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.items import EMB, IMAGE, Item, ItemEncoder, Pictures, check_item
+from umarvel_ray.model.batch import Padded
+from umarvel_ray.model.items import EMB, Item, ItemEncoder, check_item
+from umarvel_ray.model.pictures import Pictures
 from umarvel_ray.recipe import ModelSettings
 
 TASK = (
@@ -132,10 +134,7 @@ class PairEncoder:
         return before, after
 
     def _side(self, prompt: str, pictures: Pictures) -> EncodedPair:
-        head, *rest = prompt.split(IMAGE)
-        runs = np.prod(pictures.grids, axis=1) // self.items.image_processor.merge_size**2
-        text = head + "".join(IMAGE * int(run) + part for run, part in zip(runs, rest, strict=True))
-        input_ids = np.asarray(self._ids(text), dtype=np.int32)
+        input_ids = self.items.tokenize(prompt, pictures.grids)
         return EncodedPair(
             input_ids=input_ids,
             labels=np.full_like(input_ids, IGNORED),
@@ -166,7 +165,7 @@ def join(parts: Sequence[EncodedPair]) -> EncodedPair:
 
 
 @dataclass(frozen=True)
-class PairTensors:
+class PairTensors(Padded):
     """B padded sequences.
 
     input_ids, attention_mask, labels: int64 (B, L); positions: int64 (3, B, L); pixel_values: float32 (patches,
@@ -180,13 +179,6 @@ class PairTensors:
     pixel_values: torch.Tensor
     grids: torch.Tensor
     image_keys: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def to(self, device: torch.device | str) -> PairTensors:
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors)
 
 
 def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, device: torch.device | str = "cpu") -> PairTensors:
