@@ -71,7 +71,7 @@ def tempered(base: Path, lora: Lora = STEP.lora) -> TemperedEmbedder:
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    return TemperedEmbedder(model, BOUNDS, 0)
+    return TemperedEmbedder(model, BOUNDS, ItemEncoder.from_pretrained(base, SETTINGS).form)
 
 
 def plain_run(base: Path, two_way: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -84,8 +84,8 @@ def plain_run(base: Path, two_way: bool) -> tuple[list[float], dict[str, torch.T
     optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-6)
     losses = []
     for queries, documents, targets, relevant in batches(base):
-        q = torch.cat([model(collate([item], 0)) for item in queries])
-        d = torch.cat([model(collate([item], 0)) for item in documents])
+        q = torch.cat([model(collate([item], module.form)) for item in queries])
+        d = torch.cat([model(collate([item], module.form)) for item in documents])
         similarity = (q @ d.T) / model.log_temperature.exp()
         loss = 0.0
         for i, j in enumerate(targets.tolist()):

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def embed(embedder: Embedder, items: list) -> np.ndarray:
     """All in one batch."""
     with torch.inference_mode():
         encoded = [embedder.encoder.encode(item, "query") for item in items]
-        return embedder.model(collate(encoded, embedder.encoder.pad_id)).numpy()
+        return embedder.model(collate(encoded, embedder.encoder.form)).numpy()
 
 
 def test_alone_as_in_a_padded_batch(embedder):
@@ -81,7 +82,8 @@ def test_order_and_budget_do_not_matter(plain):
 
 def test_whatever_stands_on_padding_is_not_seen(plain):
     encoded = [plain.encoder.encode(item, "query") for item in ITEMS]
-    batches = [collate(encoded, pad) for pad in (plain.encoder.pad_id, 77)]
+    form = plain.encoder.form
+    batches = [collate(encoded, pad) for pad in (form, replace(form, pad_id=77))]
     with torch.inference_mode():
         torch.testing.assert_close(plain.model(batches[0]), plain.model(batches[1]), atol=1e-6, rtol=0)
 
@@ -100,7 +102,7 @@ def test_text_alone_never_runs_the_tower(plain):
 
 
 def test_cached_features_equal_the_tower(plain):
-    batch = collate([plain.encoder.encode(item, "query") for item in ITEMS], plain.encoder.pad_id)
+    batch = collate([plain.encoder.encode(item, "query") for item in ITEMS], plain.encoder.form)
     assert len(set(batch.image_keys)) == 3 < len(batch.image_keys)
     with torch.no_grad():
         features = plain.model.run_tower(batch.pixel_values, batch.grids)
@@ -114,7 +116,7 @@ def test_cached_features_equal_the_tower(plain):
 
 def test_the_cache_runs_the_tower_once_per_picture_and_stays_in_its_bound(plain):
     items = [{"image": picture(seed)} for seed in (10, 11, 12, 10)]
-    batch = collate([plain.encoder.encode(item, "document") for item in items], plain.encoder.pad_id)
+    batch = collate([plain.encoder.encode(item, "document") for item in items], plain.encoder.form)
     seen = []
     handle = plain.model.backbone.model.visual.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(len(kwargs["grid_thw"])), with_kwargs=True

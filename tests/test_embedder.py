@@ -32,7 +32,7 @@ def test_a_vector_is_the_unit_mean_of_the_stock_models_states(tiny_base, embedde
     with torch.no_grad():
         states = core(
             input_ids=ids,
-            pixel_values=torch.from_numpy(encoded.pixels),
+            pixel_values=embedder.encoder.form.pixels(torch.from_numpy(encoded.pixels)),
             image_grid_thw=torch.from_numpy(encoded.grids),
             mm_token_type_ids=(ids == core.config.image_token_id).int(),
             attention_mask=torch.ones_like(ids),

@@ -5,12 +5,13 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from umarvel_ray.data import images
 from umarvel_ray.data.images import BadImage, open_image
 from umarvel_ray.model.items import load_image_processor
-from umarvel_ray.model.pictures import read_pictures
+from umarvel_ray.model.pictures import PixelScale, read_pictures
 from umarvel_ray.recipe import ModelSettings
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -135,8 +136,9 @@ def test_patches_are_those_of_transformers(tiny_base, size, pixels):
     shown = [Image.fromarray(noise), half_and_half()]
     ours, theirs = read_pictures(shown, processor, "x"), processor(images=shown, return_tensors="np")
     assert np.array_equal(ours.grids, theirs["image_grid_thw"])
-    assert ours.pixels.dtype == np.float32
-    np.testing.assert_allclose(ours.pixels, theirs["pixel_values"], atol=2e-6)
+    assert ours.pixels.dtype == np.uint8
+    scaled = PixelScale.of(processor)(torch.from_numpy(ours.pixels)).numpy()
+    np.testing.assert_allclose(scaled, theirs["pixel_values"], atol=2e-6)
 
 
 def test_picture_keys_tell_pictures_and_shapes_apart(tiny_base):

@@ -171,7 +171,7 @@ def test_several_pictures_and_equal_pictures(encoder):
     one, two = picture(64, 64, 1), picture(64, 64, 2)
     encoded = encoder.encode({"image": [one, two, one], "text": "three"}, "document")
     assert encoded.grids.tolist() == [[1, 8, 8]] * 3
-    assert encoded.pixels.shape == (3 * 64, 3 * 2 * 8 * 8)
+    assert encoded.pixels.shape == (3 * 64, 3 * 8 * 8)
     assert encoded.image_keys[0] == encoded.image_keys[2] != encoded.image_keys[1]
     assert (encoded.input_ids == encoder.image_token_id).sum() == 48
 

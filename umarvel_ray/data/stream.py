@@ -83,7 +83,10 @@ def open_stream(
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _fulfil, batch_size=1, num_cpus=cpus, fn_kwargs={"tables": tables, "pairs": pairs}
         )
-        stream = dataset.iter_batches(batch_size=1, prefetch_batches=2 * tasks, batch_format="pyarrow")
+        # Ray Data's scheduling loop turns without pause while it is held back. In an actor it leaves the trainer's
+        # interpreter alone.
+        (outside,) = dataset.streaming_split(1)
+        stream = outside.iter_batches(batch_size=1, prefetch_batches=2 * tasks, batch_format="pyarrow")
         for step, row in zip(plan, stream, strict=True):
             first, second = pickle.loads(row["payload"][0].as_buffer())
             yield PairBatch(step, first) if pairs else RankBatch(step, first, second)

@@ -26,7 +26,6 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from umarvel_ray.demo.base_model import (
     CONTROL_TOKENS,
-    END,
     HIDDEN,
     MERGE,
     PATCH,
@@ -44,7 +43,7 @@ from umarvel_ray.demo.vocabulary import choose_pieces, embed_vocabulary
 from umarvel_ray.model.positions import rotary_positions
 
 TEXTS_READ = 9000  # passages whose meaning the text teacher tells, besides every description of a picture
-STAGES = {"vision": 0.48, "text": 0.15, "joint": 0.37}  # shares of the processor time; views come first, uncounted
+STAGES = {"vision": 0.55, "text": 0.12, "joint": 0.33}  # shares of the processor time; views come first, uncounted
 SAVE_EVERY = 150.0
 
 
@@ -94,8 +93,6 @@ class Pretraining:
         with torch.no_grad():
             embeddings = model.get_input_embeddings().weight
             embeddings.normal_(std=0.02)
-            embeddings[:, -1] = table[:, -1].min()
-            embeddings[CONTROL_TOKENS.index(END), -1] = table[:, -1].max()
             embeddings[-len(table) :] = table
             for name, p in model.named_parameters():
                 if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.fc2.weight")):
@@ -329,10 +326,9 @@ class Pretraining:
         losses, tokens = self._tower_losses(torch.tensor(chosen))
         kept = [n for n, turn in enumerate(turns) if turn is not None]
         generated = self._generate([turns[n] for n in kept], tokens[kept])
-        about = [*random.choices(self.turns["text"], k=5), *(self._turn_about_texts() for _ in range(8))]
-        texts = self._generate(about, None)
+        texts = self._generate(random.choices(self.turns["text"], k=6), None)
         losses |= self._meaning_losses(24)
-        return {name: 0.5 * loss for name, loss in losses.items()} | {"generated": generated, "text": 0.3 * texts}
+        return {name: 0.5 * loss for name, loss in losses.items()} | {"generated": generated, "text": 0.2 * texts}
 
     def _turn_about(self, picture: int) -> Turn | None:
         texts = self.corpus.texts[picture]
@@ -340,21 +336,15 @@ class Pretraining:
             return None
         kind = random.random()
         asked = self._asked().get(picture, [])
-        if kind < 0.2 and asked:
+        if kind < 0.25 and asked:
             return random.choice(asked)
         if kind < 0.5:
+            right = random.random() < 0.5
             other = random.choice(self.turns["caption"]).picture
-            right = random.random() < 0.5 or self.corpus.concepts[other] == self.corpus.concepts[picture]
-            text = random.choice(texts if right else self.corpus.texts[other])
-            return Turn(f"Does the picture show this: {text}?", picture, "Yes" if right else "No")
+            wrong = self.corpus.concepts[other] != self.corpus.concepts[picture]
+            text = random.choice(texts if right or not wrong else self.corpus.texts[other])
+            return Turn(f"Does the picture show this: {text}?", picture, "Yes" if right or not wrong else "No")
         return Turn(random.choice(("What is this?", "Describe the picture.", "")), picture, random.choice(texts))
-
-    def _turn_about_texts(self) -> Turn:
-        text, passage = random.choice(self.corpus.pairs)
-        right = random.random() < 0.5
-        if not right:
-            passage = random.choice(self.corpus.pairs)[1]
-        return Turn(f"Does the text match: {text} Text: {passage}", None, "Yes" if right else "No")
 
     def _asked(self) -> dict[int, list[Turn]]:
         if "asked" not in self.tell:
@@ -394,9 +384,11 @@ class Pretraining:
         index = [(i, start - 1 + n) for i, (start, size) in enumerate(answers) for n in range(size)]
         rows_of, columns = torch.tensor(index).T
         logits = self.model.lm_head(hidden[rows_of, columns])
-        loss = F.cross_entropy(logits, ids[rows_of, columns + 1], reduction="none")
-        own = torch.zeros(len(turns)).index_add(0, rows_of, loss) / torch.tensor([size for _, size in answers])
-        return own if each else 0.5 * loss.mean() + 0.5 * own.mean()  # a Yes counts as much as a long answer
+        loss = F.cross_entropy(logits, ids[rows_of, columns + 1], reduction="none" if each else "mean")
+        if not each:
+            return loss
+        sums = torch.zeros(len(turns)).index_add(0, rows_of, loss)
+        return sums / torch.tensor([size for _, size in answers])
 
     # -- progress on concepts never learnt from
 
@@ -423,15 +415,6 @@ class Pretraining:
         own_loss, other_loss = (self._generate(turns, tokens[list(which)], each=True) for which in (told, wrong))
         figures["caption loss"] = own_loss.mean().item()
         figures["right picture wins"] = (own_loss < other_loss).float().mean().item()
-        asked = [f"Does the picture show this: {min(corpus.texts[i], key=len)}?" for i in told]
-        judged = []
-        for which, answers in ((told, ("Yes", "No")), (wrong, ("No", "Yes"))):
-            losses = [
-                self._generate([Turn(a, i, word) for a, i in zip(asked, told, strict=True)], tokens[list(which)], True)
-                for word in answers
-            ]
-            judged.append((losses[0] < losses[1]).float().mean().item())
-        figures["Yes/No right"] = sum(judged) / 2
         self.model.train()
         return {name: round(value, 4) for name, value in figures.items()}
 

@@ -66,17 +66,10 @@ def _spell(word: str, kept: set[str], ids: dict[str, int]) -> list[str]:
 
 
 def embed_vocabulary(teacher: TextTeacher, piece_ids: list[int], logprobs: list[float]) -> tuple[Tensor, Tensor]:
-    """The teacher's reading of each piece: (pieces, HIDDEN), longer for rarer pieces (SIF weights); and the basis
-    (HIDDEN, 384) that leads back to the teacher's space.
-
-    The last dimension is kept for how common a piece is: the output shares this table and has no bias, and without it
-    "canine", being longer, would always win against "dog", which points the same way.
-    """
+    """The teacher's reading of each piece in HIDDEN dimensions, longer for rarer pieces (SIF weights): (pieces,
+    HIDDEN); and the basis (HIDDEN, 384) that leads back to the teacher's space."""
     meanings = teacher.embed_pieces(piece_ids)
     meanings = F.normalize(meanings - meanings.mean(0), dim=-1)
     basis = torch.linalg.svd(meanings, full_matrices=False).Vh[:HIDDEN]
-    common = torch.tensor(logprobs)
-    weights = 1e-3 / (1e-3 + common.exp())
-    table = F.normalize(meanings @ basis.T, dim=-1) * (0.15 + 0.45 * weights)[:, None]
-    table[:, -1] = 0.1 * (common - common.mean()) / common.std()
-    return table, basis
+    weights = 1e-3 / (1e-3 + torch.tensor(logprobs).exp())
+    return F.normalize(meanings @ basis.T, dim=-1) * (0.15 + 0.45 * weights)[:, None], basis

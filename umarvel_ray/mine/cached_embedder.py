@@ -133,7 +133,7 @@ class CachedEmbedder:
         result = np.empty((len(known), self._embedder.dimension), np.float32)
         for bucket in token_buckets([entry.item.length for entry in known], self._token_budget):
             entries = [known[index] for index in bucket]
-            batch = collate([entry.item for entry in entries], self._embedder.encoder.pad_id, self._device)
+            batch = collate([entry.item for entry in entries], self._embedder.encoder.form, self._device)
             visual = {
                 key: feature
                 for entry in entries
@@ -158,7 +158,8 @@ class CachedEmbedder:
         keys = list(new)
         for bucket in token_buckets([len(new[key][0]) for key in keys], 4 * self._token_budget):
             chosen = [keys[index] for index in bucket]
-            pixels = torch.from_numpy(np.concatenate([new[key][0] for key in chosen])).to(self._device)
+            patches = torch.from_numpy(np.concatenate([new[key][0] for key in chosen])).to(self._device)
+            pixels = self._embedder.encoder.form.pixels(patches)
             grids = torch.from_numpy(np.stack([new[key][1] for key in chosen])).to(self._device)
             for key, feature in zip(chosen, self._embedder.model.run_tower(pixels, grids), strict=True):
                 # A copy: the tower's outputs are views of one tensor, which any of them would keep alive.

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from umarvel_ray.model.items import EncodedItem
+from umarvel_ray.model.items import EncodedItem, InputForm
 
 
 class Padded:
@@ -58,10 +58,10 @@ def token_buckets(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return buckets
 
 
-def collate(items: Sequence[EncodedItem], pad_id: int, device: torch.device | str = "cpu") -> Batch:
+def collate(items: Sequence[EncodedItem], form: InputForm, device: torch.device | str = "cpu") -> Batch:
     """Pad at least one item on the right and join all pictures."""
     shape = (len(items), max(item.length for item in items))
-    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    input_ids = np.full(shape, form.pad_id, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=np.int64)
     pool_mask = np.zeros(shape, dtype=bool)
     positions = np.zeros((3, *shape), dtype=np.int64)
@@ -75,7 +75,7 @@ def collate(items: Sequence[EncodedItem], pad_id: int, device: torch.device | st
         attention_mask=torch.from_numpy(attention_mask),
         pool_mask=torch.from_numpy(pool_mask),
         positions=torch.from_numpy(positions),
-        pixel_values=torch.from_numpy(np.concatenate([item.pixels for item in items])),
+        pixel_values=form.pixels(torch.from_numpy(np.concatenate([item.pixels for item in items])).to(device)),
         grids=torch.from_numpy(np.concatenate([item.grids for item in items])),
         image_keys=tuple(key for item in items for key in item.image_keys),
     ).to(device)

@@ -64,7 +64,7 @@ class Embedder:
         """Embed items that are tokenised already, in batches of at most `token_budget` padded tokens."""
         result = np.empty((len(encoded), self.dimension), dtype=np.float32)
         for bucket in token_buckets([item.length for item in encoded], token_budget):
-            batch = collate([encoded[index] for index in bucket], self.encoder.pad_id, self.device)
+            batch = collate([encoded[index] for index in bucket], self.encoder.form, self.device)
             result[bucket] = self.model(batch).cpu().numpy()
         return result
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.pictures import Pictures, read_pictures
+from umarvel_ray.model.pictures import Pictures, PixelScale, read_pictures
 from umarvel_ray.model.positions import rotary_positions
 from umarvel_ray.recipe import ModelSettings
 
@@ -28,6 +28,14 @@ TEXT_SLOT = "\x00"
 ITEM_KEYS = {"text", "image", "instruction"}
 
 Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """What a checkpoint asks of a batch: the token that stands on padding, and the scale of pixels."""
+
+    pad_id: int
+    pixels: PixelScale
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class ItemEncoder:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.settings = settings
-        self.pad_id = tokenizer.pad_token_id
+        self.form = InputForm(tokenizer.pad_token_id, PixelScale.of(image_processor))
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self._emb, self._start, self._end = tokenizer.convert_tokens_to_ids([EMB, INSTRUCTION_START, INSTRUCTION_END])
         self._frames: dict[int, tuple[str, str]] = {}

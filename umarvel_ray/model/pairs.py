@@ -17,7 +17,7 @@ import torch
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.batch import Padded
-from umarvel_ray.model.items import EMB, Item, ItemEncoder, check_item
+from umarvel_ray.model.items import EMB, InputForm, Item, ItemEncoder, check_item
 from umarvel_ray.model.pictures import Pictures
 from umarvel_ray.recipe import ModelSettings
 
@@ -62,7 +62,6 @@ class PairEncoder:
     def __init__(self, items: ItemEncoder, max_text_tokens: int) -> None:
         self.items = items
         self.max_text_tokens = max_text_tokens
-        self.pad_id = items.pad_id
         self.answer_ids = {word: self._ids(word) for word in ("Yes", "No")}
         said = items.tokenizer.apply_chat_template(
             [{"role": "user", "content": []}, {"role": "assistant", "content": [_text(EMB)]}], tokenize=False
@@ -181,15 +180,14 @@ class PairTensors(Padded):
     image_keys: tuple[str, ...]
 
 
-def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, device: torch.device | str = "cpu") -> PairTensors:
+def collate_pairs(pairs: Sequence[EncodedPair], form: InputForm, device: torch.device | str = "cpu") -> PairTensors:
     """Pad at least one pair on the right and join all pictures."""
     shape = (len(pairs), max(pair.length for pair in pairs))
     arrays: dict[str, Any] = {
-        "input_ids": np.full(shape, pad_id, dtype=np.int64),
+        "input_ids": np.full(shape, form.pad_id, dtype=np.int64),
         "attention_mask": np.zeros(shape, dtype=np.int64),
         "labels": np.full(shape, IGNORED, dtype=np.int64),
         "positions": np.zeros((3, *shape), dtype=np.int64),
-        "pixel_values": np.concatenate([pair.pixels for pair in pairs]),
         "grids": np.concatenate([pair.grids for pair in pairs]),
     }
     for row, pair in enumerate(pairs):
@@ -197,8 +195,10 @@ def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, device: torch.devic
         arrays["attention_mask"][row, : pair.length] = 1
         arrays["labels"][row, : pair.length] = pair.labels
         arrays["positions"][:, row, : pair.length] = pair.positions
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    pixels = form.pixels(torch.from_numpy(np.concatenate([pair.pixels for pair in pairs])).to(device))
     keys = tuple(key for pair in pairs for key in pair.image_keys)
-    return PairTensors(**{name: torch.from_numpy(array) for name, array in arrays.items()}, image_keys=keys).to(device)
+    return PairTensors(**tensors, pixel_values=pixels, image_keys=keys).to(device)
 
 
 def _images(pictures: Pictures) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
-"""From pictures to what the vision tower reads: resized, normalised, cut into patches (Qwen2-VL).
+"""From pictures to what the vision tower reads: resized, cut into patches, normalised (Qwen2-VL).
 
-The same numbers as transformers' `Qwen2VLImageProcessor`, several times faster on small pictures.
+The same numbers as transformers' `Qwen2VLImageProcessor`, several times faster on small pictures. Patches travel as
+bytes, an eighth of what the tower reads: they are normalised and repeated in time where the batch is built.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
@@ -21,13 +23,35 @@ from umarvel_ray.data.images import BadImage, open_image
 class Pictures:
     """The pictures of one item, in order.
 
-    pixels: float32 (patches, patch_dim); grids: int64 (n, 3) patches in time, height, width; keys: sha1 of each
-    picture as resized, so that equal keys mean equal tower outputs.
+    pixels: uint8 (patches, 3 · patch²), see `PixelScale`; grids: int64 (n, 3) patches in time, height, width; keys:
+    sha1 of each picture as resized, so that equal keys mean equal tower outputs.
     """
 
     pixels: np.ndarray
     grids: np.ndarray
     keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PixelScale:
+    """How a checkpoint normalises pixels, and how often it repeats a still in time."""
+
+    factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    times: int
+
+    @classmethod
+    def of(cls, processor: Qwen2VLImageProcessorPil) -> PixelScale:
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        return cls(processor.rescale_factor, mean, std, processor.temporal_patch_size)
+
+    def __call__(self, patches: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, 3 · patch²) → float32 (n, 3 · times · patch²), what the tower reads."""
+        count, size = patches.shape
+        colours = patches.view(count, 3, 1, size // 3) * self.factor
+        mean, std = (torch.tensor(values, device=patches.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return ((colours - mean) / std).expand(-1, -1, self.times, -1).reshape(count, self.times * size)
 
 
 def read_pictures(images: Any, processor: Qwen2VLImageProcessorPil, where: str) -> Pictures:
@@ -66,16 +90,11 @@ def _grid(array: np.ndarray, processor: Qwen2VLImageProcessorPil) -> tuple[int, 
 
 
 def _patches(resized: Sequence[np.ndarray], processor: Qwen2VLImageProcessorPil) -> np.ndarray:
-    """All patches (n, patch_dim); the four that are merged follow each other, and a still is repeated in time."""
-    size, merge, time = processor.patch_size, processor.merge_size, processor.temporal_patch_size
-    mean = np.asarray(processor.image_mean, dtype=np.float32)
-    std = np.asarray(processor.image_std, dtype=np.float32)
-    parts = [np.empty((0, 3 * time * size**2), dtype=np.float32)]
+    """All patches (n, 3 · patch²); the four that are merged follow each other."""
+    size, merge = processor.patch_size, processor.merge_size
+    parts = [np.empty((0, 3 * size**2), dtype=np.uint8)]
     for array in resized:
         _, rows, columns = _grid(array, processor)
-        pixels = (array * np.float32(processor.rescale_factor) - mean) / std
-        blocks = pixels.reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
-        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
-        repeated = np.broadcast_to(blocks, (*blocks.shape[:5], time, size, size))
-        parts.append(repeated.reshape(rows * columns, -1))
+        blocks = array.reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
+        parts.append(blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1))
     return np.concatenate(parts)

@@ -23,7 +23,7 @@ from umarvel_ray.model.backbone import load_backbone
 from umarvel_ray.model.batch import token_buckets
 from umarvel_ray.model.checkpoint import PROVENANCE, load_settings, read_provenance
 from umarvel_ray.model.embedding_model import VisionCache
-from umarvel_ray.model.items import Item
+from umarvel_ray.model.items import InputForm, Item, ItemEncoder, load_image_processor
 from umarvel_ray.model.pairs import EncodedPair, PairEncoder, PairTensors, collate_pairs
 from umarvel_ray.recipe import ModelSettings
 
@@ -54,10 +54,10 @@ class ReadQuery:
 class RerankerModel(nn.Module):
     """Pairs in, losses out; queries and candidates in, two logits out."""
 
-    def __init__(self, backbone: Qwen2VLForConditionalGeneration, pad_id: int) -> None:
+    def __init__(self, backbone: Qwen2VLForConditionalGeneration, form: InputForm) -> None:
         super().__init__()
         self.backbone = backbone
-        self.pad_id = pad_id
+        self.form = form
 
     @classmethod
     def from_pretrained(
@@ -65,7 +65,7 @@ class RerankerModel(nn.Module):
     ) -> RerankerModel:
         """Load a base, an embedder's checkpoint or a reranker's, with causal attention. Raises: see `load_backbone`."""
         backbone, tokenizer = load_backbone(path, settings.model_copy(update={"attention": "causal"}), dtype)
-        return cls(backbone, tokenizer.pad_token_id)
+        return cls(backbone, ItemEncoder(tokenizer, load_image_processor(path, settings), settings).form)
 
     def forward(self, batch: PairTensors, visual: Visual | None = None) -> torch.Tensor:
         """Next-token loss on the labelled tokens.
@@ -200,4 +200,4 @@ class Reranker:
         return scores
 
     def _tensors(self, sides: Sequence[EncodedPair]) -> PairTensors:
-        return collate_pairs(sides, self.encoder.pad_id, self.device)
+        return collate_pairs(sides, self.model.form, self.device)

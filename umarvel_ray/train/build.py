@@ -11,7 +11,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import PROVENANCE, read_provenance, save_checkpoint
 from umarvel_ray.model.embedding_model import EmbeddingModel
-from umarvel_ray.model.items import load_tokenizer
+from umarvel_ray.model.items import ItemEncoder
 from umarvel_ray.model.lora import add_lora, merge_lora, save_adapter
 from umarvel_ray.model.reranker import RerankerModel
 from umarvel_ray.train.embedding_step import TemperedEmbedder
@@ -33,7 +33,7 @@ def build_module(job: TrainJob) -> TemperedEmbedder | RerankerModel:
     if job.engine.activation_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     bounds = (math.log(job.temperature.minimum), math.log(job.temperature.maximum))
-    module = TemperedEmbedder(model, bounds, load_tokenizer(job.parent).pad_token_id)
+    module = TemperedEmbedder(model, bounds, ItemEncoder.from_pretrained(job.parent, job.settings).form)
     module.train()
     return module
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from umarvel_ray.model.batch import Batch, collate, token_buckets
 from umarvel_ray.model.embedding_model import EmbeddingModel
-from umarvel_ray.model.items import EncodedItem
+from umarvel_ray.model.items import EncodedItem, InputForm
 from umarvel_ray.model.losses import gather_rows
 from umarvel_ray.model.pairs import PairTensors
 
@@ -38,11 +38,11 @@ class Passes:
 class TemperedEmbedder(torch.nn.Module):
     """What DeepSpeed wraps: embeddings and the clamped log-temperature leave one forward, so ZeRO-3 gathers both."""
 
-    def __init__(self, embedder: EmbeddingModel, log_bounds: tuple[float, float], pad_id: int):
+    def __init__(self, embedder: EmbeddingModel, log_bounds: tuple[float, float], form: InputForm):
         super().__init__()
         self.embedder = embedder
         self.log_bounds = log_bounds
-        self.pad_id = pad_id
+        self.form = form
 
     def forward(self, batch, visual=None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.embedder(batch, visual), self.embedder.log_temperature.float().clamp(*self.log_bounds)
@@ -76,7 +76,7 @@ def embedding_step(
     def forward(number: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(chunk_seed(seed, rank, number))
         chosen = [items[i] for i in chunks[number] or [0]]
-        batch = collate(chosen, engine.module.pad_id, engine.device)
+        batch = collate(chosen, engine.module.form, engine.device)
         vectors, log_temperature = engine(batch, visual_of(batch))
         return vectors[: len(chunks[number])], log_temperature
 
