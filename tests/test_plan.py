@@ -38,7 +38,7 @@ def tables(draw):
 
 
 @settings(deadline=None)
-@given(tables(), st.integers(2, 4), st.integers(0, 5), st.booleans(), st.integers(0, 2))
+@given(tables(), st.integers(2, 4), st.integers(0, 5), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2))
 def test_contrastive_batches(rows, size, seed, homogeneous, per_query):
     negatives = {q: [f"d{(i * 7 + k) % 40}" for k in range(3)] for i, q in enumerate(rows.ids)}
     recipe = step(size, max_steps=9, homogeneous=homogeneous)
@@ -64,7 +64,7 @@ def test_contrastive_batches(rows, size, seed, homogeneous, per_query):
         assert all((i, int(j)) in marked for i, j in enumerate(targets))
         if per_query:
             assert {d for q in batch.query_ids for d in negatives[q][:per_query]} <= set(batch.document_ids)
-        if homogeneous:
+        if homogeneous == 1:
             assert len({rows.tasks[row_of[q]] for q in batch.query_ids}) == 1
     again = contrastive_plan(rows, recipe, seed, negatives, per_query)
     assert [p.query_ids for p in again] == [p.query_ids for p in plan]
@@ -77,6 +77,31 @@ def test_an_epoch_uses_each_query_once_where_it_can():
     used = [q for p in plan for q in p.query_ids]
     assert sorted(used) == sorted(rows.ids)
     assert [p.query_ids for p in contrastive_plan(rows, step(8), seed=2)] != [p.query_ids for p in plan]
+
+
+def test_a_large_task_gives_no_more_than_its_cap_to_an_epoch_and_others_in_the_next():
+    rows = QueryRows([f"q{i}" for i in range(120)], ["big"] * 100 + ["small"] * 20, [[f"d{i}"] for i in range(120)])
+    assert len(contrastive_plan(rows, step(10, max_per_task=20), seed=0)) == 4
+    plan = contrastive_plan(rows, step(10, max_steps=8, max_per_task=20), seed=0)
+    epochs = [{q for p in plan[start : start + 4] for q in p.query_ids} for start in (0, 4)]
+    for used in epochs:
+        assert sum(rows.tasks[int(q[1:])] == "big" for q in used) == 20
+        assert sum(rows.tasks[int(q[1:])] == "small" for q in used) == 20
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_batches_from_one_task(share):
+    rows = QueryRows(
+        [f"q{i}" for i in range(4000)], [f"t{i % 4}" for i in range(4000)], [[f"d{i}"] for i in range(4000)]
+    )
+    task = dict(zip(rows.ids, rows.tasks, strict=True))
+    plan = contrastive_plan(rows, step(20, epochs=1, homogeneous=share), seed=0)
+    alike = [len({task[q] for q in batch.query_ids}) == 1 for batch in plan]
+    assert abs(sum(alike) / len(plan) - share) < 0.05
+    if 0 < share < 1:
+        changes = sum(a != b for a, b in zip(alike, alike[1:], strict=False))
+        assert changes > share * (1 - share) * len(plan), "both kinds must alternate, not follow each other"
 
 
 @given(st.integers(0, 50), st.integers(1, 9))

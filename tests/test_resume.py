@@ -27,7 +27,7 @@ def command(tiny_base, tmp_path_factory):
     small = [f"stage1.{name}.max_steps={n}" for name, n in STEPS.items()]
     small += [f"stage1.{name}.batch_size=8" for name in STEPS]
     small += [f"stage1.{name}.checkpoint_every=2" for name in STEPS]
-    small += ["stage1.instruction.homogeneous=false", "stage1.text.lora.dropout=0.1"]
+    small += ["stage1.instruction.homogeneous=0", "stage1.text.lora.dropout=0.1"]
     return [Path(sys.executable).parent / "umarvel", "stage1", f"base={tiny_base}", f"data.root={data}", *small]
 
 

@@ -80,7 +80,8 @@ class Step(Section):
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     adam_eps: Positive = 1e-8
     lora: Lora = Lora()
-    homogeneous: bool = Field(default=False, description="each global batch drawn from a single task")
+    max_per_task: PositiveInt | None = Field(default=None, description="queries of a task in an epoch, drawn anew")
+    homogeneous: float = Field(default=0.0, ge=0, le=1, description="share of global batches drawn from a single task")
     checkpoint_every: PositiveInt = 50
 
 

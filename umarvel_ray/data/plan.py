@@ -8,7 +8,7 @@ present is recorded so that the loss never punishes it (rule 6).
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +166,8 @@ class _Drawn:
 
 
 def _batches(queries: QueryRows, step: Step, seed: int) -> Iterator[list[_Drawn]]:
-    total = steps_in(step, len(queries.ids))
+    in_epoch = sum(min(count, step.max_per_task or count) for count in Counter(queries.tasks).values())
+    total = steps_in(step, in_epoch)
     made, epoch = 0, 0
     while made < total:
         before = made
@@ -189,8 +190,13 @@ def _epoch_batches(queries: QueryRows, step: Step, rng: np.random.Generator) -> 
         for i in rng.permutation(len(queries.ids))
     ]
     groups: dict[str, list[_Drawn]] = {}
+    used: Counter[str] = Counter()
     for row in drawn:
-        groups.setdefault(queries.tasks[row.index] if step.homogeneous else "", []).append(row)
+        used[queries.tasks[row.index]] += 1
+        if step.max_per_task and used[queries.tasks[row.index]] > step.max_per_task:
+            continue
+        alike = rng.random() < step.homogeneous
+        groups.setdefault(queries.tasks[row.index] if alike else "", []).append(row)
     batches = [batch for rows in groups.values() for batch in _distinct_batches(rows, step.batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))] if step.homogeneous else batches
 

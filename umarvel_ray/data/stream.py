@@ -7,6 +7,7 @@ tokenise. Plan rows carry row numbers, tables travel once through the object sto
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext, ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from umarvel_ray.data.plan import PlanStep, rank_slice
 from umarvel_ray.data.tables import item_of
@@ -51,6 +53,17 @@ class Tables:
     settings: ModelSettings
 
 
+class Rest(ExecutionCallback):
+    """A pause in each turn of Ray Data's scheduling loop.
+
+    The loop runs in a thread of the trainer and turns without waiting while it is held back; each of the trainer's
+    operations would wait for the interpreter (steps of the demo took three times as long).
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(0.05)
+
+
 def open_stream(
     plan: Sequence[PlanStep], tables: Tables, rank: int, world: int, pairs: bool, tasks: int, cpus: float
 ) -> Iterator[RankBatch | PairBatch]:
@@ -79,14 +92,12 @@ def open_stream(
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(cpu=tasks * cpus)
     context.enable_progress_bars = False
+    context.custom_execution_callback_classes = [Rest]
     with DataContext.current(context):
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _fulfil, batch_size=1, num_cpus=cpus, fn_kwargs={"tables": tables, "pairs": pairs}
         )
-        # Ray Data's scheduling loop turns without pause while it is held back. In an actor it leaves the trainer's
-        # interpreter alone.
-        (outside,) = dataset.streaming_split(1)
-        stream = outside.iter_batches(batch_size=1, prefetch_batches=2 * tasks, batch_format="pyarrow")
+        stream = dataset.iter_batches(batch_size=1, prefetch_batches=2 * tasks, batch_format="pyarrow")
         for step, row in zip(plan, stream, strict=True):
             first, second = pickle.loads(row["payload"][0].as_buffer())
             yield PairBatch(step, first) if pairs else RankBatch(step, first, second)
