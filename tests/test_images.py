@@ -2,16 +2,22 @@
 
 import base64
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from umarvel_ray.data import images
 from umarvel_ray.data.images import BadImage, open_image
-from umarvel_ray.model.items import load_image_processor
-from umarvel_ray.model.pictures import PixelScale, read_pictures
+from umarvel_ray.errors import UserError
+from umarvel_ray.model.items import ItemEncoder
+from umarvel_ray.model.pictures import CONFIG, PictureFormat, PixelScale, read_pictures
 from umarvel_ray.recipe import ModelSettings
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -129,21 +135,49 @@ def test_the_limit_is_on_pixels_not_on_bytes(monkeypatch):
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 37), (5, 300), (33, 31), (640, 480)])
 @pytest.mark.parametrize("pixels", [(4096, 4096), (1024, 65_536)])
-def test_patches_are_those_of_transformers(tiny_base, size, pixels):
-    processor = load_image_processor(tiny_base, ModelSettings(min_pixels=pixels[0], max_pixels=pixels[1]))
-    processor.image_mean, processor.image_std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+def test_patches_are_those_of_transformers(tiny_base, tmp_path, size, pixels):
+    folder = shutil.copytree(tiny_base, tmp_path / "scaled")
+    config = json.loads((folder / CONFIG).read_text())
+    config |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (folder / CONFIG).write_text(json.dumps(config))
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(
+        folder, size={"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+    )
+    form = PictureFormat.from_pretrained(folder, ModelSettings(min_pixels=pixels[0], max_pixels=pixels[1]))
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     shown = [Image.fromarray(noise), half_and_half()]
-    ours, theirs = read_pictures(shown, processor, "x"), processor(images=shown, return_tensors="np")
-    assert np.array_equal(ours.grids, theirs["image_grid_thw"])
+    ours, expected = read_pictures(shown, form, "x"), theirs(images=shown, return_tensors="np")
+    assert np.array_equal(ours.grids, expected["image_grid_thw"])
     assert ours.pixels.dtype == np.uint8
-    scaled = PixelScale.of(processor)(torch.from_numpy(ours.pixels)).numpy()
-    np.testing.assert_allclose(scaled, theirs["pixel_values"], atol=2e-6)
+    np.testing.assert_allclose(form.scale(torch.from_numpy(ours.pixels)).numpy(), expected["pixel_values"], atol=2e-6)
 
 
-def test_picture_keys_tell_pictures_and_shapes_apart(tiny_base):
-    processor = load_image_processor(tiny_base, ModelSettings(min_pixels=256, max_pixels=65_536))
+def form_of(pixels: tuple[int, int]) -> PictureFormat:
+    return PictureFormat(14, 2, *pixels, 3, PixelScale(1 / 255, (0.5,) * 3, (0.5,) * 3, 2))
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(784, 784), (3136, 235_200), (100, 10**7)]))
+def test_sizes_are_those_of_transformers(height, width, pixels):
+    form = form_of(pixels)
+    try:
+        expected = smart_resize(height, width, 28, *pixels)
+    except ValueError:
+        with pytest.raises(ValueError, match="aspect ratio over 200"):
+            form.size(height, width)
+    else:
+        assert form.size(height, width) == expected
+
+
+@pytest.mark.parametrize("text", [None, "[]", "{", "{}"])
+def test_a_checkpoint_without_a_usable_picture_config_is_a_users_error(tiny_base, tmp_path, text):
+    folder = shutil.copytree(tiny_base, tmp_path / "broken")
+    (folder / CONFIG).unlink() if text is None else (folder / CONFIG).write_text(text)
+    with pytest.raises(UserError, match=f"{CONFIG}: (cannot be read|no 'patch_size')"):
+        ItemEncoder.from_pretrained(folder, ModelSettings())
+
+
+def test_picture_keys_tell_pictures_and_shapes_apart():
     grey = [Image.new("RGB", size, "grey") for size in ((32, 128), (128, 32), (64, 64), (64, 64))]
-    keys = read_pictures(grey, processor, "x").keys
+    keys = read_pictures(grey, form_of((256, 65_536)), "x").keys
     assert len(set(keys)) == 3
     assert keys[2] == keys[3]

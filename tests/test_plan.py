@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -100,7 +102,7 @@ def test_the_share_of_batches_from_one_task(share):
     alike = [len({task[q] for q in batch.query_ids}) == 1 for batch in plan]
     assert abs(sum(alike) / len(plan) - share) < 0.05
     if 0 < share < 1:
-        changes = sum(a != b for a, b in zip(alike, alike[1:], strict=False))
+        changes = sum(a != b for a, b in pairwise(alike))
         assert changes > share * (1 - share) * len(plan), "both kinds must alternate, not follow each other"
 
 

@@ -14,7 +14,7 @@ from umarvel_ray.model.embedding_model import EmbeddingModel, VisionCache
 from umarvel_ray.model.items import ItemEncoder
 from umarvel_ray.model.lora import add_lora, merge_lora
 from umarvel_ray.model.pairs import PairEncoder, collate_pairs
-from umarvel_ray.model.reranker import Reranker, RerankerModel, reranker_settings
+from umarvel_ray.model.reranker import Reranker, RerankerModel
 from umarvel_ray.recipe import Lora, ModelSettings
 
 SETTINGS = ModelSettings(min_pixels=4096, max_pixels=16384)
@@ -173,7 +173,7 @@ def test_training_teaches_yes_and_no_and_the_checkpoint_keeps_it(tiny_base, tmp_
     assert scores.diagonal().min() > 0.5 > scores[~np.eye(3, dtype=bool)].max()
 
     merge_lora(model)
-    save_checkpoint(model, tmp_path / "reranker", reranker_settings(SETTINGS, 64), {"stage": "reranker"})
+    save_checkpoint(model, tmp_path / "reranker", SETTINGS.for_reranker(64), {"stage": "reranker"})
     after = Reranker.from_pretrained(tmp_path / "reranker")
     assert after.encoder.max_text_tokens == 64
     loaded = np.stack([after.score(query, DOCUMENTS[:3]) for query in QUERIES])
@@ -239,4 +239,4 @@ def test_a_tokenizer_that_confuses_yes_and_no_is_refused(tiny_base):
     )
     items = ItemEncoder.from_pretrained(tiny_base, SETTINGS)
     with pytest.raises(UserError, match="'Yes' and 'No'"):
-        PairEncoder(ItemEncoder(tokenizer, items.image_processor, SETTINGS), 64)
+        PairEncoder(ItemEncoder(tokenizer, items.picture_format, SETTINGS), 64)

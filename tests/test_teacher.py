@@ -15,7 +15,7 @@ from umarvel_ray.mine.embed import EmbedderPool
 from umarvel_ray.mine.shards import read_manifest, shard_path
 from umarvel_ray.mine.teacher import RerankerPool, score_table
 from umarvel_ray.model.checkpoint import save_checkpoint
-from umarvel_ray.model.reranker import Reranker, RerankerModel, reranker_settings
+from umarvel_ray.model.reranker import Reranker, RerankerModel
 from umarvel_ray.recipe import load_recipe
 
 
@@ -32,7 +32,7 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def checkpoint(recipe, tiny_base, tmp_path_factory):
-    settings = reranker_settings(recipe.model, 64)
+    settings = recipe.model.for_reranker(64)
     folder = tmp_path_factory.mktemp("checkpoints") / "reranker"
     save_checkpoint(RerankerModel.from_pretrained(tiny_base, settings), folder, settings, {"stage": "reranker"})
     return folder

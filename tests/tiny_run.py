@@ -16,7 +16,6 @@ from umarvel_ray.mine.shards import close_output, open_output, write_shard
 from umarvel_ray.model.checkpoint import save_checkpoint
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.embedding_model import EmbeddingModel
-from umarvel_ray.model.reranker import reranker_settings
 from umarvel_ray.recipe import ModelSettings, dump_recipe, load_recipe
 
 SETTINGS = ModelSettings(min_pixels=4096, max_pixels=4096, max_text_tokens=96)
@@ -57,7 +56,7 @@ def make_run(base: Path, folder: Path, step: str = "distillation") -> Path:
     """Checkpoints of `step` and of the reranker, a corpus in data/, its embeddings, and the recipe that names them."""
     model = EmbeddingModel.from_pretrained(base, SETTINGS)
     save_checkpoint(model, folder / "checkpoints" / step, SETTINGS, {"stage": step})
-    save_checkpoint(model, folder / "checkpoints" / "reranker", reranker_settings(SETTINGS, 64), {"stage": "reranker"})
+    save_checkpoint(model, folder / "checkpoints" / "reranker", SETTINGS.for_reranker(64), {"stage": "reranker"})
     data = make_corpus(folder / "data")
     documents = pq.read_table(data / "documents.parquet").select(["id", "text", "image"]).to_pylist()
     items = [{key: value for key, value in row.items() if key != "id" and value is not None} for row in documents]

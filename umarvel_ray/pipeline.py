@@ -22,9 +22,8 @@ from umarvel_ray.mine.embed import EmbedderPool, embed_table
 from umarvel_ray.mine.mine import mine as mine_negatives
 from umarvel_ray.mine.rank import embed_split, rank
 from umarvel_ray.mine.teacher import RerankerPool, score_table
+from umarvel_ray.model.checkpoint import RERANKER
 from umarvel_ray.model.distill import fuse
-from umarvel_ray.model.reranker import STAGE as RERANKER
-from umarvel_ray.model.reranker import reranker_settings
 from umarvel_ray.runs import LADDER, STAGE1, STAGE2, STAGE3, Run
 from umarvel_ray.train.jobs import TrainJob, train_job
 from umarvel_ray.train.launch import run_jobs
@@ -115,7 +114,7 @@ def reranker(run: Run, pools: Pools | None = None) -> None:
     }
     queries = data.queries(run.recipe.stage2.train.queries)
     job = train_job(run, RERANKER, "rerank", settings.train, parent)
-    job = job._replace(settings=reranker_settings(run.recipe.model, settings.max_text_tokens))
+    job = job._replace(settings=run.recipe.model.for_reranker(settings.max_text_tokens))
     _plan_once(job, lambda: rerank_plan(QueryRows.of(queries), negatives, settings.train, run.recipe.seed))
     with run.timed("reranker"):
         run_jobs("reranker", [job], {RERANKER: queries}, data.documents, run.recipe.cluster, run.dir)

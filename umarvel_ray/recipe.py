@@ -41,6 +41,10 @@ class ModelSettings(Section):
     max_pixels: PositiveInt = 300 * 28 * 28
     max_text_tokens: PositiveInt = 480
 
+    def for_reranker(self, max_text_tokens: int) -> ModelSettings:
+        """The same for a reranker of this embedder: causal, with a text limit of its own."""
+        return self.model_copy(update={"attention": "causal", "max_text_tokens": max_text_tokens})
+
 
 class Data(Section):
     """Where documents, queries and pools are read from."""

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.recipe import Step
+from umarvel_ray.recipe import ModelSettings, Step
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ class PlanStep:
     query_ids: list[str]
     document_ids: list[str]
     arrays: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a plan is fulfilled from: both tables in the object store, and the files the encoders are built from."""
+
+    queries: ray.ObjectRef
+    documents: ray.ObjectRef
+    processor: str
+    settings: ModelSettings
 
 
 @dataclass(frozen=True)

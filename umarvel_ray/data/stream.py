@@ -18,7 +18,7 @@ import ray
 from ray.data import DataContext, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from umarvel_ray.data.plan import PlanStep, rank_slice
+from umarvel_ray.data.plan import PlanStep, Tables, rank_slice
 from umarvel_ray.data.tables import item_of
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.items import EncodedItem, ItemEncoder
@@ -41,16 +41,6 @@ class PairBatch:
 
     plan: PlanStep
     pairs: list[EncodedPair]
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Queries and documents in the object store, and the files the encoders are built from."""
-
-    queries: ray.ObjectRef
-    documents: ray.ObjectRef
-    processor: str
-    settings: ModelSettings
 
 
 class Rest(ExecutionCallback):

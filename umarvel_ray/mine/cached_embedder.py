@@ -203,7 +203,7 @@ def _digest_of_encoder(encoder: ItemEncoder) -> bytes:
     parts = (
         encoder.tokenizer.backend_tokenizer.to_str(),
         str(encoder.tokenizer.chat_template),
-        encoder.image_processor.to_json_string(),
+        repr(encoder.picture_format),
         encoder.settings.model_dump_json(),
     )
     return hashlib.sha256("\0".join(parts).encode()).digest()

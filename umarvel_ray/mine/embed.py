@@ -21,7 +21,6 @@ import ray
 import torch
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.mine.cached_embedder import CachedEmbedder
 from umarvel_ray.mine.embeddings import Embeddings, embedding_table, read_embeddings, vectors_of
 from umarvel_ray.mine.pool import Pool
 from umarvel_ray.mine.shards import close_output, digest_of_table, open_output, read_shard, write_shard
@@ -39,6 +38,8 @@ class EmbedderActor:
     """One device. `checkpoint` is what `describe` returns."""
 
     def __init__(self, engine: Engine, gpu: bool, threads: int) -> None:
+        from umarvel_ray.mine.cached_embedder import CachedEmbedder  # the driver does without the model
+
         torch.set_num_threads(threads)
         self._device = "cuda" if gpu else "cpu"
         cache = CACHE_BYTES if engine.cache_vision else 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
@@ -22,10 +22,12 @@ from umarvel_ray.mine.embed import describe
 from umarvel_ray.mine.filters import content_key
 from umarvel_ray.mine.pool import Pool
 from umarvel_ray.mine.shards import close_output, digest_of_table, open_output, read_shards, write_shard
-from umarvel_ray.model.pairs import EncodedPair
-from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.progress import progress
 from umarvel_ray.recipe import Cluster, Engine
+
+if TYPE_CHECKING:
+    from umarvel_ray.model.pairs import EncodedPair
+    from umarvel_ray.model.reranker import Reranker
 
 SHARD_QUERIES = 64
 ENCODED_DOCUMENTS = 2048  # kept per actor: neighbouring queries share many candidates
@@ -72,6 +74,8 @@ class RerankerActor:
         return candidates.num_rows
 
     def _load(self, checkpoint: dict[str, Any]) -> None:
+        from umarvel_ray.model.reranker import Reranker  # the driver does without the model
+
         if checkpoint["identity"] != self._identity:
             self._encoded.clear()
             self._reranker = Reranker.from_pretrained(checkpoint["path"], self._device, self._engine.dtype)

@@ -15,13 +15,13 @@ from pydantic import ValidationError
 
 from umarvel_ray import __version__
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.items import load_image_processor, load_tokenizer
 from umarvel_ray.recipe import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLForConditionalGeneration
 
 PROVENANCE = "umarvel.json"
+RERANKER = "reranker"  # the stage a reranker's provenance names
 
 
 class HasBackbone(Protocol):
@@ -116,11 +116,13 @@ def _is_whole(file: Path) -> bool:
 
 
 def _save_processor(source: str, target: Path, settings: ModelSettings) -> None:
+    # Imported here: who only looks at a checkpoint's files does without transformers.
+    from umarvel_ray.model.items import load_tokenizer
+    from umarvel_ray.model.pictures import CONFIG, read_config
+
     load_tokenizer(source).save_pretrained(target)
-    processor = load_image_processor(source, settings).to_dict()
-    # The names every installation knows; the PIL class is only how this one reads pictures without torchvision.
-    processor |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
-    (target / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+    (target / CONFIG).write_text(json.dumps(read_config(source) | {"size": size}, indent=2) + "\n")
 
 
 def _replace(fresh: Path, path: Path) -> None:

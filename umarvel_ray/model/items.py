@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.pictures import Pictures, PixelScale, read_pictures
+from umarvel_ray.model.pictures import PictureFormat, Pictures, PixelScale, read_pictures
 from umarvel_ray.model.positions import rotary_positions
 from umarvel_ray.recipe import ModelSettings
 
@@ -74,22 +73,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_image_processor(path: str | Path, settings: ModelSettings) -> Qwen2VLImageProcessorPil:
-    """The checkpoint's image processor (PIL, no torchvision) with the settings' picture sizes."""
-    size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
-    return Qwen2VLImageProcessorPil.from_pretrained(str(path), size=size)
-
-
 class ItemEncoder:
     """Tokenises items and prepares their pictures on the CPU. Picklable; holds no weights."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil, settings: ModelSettings
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pictures: PictureFormat, settings: ModelSettings) -> None:
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.picture_format = pictures
         self.settings = settings
-        self.form = InputForm(tokenizer.pad_token_id, PixelScale.of(image_processor))
+        self.form = InputForm(tokenizer.pad_token_id, pictures.scale)
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self._emb, self._start, self._end = tokenizer.convert_tokens_to_ids([EMB, INSTRUCTION_START, INSTRUCTION_END])
         self._frames: dict[int, tuple[str, str]] = {}
@@ -104,10 +95,10 @@ class ItemEncoder:
             UserError: the directory lacks one of them.
         """
         try:
-            return cls(load_tokenizer(path), load_image_processor(path, settings), settings)
+            tokenizer = load_tokenizer(path)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: tokenizer or image processor cannot be read ({reason})") from None
+            raise UserError(f"{path}: tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+        return cls(tokenizer, PictureFormat.from_pretrained(path, settings), settings)
 
     def encode(self, item: Item | str, side: str, where: str = "item") -> EncodedItem:
         """Encode one item; a bare string is text.
@@ -138,12 +129,12 @@ class ItemEncoder:
 
     def pictures(self, images: Any, where: str) -> Pictures:
         """Open, resize and cut into patches; `images` is None, one picture or a list of them."""
-        return read_pictures(images, self.image_processor, where)
+        return read_pictures(images, self.picture_format, where)
 
     def tokenize(self, rendered: str, grids: np.ndarray) -> np.ndarray:
         """Token ids int32 (L,) of a rendered conversation, in which each picture becomes its run of image tokens."""
         head, *rest = rendered.split(IMAGE)
-        runs = np.prod(grids, axis=1) // self.image_processor.merge_size**2
+        runs = np.prod(grids, axis=1) // self.picture_format.merge_size**2
         text = head + "".join(IMAGE * int(run) + part for run, part in zip(runs, rest, strict=True))
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.int32)
@@ -154,7 +145,7 @@ class ItemEncoder:
             input_ids,
             grids,
             image_token_id=self.image_token_id,
-            merge_size=self.image_processor.merge_size,
+            merge_size=self.picture_format.merge_size,
             how=self.settings.positions,
         )
 

@@ -21,21 +21,16 @@ from transformers import DynamicCache, Qwen2VLForConditionalGeneration
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.backbone import load_backbone
 from umarvel_ray.model.batch import token_buckets
-from umarvel_ray.model.checkpoint import PROVENANCE, load_settings, read_provenance
+from umarvel_ray.model.checkpoint import PROVENANCE, RERANKER, load_settings, read_provenance
 from umarvel_ray.model.embedding_model import VisionCache
-from umarvel_ray.model.items import InputForm, Item, ItemEncoder, load_image_processor
+from umarvel_ray.model.items import InputForm, Item
 from umarvel_ray.model.pairs import EncodedPair, PairEncoder, PairTensors, collate_pairs
+from umarvel_ray.model.pictures import PictureFormat
 from umarvel_ray.recipe import ModelSettings
 
-STAGE = "reranker"
 VISION_CACHE_BYTES = 256 * 2**20
 
 Visual = Mapping[str, torch.Tensor]
-
-
-def reranker_settings(settings: ModelSettings, max_text_tokens: int) -> ModelSettings:
-    """What a reranker's checkpoint stores: the embedder's settings, causal, with the reranker's own text limit."""
-    return settings.model_copy(update={"attention": "causal", "max_text_tokens": max_text_tokens})
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class RerankerModel(nn.Module):
     ) -> RerankerModel:
         """Load a base, an embedder's checkpoint or a reranker's, with causal attention. Raises: see `load_backbone`."""
         backbone, tokenizer = load_backbone(path, settings.model_copy(update={"attention": "causal"}), dtype)
-        return cls(backbone, ItemEncoder(tokenizer, load_image_processor(path, settings), settings).form)
+        return cls(backbone, InputForm(tokenizer.pad_token_id, PictureFormat.from_pretrained(path, settings).scale))
 
     def forward(self, batch: PairTensors, visual: Visual | None = None) -> torch.Tensor:
         """Next-token loss on the labelled tokens.
@@ -163,8 +158,10 @@ class Reranker:
             UserError: not a checkpoint, or another stage's; missing or truncated files.
         """
         stage = read_provenance(path).get("stage")
-        if stage != STAGE:
-            raise UserError(f"{Path(path) / PROVENANCE}: stage is '{stage}', not '{STAGE}'; give a reranker checkpoint")
+        if stage != RERANKER:
+            raise UserError(
+                f"{Path(path) / PROVENANCE}: stage is '{stage}', not '{RERANKER}'; give a reranker checkpoint"
+            )
         settings = load_settings(path)
         encoder = PairEncoder.from_pretrained(path, settings, settings.max_text_tokens)
         return cls(RerankerModel.from_pretrained(path, settings, dtype), encoder, device)

@@ -6,20 +6,19 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from umarvel_ray.data.plan import read_plan
-from umarvel_ray.data.stream import Tables
+from umarvel_ray.data.plan import Tables, read_plan
 from umarvel_ray.errors import UserError
 from umarvel_ray.progress import progress
 from umarvel_ray.recipe import Cluster
 from umarvel_ray.train.jobs import TrainJob
 from umarvel_ray.train.log import read_log
-from umarvel_ray.train.loop import train_worker
 
 
 def run_jobs(
@@ -48,7 +47,7 @@ def run_jobs(
     processor = todo[0].parent  # later parents do not exist yet; all share its tokenizer
     tables = {job.name: Tables(ray.put(queries[job.name]), corpus, processor, job.settings) for job in todo}
     trainer = TorchTrainer(
-        train_worker,
+        _train_worker,
         train_loop_config={
             "jobs": list(todo),
             "tables": tables,
@@ -82,6 +81,13 @@ def run_jobs(
         follower.join()
     if told := _told(todo):
         raise UserError(told)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    # Imported on the worker: neither the driver nor Ray Train's controller needs DeepSpeed and the model.
+    from umarvel_ray.train.loop import train_worker
+
+    train_worker(config)
 
 
 def _told(jobs: Sequence[TrainJob]) -> str | None:

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from umarvel_ray.data.plan import PlanStep, read_plan
-from umarvel_ray.data.stream import Tables, open_stream
+from umarvel_ray.data.plan import PlanStep, Tables, read_plan
+from umarvel_ray.data.stream import open_stream
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.embedding_model import VisionCache
 from umarvel_ray.train.build import backbone_of, build_module, save_merged
