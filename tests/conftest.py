@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from umarvel_ray.ray_session import prepare_environment, start_ray
 
 prepare_environment()  # before any test module imports ray
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("unhurried")
 
 REPO = Path(__file__).resolve().parent.parent
 

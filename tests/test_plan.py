@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from umarvel_ray.data.plan import (
@@ -39,7 +39,6 @@ def tables(draw):
     )
 
 
-@settings(deadline=None)
 @given(tables(), st.integers(2, 4), st.integers(0, 5), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2))
 def test_contrastive_batches(rows, size, seed, homogeneous, per_query):
     negatives = {q: [f"d{(i * 7 + k) % 40}" for k in range(3)] for i, q in enumerate(rows.ids)}

@@ -38,7 +38,7 @@ def problems(draw):
     return queries, documents, draw(st.integers(1, 12)), exclude, draw(st.integers(1, 50)), draw(st.integers(1, 7))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems())
 def test_equals_brute_force_with_ties_and_exclusions(problem):
     queries, documents, k, exclude, block, query_block = problem
@@ -48,7 +48,7 @@ def test_equals_brute_force_with_ties_and_exclusions(problem):
     assert np.isneginf(found[0][found[1] < 0]).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(), st.integers(1, 39))
 def test_parts_merge_to_the_whole(problem, cut):
     queries, documents, k, exclude, *_ = problem

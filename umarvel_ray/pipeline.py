@@ -5,15 +5,16 @@ Each function is one job: it starts from what the run folder holds, skips what i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from umarvel_ray.data.plan import QueryRows, contrastive_plan, distil_plan, rerank_plan, write_plan
+from umarvel_ray.data.plan import PlanStep, QueryRows, contrastive_plan, distil_plan, rerank_plan, write_plan
 from umarvel_ray.data.quarantine import without_unusable
-from umarvel_ray.data.sample import sample_queries
+from umarvel_ray.data.sample import sample_queries, with_sampled_pools
 from umarvel_ray.data.tables import Dataset, open_dataset
 from umarvel_ray.evaluate.report import write_report
 from umarvel_ray.evaluate.rerank import VALIDATION, evaluate_reranked
@@ -27,6 +28,13 @@ from umarvel_ray.model.distill import fuse
 from umarvel_ray.runs import LADDER, STAGE1, STAGE2, STAGE3, Run
 from umarvel_ray.train.jobs import TrainJob, train_job
 from umarvel_ray.train.launch import run_jobs
+
+
+class Work(NamedTuple):
+    """A job and the queries it trains on."""
+
+    job: TrainJob
+    queries: pa.Table
 
 
 class Pools(NamedTuple):
@@ -52,8 +60,7 @@ def pipeline(run: Run) -> None:
     with open_pools(run) as pools:
         stage1(run)
         evaluate(run, pools)
-        stage2(run, pools)
-        reranker(run, pools)
+        stage2_and_reranker(run, pools)
         stage3(run, pools)
         evaluate(run, pools)
 
@@ -63,16 +70,13 @@ def stage1(run: Run) -> None:
     data = open_dataset(run.recipe.data)
     run.parent("base", "stage 1")
     steps = [run.recipe.stage1.text, run.recipe.stage1.image_text, run.recipe.stage1.instruction]
-    jobs, queries = [], {}
+    work = []
     for name, parent, step in zip(STAGE1, ["base", *STAGE1[:-1]], steps, strict=True):
-        queries[name] = _training_data(run, data, step.queries).queries(step.queries)
+        queries = _training_data(run, data, step.queries).queries(step.queries)
         job = train_job(run, name, "contrastive", step, parent, step.temperature, step.two_way)
-        _plan_once(
-            job, lambda step=step, name=name: contrastive_plan(QueryRows.of(queries[name]), step, run.recipe.seed)
-        )
-        jobs.append(job)
-    with run.timed("stage1"):
-        run_jobs("stage1", jobs, queries, data.documents, run.recipe.cluster, run.dir)
+        _plan_once(job, partial(contrastive_plan, QueryRows.of(queries), step, run.recipe.seed))
+        work.append(Work(job, queries))
+    _train(run, "stage1", work, data)
 
 
 def mine(run: Run, pools: Pools | None = None) -> pa.Table:
@@ -91,33 +95,21 @@ def mine(run: Run, pools: Pools | None = None) -> pa.Table:
 def stage2(run: Run, pools: Pools | None = None) -> None:
     """Continue with InfoNCE on in-batch and mined, filtered negatives."""
     run.parent(STAGE1[-1], "stage 2")
-    mined, data, step = mine(run, pools), _mining_data(run), run.recipe.stage2.train
-    negatives = dict(zip(mined["query_id"].to_pylist(), mined["negative_ids"].to_pylist(), strict=True))
-    queries = data.queries(step.queries)
-    job = train_job(run, STAGE2, "contrastive", step, STAGE1[-1], step.temperature, step.two_way)
-    rows = QueryRows.of(queries)
-    _plan_once(job, lambda: contrastive_plan(rows, step, run.recipe.seed, negatives, step.hard_negatives))
-    with run.timed("stage2"):
-        run_jobs("stage2", [job], {STAGE2: queries}, data.documents, run.recipe.cluster, run.dir)
+    mined, data = mine(run, pools), _mining_data(run)
+    _train(run, "stage2", [_hard_negatives(run, mined, data)], data)
 
 
 def reranker(run: Run, pools: Pools | None = None) -> None:
     """Train the Yes/No reranker on positives and mined negatives."""
-    settings, parent = run.recipe.reranker, "base" if run.recipe.reranker.init == "base" else STAGE2
-    run.parent(parent, "the reranker")
+    run.parent("base" if run.recipe.reranker.init == "base" else STAGE2, "the reranker")
     mined, data = mine(run, pools), _mining_data(run)
-    negatives = {
-        row["query_id"]: [d for d, kept in zip(row["document_ids"], row["kept"], strict=True) if kept][
-            : settings.negatives_top
-        ]
-        for row in mined.to_pylist()
-    }
-    queries = data.queries(run.recipe.stage2.train.queries)
-    job = train_job(run, RERANKER, "rerank", settings.train, parent)
-    job = job._replace(settings=run.recipe.model.for_reranker(settings.max_text_tokens))
-    _plan_once(job, lambda: rerank_plan(QueryRows.of(queries), negatives, settings.train, run.recipe.seed))
-    with run.timed("reranker"):
-        run_jobs("reranker", [job], {RERANKER: queries}, data.documents, run.recipe.cluster, run.dir)
+    _train(run, "reranker", [_reranker(run, mined, data)], data)
+
+
+def stage2_and_reranker(run: Run, pools: Pools | None = None) -> None:
+    """Both, one after the other in one worker group: on a laptop another would take longer to start than to train."""
+    mined, data = mine(run, pools), _mining_data(run)
+    _train(run, "stage2+reranker", [_hard_negatives(run, mined, data), _reranker(run, mined, data)], data)
 
 
 def stage3(run: Run, pools: Pools | None = None) -> None:
@@ -129,7 +121,8 @@ def stage3(run: Run, pools: Pools | None = None) -> None:
     sampled = sample_queries(
         whole.queries(name), round(settings.sample * whole.queries(name).num_rows), run.recipe.seed
     )
-    data = whole.with_queries(name, sampled)
+    pool = run.recipe.stage2.mining.max_pool
+    data = with_sampled_pools(whole.with_queries(name, sampled), name, pool, run.recipe.seed)
     job = train_job(run, STAGE3, "distil", settings.train, STAGE2, settings.temperature)
     with open_pools(run, pools) as pools, run.timed("teacher"):
         embedded = embed_split(pools.embedders, data, name, checkpoint, run.dir / "embeddings" / STAGE2)
@@ -143,9 +136,8 @@ def stage3(run: Run, pools: Pools | None = None) -> None:
         for row in zip(cosines, answers, strict=True)
     ]
     ids, candidates = scored["query_id"].to_pylist(), scored["document_ids"].to_pylist()
-    _plan_once(job, lambda: distil_plan(ids, candidates, fused, settings.train, run.recipe.seed))
-    with run.timed("stage3"):
-        run_jobs("stage3", [job], {STAGE3: sampled}, data.documents, run.recipe.cluster, run.dir)
+    _plan_once(job, partial(distil_plan, ids, candidates, fused, settings.train, run.recipe.seed))
+    _train(run, "stage3", [Work(job, sampled)], data)
 
 
 def embed(run: Run, pools: Pools | None = None) -> None:
@@ -171,24 +163,59 @@ def evaluate(run: Run, pools: Pools | None = None) -> None:
                     evaluate_checkpoint(embedders, data, run.recipe, run.checkpoint(step), step, folder / step)
                 )
         if run.has(STAGE3) and run.has(RERANKER):
-            final = run.checkpoint(STAGE3)
+            final, teacher, recipe = run.checkpoint(STAGE3), run.checkpoint(RERANKER), run.recipe
+            sampled = sample_queries(data.queries(VALIDATION), recipe.evaluate.calibrate_on, recipe.seed)
+            known_data = data.with_queries(VALIDATION, sampled)
             known = evaluate_checkpoint(
-                embedders, data, run.recipe, final, STAGE3, folder / VALIDATION, split=VALIDATION
+                embedders, known_data, recipe, final, STAGE3, folder / VALIDATION, split=VALIDATION
             )
             results.append(
-                evaluate_reranked(
-                    pools.rerankers, data, run.recipe, run.checkpoint(RERANKER), results[-1], known, folder / "rerank"
-                )
+                evaluate_reranked(pools.rerankers, known_data, recipe, teacher, results[-1], known, folder / "rerank")
             )
     write_report(run, data, results)
 
 
+def _hard_negatives(run: Run, mined: pa.Table, data: Dataset) -> Work:
+    """Stage 2's job: the plan puts each query's mined negatives beside its positive."""
+    step = run.recipe.stage2.train
+    negatives = dict(zip(mined["query_id"].to_pylist(), mined["negative_ids"].to_pylist(), strict=True))
+    queries = data.queries(step.queries)
+    job = train_job(run, STAGE2, "contrastive", step, STAGE1[-1], step.temperature, step.two_way)
+    rows = QueryRows.of(queries)
+    _plan_once(job, partial(contrastive_plan, rows, step, run.recipe.seed, negatives, step.hard_negatives))
+    return Work(job, queries)
+
+
+def _reranker(run: Run, mined: pa.Table, data: Dataset) -> Work:
+    """The reranker's job: each query with a positive and with one of its best candidates that passed the filters."""
+    settings, parent = run.recipe.reranker, "base" if run.recipe.reranker.init == "base" else STAGE2
+    negatives = {
+        row["query_id"]: [d for d, kept in zip(row["document_ids"], row["kept"], strict=True) if kept][
+            : settings.negatives_top
+        ]
+        for row in mined.to_pylist()
+    }
+    queries = data.queries(settings.train.queries)
+    job = train_job(run, RERANKER, "rerank", settings.train, parent)
+    job = job._replace(settings=run.recipe.model.for_reranker(settings.max_text_tokens))
+    _plan_once(job, partial(rerank_plan, QueryRows.of(queries), negatives, settings.train, run.recipe.seed))
+    return Work(job, queries)
+
+
+def _train(run: Run, stage: str, work: Sequence[Work], data: Dataset) -> None:
+    """Run jobs in order in one worker group."""
+    queries = {job.name: table for job, table in work}
+    with run.timed(stage):
+        run_jobs(stage, [job for job, _ in work], queries, data.documents, run.recipe.cluster, run.dir)
+
+
 def _mining_data(run: Run) -> Dataset:
-    """The training data with its queries cut to what mining may spend."""
+    """The training data with its queries and pools cut to what mining may spend."""
     name = run.recipe.stage2.train.queries
     data = _training_data(run, open_dataset(run.recipe.data), name)
-    sampled = sample_queries(data.queries(name), run.recipe.stage2.mining.max_queries, run.recipe.seed)
-    return data.with_queries(name, sampled)
+    mining, seed = run.recipe.stage2.mining, run.recipe.seed
+    sampled = sample_queries(data.queries(name), mining.max_queries, seed)
+    return with_sampled_pools(data.with_queries(name, sampled), name, mining.max_pool, seed)
 
 
 def _training_data(run: Run, data: Dataset, name: str) -> Dataset:
@@ -197,7 +224,7 @@ def _training_data(run: Run, data: Dataset, name: str) -> Dataset:
     return without_unusable(data, name, run.dir / "quarantine")
 
 
-def _plan_once(job: TrainJob, make) -> None:
+def _plan_once(job: TrainJob, make: Callable[[], list[PlanStep]]) -> None:
     """Write a job's plan unless a killed run left it."""
     if not job.plan_path.exists():
         write_plan(make(), job.plan_path)

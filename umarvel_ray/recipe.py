@@ -107,6 +107,9 @@ class Mining(Section):
     min_rank: int = Field(default=0, ge=0, description="skip this many best candidates that passed the filters")
     random_mix: Fraction = Field(default=0.0, description="share of negatives drawn at random from the pool")
     max_queries: PositiveInt | None = Field(default=None, description="mine and train on a sample of this many queries")
+    max_pool: PositiveInt | None = Field(
+        default=None, description="mine in a sample of this many documents of a pool, positives aside; stage 3 too"
+    )
 
 
 class Stage1(Section):
@@ -152,6 +155,7 @@ class Evaluate(Section):
     drop_query_image: bool = Field(default=True, description="take the query's own picture out of the pool")
     rerank_top: PositiveInt = 50
     rerank_weight: NonNegative | Literal["calibrate"] = "calibrate"
+    calibrate_on: PositiveInt | None = Field(default=None, description="a sample of this many validation queries")
 
 
 class Engine(Section):
@@ -199,6 +203,8 @@ class Recipe(Section):
     def _negatives_need_mining(self) -> Recipe:
         if self.stage2.train.hard_negatives > self.stage2.mining.depth:
             raise ValueError("stage2.train.hard_negatives exceeds stage2.mining.depth")
+        if self.reranker.train.queries != self.stage2.train.queries:
+            raise ValueError("reranker.train.queries must be stage2.train.queries, whose negatives it learns from")
         return self
 
     @property

@@ -61,6 +61,10 @@ class Dataset:
             self.root, self.documents, self.pools, lambda asked: table if asked == name else self.queries(asked)
         )
 
+    def with_pools(self, pools: pa.Table) -> Dataset:
+        """The same corpus and queries with other pools."""
+        return Dataset(self.root, self.documents, pools, self.queries)
+
     def tasks(self, split: str) -> list[str]:
         """Tasks that have a pool in the split, in the order of the pools table."""
         return self._pools_of(split)["task"].to_pylist()
