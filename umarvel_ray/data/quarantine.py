@@ -32,7 +32,8 @@ def without_unusable(dataset: Dataset, name: str, folder: Path) -> Dataset:
     """
     file = folder / f"{name}.parquet"
     queries = dataset.queries(name)
-    if not file.exists():
+    first_look = not file.exists()
+    if first_look:
         _write(_unusable(dataset, name, queries), file)
     bad = pq.read_table(file)
     if not bad.num_rows:
@@ -45,7 +46,8 @@ def without_unusable(dataset: Dataset, name: str, folder: Path) -> Dataset:
         if left and id_ not in bad_queries:
             kept.append(row)
             positives.append(left)
-    print(f"{name}: {len(bad_queries):,} of {queries.num_rows:,} queries set aside; reasons in {file}")
+    if first_look:
+        print(f"{name}: {len(bad_queries):,} of {queries.num_rows:,} queries set aside; reasons in {file}")
     if not kept:
         raise UserError(f"{dataset.root}: no usable query in '{name}'; reasons in {file}")
     clean = queries.take(pa.array(kept))
