@@ -79,36 +79,42 @@ def stage1(run: Run) -> None:
     _train(run, "stage1", work, data)
 
 
-def mine(run: Run, pools: Pools | None = None) -> pa.Table:
-    """Embed the training split with stage 1's model, exact top-k, filters: what stage 2 and the reranker train on."""
+def mine(run: Run, pools: Pools | None = None) -> tuple[pa.Table, Dataset]:
+    """Embed the training split with stage 1's model, exact top-k, filters: what stage 2 and the reranker train on.
+
+    Returns:
+        The mined table, and the training data it was mined in.
+    """
     with open_pools(run, pools) as pools, run.timed("mining"):
-        return mine_negatives(
+        data = _mining_data(run)
+        mined = mine_negatives(
             pools.embedders,
-            _mining_data(run),
+            data,
             run.recipe,
             run.parent(STAGE1[-1], "mining"),
             run.dir / "embeddings" / STAGE1[-1],
             run.dir / "mined",
         )
+    return mined, data
 
 
 def stage2(run: Run, pools: Pools | None = None) -> None:
     """Continue with InfoNCE on in-batch and mined, filtered negatives."""
     run.parent(STAGE1[-1], "stage 2")
-    mined, data = mine(run, pools), _mining_data(run)
+    mined, data = mine(run, pools)
     _train(run, "stage2", [_hard_negatives(run, mined, data)], data)
 
 
 def reranker(run: Run, pools: Pools | None = None) -> None:
     """Train the Yes/No reranker on positives and mined negatives."""
-    run.parent("base" if run.recipe.reranker.init == "base" else STAGE2, "the reranker")
-    mined, data = mine(run, pools), _mining_data(run)
+    run.parent(_reranker_parent(run), "the reranker")
+    mined, data = mine(run, pools)
     _train(run, "reranker", [_reranker(run, mined, data)], data)
 
 
 def stage2_and_reranker(run: Run, pools: Pools | None = None) -> None:
     """Both, one after the other in one worker group: on a laptop another would take longer to start than to train."""
-    mined, data = mine(run, pools), _mining_data(run)
+    mined, data = mine(run, pools)
     _train(run, "stage2+reranker", [_hard_negatives(run, mined, data), _reranker(run, mined, data)], data)
 
 
@@ -188,7 +194,7 @@ def _hard_negatives(run: Run, mined: pa.Table, data: Dataset) -> Work:
 
 def _reranker(run: Run, mined: pa.Table, data: Dataset) -> Work:
     """The reranker's job: each query with a positive and with one of its best candidates that passed the filters."""
-    settings, parent = run.recipe.reranker, "base" if run.recipe.reranker.init == "base" else STAGE2
+    settings = run.recipe.reranker
     negatives = {
         row["query_id"]: [d for d, kept in zip(row["document_ids"], row["kept"], strict=True) if kept][
             : settings.negatives_top
@@ -196,10 +202,15 @@ def _reranker(run: Run, mined: pa.Table, data: Dataset) -> Work:
         for row in mined.to_pylist()
     }
     queries = data.queries(settings.train.queries)
-    job = train_job(run, RERANKER, "rerank", settings.train, parent)
+    job = train_job(run, RERANKER, "rerank", settings.train, _reranker_parent(run))
     job = job._replace(settings=run.recipe.model.for_reranker(settings.max_text_tokens))
     _plan_once(job, partial(rerank_plan, QueryRows.of(queries), negatives, settings.train, run.recipe.seed))
     return Work(job, queries)
+
+
+def _reranker_parent(run: Run) -> str:
+    """The ladder step that the reranker starts from."""
+    return "base" if run.recipe.reranker.init == "base" else STAGE2
 
 
 def _train(run: Run, stage: str, work: Sequence[Work], data: Dataset) -> None:
