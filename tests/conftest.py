@@ -34,6 +34,16 @@ def tiny_base(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def family_base(request, tiny_base, tmp_path_factory) -> Path:
+    """A tiny random base of each backbone family."""
+    if request.param == "qwen2_vl":
+        return tiny_base
+    from tests.tiny import make_tiny_base
+
+    return make_tiny_base(tmp_path_factory.mktemp(request.param), family=request.param)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Golden vectors and larger data beside the checkout; they are not part of the repository."""

@@ -71,7 +71,7 @@ def tempered(base: Path, lora: Lora = STEP.lora) -> TemperedEmbedder:
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    return TemperedEmbedder(model, BOUNDS, ItemEncoder.from_pretrained(base, SETTINGS).form)
+    return TemperedEmbedder(model, BOUNDS)
 
 
 def plain_run(base: Path, two_way: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -84,8 +84,8 @@ def plain_run(base: Path, two_way: bool) -> tuple[list[float], dict[str, torch.T
     optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-6)
     losses = []
     for queries, documents, targets, relevant in batches(base):
-        q = torch.cat([model(collate([item], module.form)) for item in queries])
-        d = torch.cat([model(collate([item], module.form)) for item in documents])
+        q = torch.cat([model(collate([item])) for item in queries])
+        d = torch.cat([model(collate([item])) for item in documents])
         similarity = (q @ d.T) / model.log_temperature.exp()
         loss = 0.0
         for i, j in enumerate(targets.tolist()):
@@ -140,7 +140,7 @@ def _case(
     module = tempered(base, Lora(r=4, alpha=8, dropout=dropout)).train()
     if state:
         load_trainable(module, state)
-    tower = FrozenTower(module.embedder.backbone, "cpu")
+    tower = FrozenTower(module.embedder.backbone, module.embedder.scale, "cpu")
     engine = make_engine(module, STEP, Engine(zero_stage=zero, dtype="float32"))
     if state:
         restore(engine, state, start)

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,7 +52,7 @@ def embed(embedder: Embedder, items: list) -> np.ndarray:
     """All in one batch."""
     with torch.inference_mode():
         encoded = [embedder.encoder.encode(item, "query") for item in items]
-        return embedder.model(collate(encoded, embedder.encoder.form)).numpy()
+        return embedder.model(collate(encoded)).numpy()
 
 
 def test_alone_as_in_a_padded_batch(embedder):
@@ -82,8 +81,7 @@ def test_order_and_budget_do_not_matter(plain):
 
 def test_whatever_stands_on_padding_is_not_seen(plain):
     encoded = [plain.encoder.encode(item, "query") for item in ITEMS]
-    form = plain.encoder.form
-    batches = [collate(encoded, pad) for pad in (form, replace(form, pad_id=77))]
+    batches = [collate(encoded, pad=pad) for pad in (0, 77)]
     with torch.inference_mode():
         torch.testing.assert_close(plain.model(batches[0]), plain.model(batches[1]), atol=1e-6, rtol=0)
 
@@ -102,21 +100,22 @@ def test_text_alone_never_runs_the_tower(plain):
 
 
 def test_cached_features_equal_the_tower(plain):
-    batch = collate([plain.encoder.encode(item, "query") for item in ITEMS], plain.encoder.form)
-    assert len(set(batch.image_keys)) == 3 < len(batch.image_keys)
+    batch = collate([plain.encoder.encode(item, "query") for item in ITEMS])
+    keys = [picture.key for picture in batch.pictures]
+    assert len(set(keys)) == 3 < len(keys)
     with torch.no_grad():
-        features = plain.model.run_tower(batch.pixel_values, batch.grids)
+        features = plain.model.run_tower(batch.pictures)
     assert [tuple(f.shape) for f in features] == [(16, 32), (16, 32), (32, 32), (16, 32), (16, 32)]
     with torch.inference_mode():
         tower = plain.model(batch)
-        assert torch.equal(plain.model(batch, visual=dict(zip(batch.image_keys, features, strict=True))), tower)
+        assert torch.equal(plain.model(batch, visual=dict(zip(keys, features, strict=True))), tower)
         cache = VisionCache(max_bytes=2**20)
-        torch.testing.assert_close(plain.model(batch, visual=cache.features(plain.model, batch)), tower)
+        torch.testing.assert_close(plain.model(batch, visual=cache.features(plain.model, batch.pictures)), tower)
 
 
 def test_the_cache_runs_the_tower_once_per_picture_and_stays_in_its_bound(plain):
     items = [{"image": picture(seed)} for seed in (10, 11, 12, 10)]
-    batch = collate([plain.encoder.encode(item, "document") for item in items], plain.encoder.form)
+    batch = collate([plain.encoder.encode(item, "document") for item in items])
     seen = []
     handle = plain.model.backbone.model.visual.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(len(kwargs["grid_thw"])), with_kwargs=True
@@ -124,12 +123,12 @@ def test_the_cache_runs_the_tower_once_per_picture_and_stays_in_its_bound(plain)
     try:
         one_picture = 16 * 32 * 4
         cache = VisionCache(max_bytes=3 * one_picture)
-        first = cache.features(plain.model, batch)
-        again = cache.features(plain.model, batch)
+        first = cache.features(plain.model, batch.pictures)
+        again = cache.features(plain.model, batch.pictures)
         assert seen == [3]
         assert all(torch.equal(first[key], again[key]) for key in first)
         small = VisionCache(max_bytes=2 * one_picture)
-        assert len(small.features(plain.model, batch)) == 3
+        assert len(small.features(plain.model, batch.pictures)) == 3
         assert len(small) == 2
         assert small.bytes == 2 * one_picture
     finally:

@@ -23,17 +23,18 @@ def test_the_package_offers_it():
     assert umarvel_ray.Embedder is Embedder
 
 
-def test_a_vector_is_the_unit_mean_of_the_stock_models_states(tiny_base, embedder):
-    """Against transformers' own forward, pixels and positions included, pooled here by hand."""
+def test_a_vector_is_the_unit_mean_of_the_stock_models_states(family_base):
+    """Against transformers' own forward, pixels, positions and DeepStack included, pooled here by hand."""
+    embedder = Embedder.from_pretrained(family_base, settings=SETTINGS)
     item = {"image": Image.effect_noise((64, 64), 60).convert("RGB"), "text": "boats", "instruction": "find it"}
-    encoded = ItemEncoder.from_pretrained(tiny_base, SETTINGS).encode(item, "query")
+    encoded = ItemEncoder.from_pretrained(family_base, SETTINGS).encode(item, "query")
     ids = torch.from_numpy(encoded.input_ids).long()[None]
     core = embedder.model.backbone.model
     with torch.no_grad():
         states = core(
             input_ids=ids,
-            pixel_values=embedder.encoder.form.pixels(torch.from_numpy(encoded.pixels)),
-            image_grid_thw=torch.from_numpy(encoded.grids),
+            pixel_values=embedder.model.scale([picture.pixels for picture in encoded.pictures]),
+            image_grid_thw=torch.tensor([picture.grid for picture in encoded.pictures]),
             mm_token_type_ids=(ids == core.config.image_token_id).int(),
             attention_mask=torch.ones_like(ids),
         ).last_hidden_state[0]

@@ -1,4 +1,4 @@
-"""Rule 3: pooled vectors that the reference code itself computed, matched to 1e-5 (Qwen2-VL)."""
+"""Rule 3: pooled vectors that the reference code itself computed, matched to 1e-5."""
 
 import json
 import os
@@ -9,56 +9,71 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen3VLConfig
 
 from umarvel_ray.model.batch import Batch
 from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.model.multimodal import split_features
+from umarvel_ray.model.pictures import Picture
 from umarvel_ray.model.pooling import pool
 from umarvel_ray.recipe import ModelSettings
 
 SHARED = Path(os.environ.get("UMARVEL_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
-GOLDEN = SHARED / "golden" / "qwen2vl_tiny.safetensors"
-pytestmark = pytest.mark.skipif(not GOLDEN.is_file(), reason="no ../shared/golden beside the checkout")
+GOLDEN = SHARED / "golden"
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no ../shared/golden beside the checkout")
 
-REFERENCE = ModelSettings(positions="sequential")
+REFERENCE = ModelSettings.reference()
+NO_PIXELS = np.empty((0, 0), np.uint8)
+TEXT = {
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+VISION = {
+    "qwen2vl": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 14},
+    "qwen3vl": {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": 64,
+        "patch_size": 16,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    },
+}
+CONFIGS = {"qwen2vl": Qwen2VLConfig, "qwen3vl": Qwen3VLConfig}
+
+
+@pytest.fixture(scope="module", params=["qwen2vl", "qwen3vl"])
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN)
+def golden(family) -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / f"{family}_tiny.safetensors")
 
 
 @pytest.fixture(scope="module")
-def directory(golden, tmp_path_factory) -> Path:
-    """The golden state as a checkpoint of its time: old tensor names, `sim.temp` among them."""
-    folder = tmp_path_factory.mktemp("golden")
+def directory(family, golden, tmp_path_factory) -> Path:
+    """The golden state as a checkpoint of its time: its tensor names, `sim.temp` among them."""
+    folder = tmp_path_factory.mktemp(family)
     state = {name.removeprefix("state/"): value for name, value in golden.items() if name.startswith("state/")}
     assert "sim.temp" in state
-    assert "model.embed_tokens.weight" in state
+    assert ("model.embed_tokens.weight" in state) == (family == "qwen2vl")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    Qwen2VLConfig(
-        text_config={
-            "vocab_size": 600,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": 64,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        },
+    vision = VISION[family] | {"num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    CONFIGS[family](
+        text_config=TEXT,
+        vision_config=vision,
         image_token_id=5,
         video_token_id=6,
         vision_start_token_id=3,
@@ -68,6 +83,9 @@ def directory(golden, tmp_path_factory) -> Path:
     names = ["<pad>", "<bos>", "<eos>", "<vision_start>", "<vision_end>", "<|image_pad|>", "<|video_pad|>"]
     words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(folder)
+    picture = {"patch_size": vision["patch_size"], "merge_size": 2, "temporal_patch_size": 2}
+    picture |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(picture))
     return folder
 
 
@@ -85,10 +103,14 @@ def reference_batch(golden, rows: slice = slice(None)) -> Batch:
         attention_mask=mask,
         pool_mask=mask.bool(),
         positions=torch.arange(ids.shape[1]).expand(3, *ids.shape),
-        pixel_values=golden["io/pixel_values"],
-        grids=golden["io/image_grid_thw"],
-        image_keys=tuple(map(str, range(pictures))),
+        pictures=tuple(Picture(NO_PIXELS, (1, 1, 1), str(n)) for n in range(pictures)),
     )
+
+
+def seen(model, golden) -> dict[str, torch.Tensor]:
+    """The tower's features of the golden pixels, which are floats, by the keys above."""
+    features = split_features(model.backbone.model.visual, golden["io/pixel_values"], golden["io/image_grid_thw"])
+    return {str(n): feature for n, feature in enumerate(features)}
 
 
 def right_padded(golden) -> Batch:
@@ -112,7 +134,7 @@ def right_padded(golden) -> Batch:
 @torch.no_grad()
 def test_plain_mean_matches_the_reference(model, golden):
     batch = reference_batch(golden)
-    ours = pool(model.hidden_states(batch), batch.pool_mask)
+    ours = pool(model.hidden_states(batch, seen(model, golden)), batch.pool_mask)
     torch.testing.assert_close(ours, golden["io/expected_plain"], atol=1e-5, rtol=0)
 
 
@@ -121,7 +143,7 @@ def test_instruction_masked_mean_matches_the_reference(model, golden):
     batch = reference_batch(golden)
     span = golden["io/instruction_mask"].bool()
     assert span.any(dim=1).any()
-    ours = pool(model.hidden_states(batch), batch.pool_mask & ~span)
+    ours = pool(model.hidden_states(batch, seen(model, golden)), batch.pool_mask & ~span)
     theirs = golden["io/expected_instruction_masked"]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     assert (theirs - golden["io/expected_plain"]).abs().max() > 1e-2
@@ -130,7 +152,7 @@ def test_instruction_masked_mean_matches_the_reference(model, golden):
 @torch.no_grad()
 def test_right_padding_gives_the_same_unit_vectors(model, golden):
     expected = golden["io/expected_plain"] / golden["io/expected_plain"].norm(dim=1, keepdim=True)
-    torch.testing.assert_close(model(right_padded(golden)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(right_padded(golden), seen(model, golden)), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -146,19 +168,19 @@ def test_an_unpadded_item_equals_its_padded_golden_vector(model, golden):
             attention_mask=batch.attention_mask[row : row + 1, :length],
             pool_mask=batch.pool_mask[row : row + 1, :length],
             positions=batch.positions[:, row : row + 1, :length],
-            pixel_values=batch.pixel_values[:0],
-            grids=batch.grids[:0],
-            image_keys=(),
+            pictures=(),
         )
         expected = golden["io/expected_plain"][row]
-        torch.testing.assert_close(pool(model.hidden_states(alone), alone.pool_mask)[0], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            pool(model.hidden_states(alone, {}), alone.pool_mask)[0], expected, atol=1e-5, rtol=0
+        )
 
 
 @torch.no_grad()
 def test_causal_attention_is_far_from_the_reference(directory, golden):
-    causal = EmbeddingModel.from_pretrained(directory, ModelSettings(attention="causal", positions="sequential"))
+    causal = EmbeddingModel.from_pretrained(directory, REFERENCE.model_copy(update={"attention": "causal"}))
     batch = reference_batch(golden)
-    ours = pool(causal.eval().hidden_states(batch), batch.pool_mask)
+    ours = pool(causal.eval().hidden_states(batch, seen(causal, golden)), batch.pool_mask)
     assert np.abs((ours - golden["io/expected_plain"]).numpy()).max() > 0.1
 
 

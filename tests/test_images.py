@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,7 +16,7 @@ from umarvel_ray.data import images
 from umarvel_ray.data.images import BadImage, open_image
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.items import ItemEncoder
-from umarvel_ray.model.pictures import CONFIG, PictureFormat, PixelScale, read_pictures
+from umarvel_ray.model.pictures import CONFIG, PictureFormat, PixelScale, read_picture
 from umarvel_ray.recipe import ModelSettings
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -146,14 +145,15 @@ def test_patches_are_those_of_transformers(tiny_base, tmp_path, size, pixels):
     form = PictureFormat.from_pretrained(folder, ModelSettings(min_pixels=pixels[0], max_pixels=pixels[1]))
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     shown = [Image.fromarray(noise), half_and_half()]
-    ours, expected = read_pictures(shown, form, "x"), theirs(images=shown, return_tensors="np")
-    assert np.array_equal(ours.grids, expected["image_grid_thw"])
-    assert ours.pixels.dtype == np.uint8
-    np.testing.assert_allclose(form.scale(torch.from_numpy(ours.pixels)).numpy(), expected["pixel_values"], atol=2e-6)
+    ours, expected = [read_picture(image, form, "x") for image in shown], theirs(images=shown, return_tensors="np")
+    assert np.array_equal([picture.grid for picture in ours], expected["image_grid_thw"])
+    pixels = [picture.pixels for picture in ours]
+    assert {array.dtype for array in pixels} == {np.dtype(np.uint8)}
+    np.testing.assert_allclose(form.scale(pixels).numpy(), expected["pixel_values"], atol=2e-6)
 
 
 def form_of(pixels: tuple[int, int]) -> PictureFormat:
-    return PictureFormat(14, 2, *pixels, 3, PixelScale(1 / 255, (0.5,) * 3, (0.5,) * 3, 2))
+    return PictureFormat(14, 2, *pixels, 4, 10**6, 3, PixelScale(1 / 255, (0.5,) * 3, (0.5,) * 3, 14, 2))
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(784, 784), (3136, 235_200), (100, 10**7)]))
@@ -178,6 +178,6 @@ def test_a_checkpoint_without_a_usable_picture_config_is_a_users_error(tiny_base
 
 def test_picture_keys_tell_pictures_and_shapes_apart():
     grey = [Image.new("RGB", size, "grey") for size in ((32, 128), (128, 32), (64, 64), (64, 64))]
-    keys = read_pictures(grey, form_of((256, 65_536)), "x").keys
+    keys = [read_picture(picture, form_of((256, 65_536)), "x").key for picture in grey]
     assert len(set(keys)) == 3
     assert keys[2] == keys[3]

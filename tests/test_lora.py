@@ -24,7 +24,7 @@ def model(tiny_base) -> EmbeddingModel:
 @pytest.fixture(scope="module")
 def batch(tiny_base):
     encoder = ItemEncoder.from_pretrained(tiny_base, SETTINGS)
-    return collate([encoder.encode(t, "query") for t in ("a red fox", "two boats near a pier")], encoder.form)
+    return collate([encoder.encode(t, "query") for t in ("a red fox", "two boats near a pier")])
 
 
 def train_adapters(model: EmbeddingModel) -> None:

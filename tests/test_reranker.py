@@ -55,10 +55,11 @@ def stock_logits(path, encoder: PairEncoder, pair, positions: str) -> torch.Tens
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if positions == "sequential":
         inputs["position_ids"] = torch.arange(ids.shape[1]).expand(3, 1, -1)
-    if len(pair.grids):
-        pixels = encoder.items.form.pixels(torch.from_numpy(pair.pixels))
-        inputs |= {"pixel_values": pixels, "image_grid_thw": torch.from_numpy(pair.grids)}
-        inputs["mm_token_type_ids"] = (ids == encoder.items.image_token_id).int()
+    if pair.pictures:
+        pixels = encoder.items.picture_format.scale([picture.pixels for picture in pair.pictures])
+        grids = torch.tensor([picture.grid for picture in pair.pictures])
+        inputs |= {"pixel_values": pixels, "image_grid_thw": grids}
+        inputs["mm_token_type_ids"] = torch.isin(ids, torch.tensor(encoder.items.picture_token_ids)).int()
     with torch.inference_mode():
         return model(**inputs, use_cache=False).logits[0]
 
@@ -139,8 +140,8 @@ def test_loss_is_the_cross_entropy_of_the_answer_and_the_end(tiny_base, tmp_path
     encoder = PairEncoder.from_pretrained(path, SETTINGS, 64)
     model = RerankerModel.from_pretrained(path, SETTINGS)
     pairs = [encoder.encode(QUERIES[i % 3], document, i % 2 == 0) for i, document in enumerate(DOCUMENTS)]
-    batch = collate_pairs(pairs, model.form)
-    visual = VisionCache(2**20).features(model, batch) if cached else None
+    batch = collate_pairs(pairs)
+    visual = VisionCache(2**20).features(model, batch.pictures) if cached else None
     losses = model(batch, visual)
     for pair, loss in zip(pairs, losses.tolist(), strict=True):
         logits = stock_logits(path, encoder, pair, "mrope").double()
@@ -160,8 +161,8 @@ def test_training_teaches_yes_and_no_and_the_checkpoint_keeps_it(tiny_base, tmp_
         for i, query in enumerate(QUERIES)
         for j, document in enumerate(DOCUMENTS[:3])
     ]
-    batch = collate_pairs(pairs, model.form)
-    visual = VisionCache(2**20).features(model, batch)
+    batch = collate_pairs(pairs)
+    visual = VisionCache(2**20).features(model, batch.pictures)
     for _ in range(120):
         loss = model(batch, visual).mean()
         optimizer.zero_grad()

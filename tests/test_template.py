@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,19 @@ def encoder(tiny_base) -> ItemEncoder:
     return ItemEncoder.from_pretrained(tiny_base, SMALL)
 
 
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    """The real tokenizer, chat template and image processor beside a configuration."""
+    folder = shutil.copytree(TOKENIZER, tmp_path_factory.mktemp("released") / "qwen2vl", copy_function=shutil.copy)
+    (folder / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    return folder
+
+
 @needs_shared
 @pytest.mark.parametrize("generation_prompt", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['side']}-{c['text']}-{c['image']}")
-def test_token_for_token_as_the_reference(case, generation_prompt):
-    encoder = ItemEncoder.from_pretrained(TOKENIZER, ModelSettings(generation_prompt=generation_prompt))
+def test_token_for_token_as_the_reference(case, generation_prompt, released):
+    encoder = ItemEncoder.from_pretrained(released, ModelSettings.reference(generation_prompt))
     item = {"text": case["text"], "instruction": case.get("instruction")}
     if case["image"]:
         item["image"] = picture(*case["image"])
@@ -170,17 +179,19 @@ def test_bad_items_are_named(encoder, item, side, message):
 def test_several_pictures_and_equal_pictures(encoder):
     one, two = picture(64, 64, 1), picture(64, 64, 2)
     encoded = encoder.encode({"image": [one, two, one], "text": "three"}, "document")
-    assert encoded.grids.tolist() == [[1, 8, 8]] * 3
-    assert encoded.pixels.shape == (3 * 64, 3 * 8 * 8)
-    assert encoded.image_keys[0] == encoded.image_keys[2] != encoded.image_keys[1]
-    assert (encoded.input_ids == encoder.image_token_id).sum() == 48
+    first, second, third = encoded.pictures
+    assert {p.grid for p in encoded.pictures} == {(1, 8, 8)}
+    assert {p.pixels.shape for p in encoded.pictures} == {(64, 3 * 8 * 8)}
+    assert first.key == third.key != second.key
+    assert np.isin(encoded.input_ids, encoder.picture_token_ids).sum() == 48
 
 
 def test_the_picture_key_depends_on_its_size_setting(tiny_base, encoder):
     larger = ItemEncoder.from_pretrained(tiny_base, ModelSettings(min_pixels=16384, max_pixels=16384))
     shown = {"image": picture(64, 64)}
-    assert larger.encode(shown, "document").image_keys != encoder.encode(shown, "document").image_keys
-    assert larger.encode(shown, "document").grids.tolist() == [[1, 16, 16]]
+    (large,), (small,) = (e.encode(shown, "document").pictures for e in (larger, encoder))
+    assert large.key != small.key
+    assert large.grid == (1, 16, 16)
 
 
 def test_positions_are_those_of_transformers(tiny_base):
@@ -193,8 +204,8 @@ def test_positions_are_those_of_transformers(tiny_base):
     ids = torch.from_numpy(encoded.input_ids).long()[None]
     expected, _ = Qwen2VLModel(AutoConfig.from_pretrained(tiny_base)).get_rope_index(
         ids,
-        mm_token_type_ids=(ids == encoder.image_token_id).int(),
-        image_grid_thw=torch.from_numpy(encoded.grids),
+        mm_token_type_ids=torch.isin(ids, torch.tensor(encoder.picture_token_ids)).int(),
+        image_grid_thw=torch.tensor([picture.grid for picture in encoded.pictures]),
         attention_mask=torch.ones_like(ids),
     )
     assert encoded.positions.tolist() == expected[:, 0].tolist()
@@ -208,7 +219,7 @@ def test_the_encoder_survives_pickling(encoder):
     item = {"image": picture(64, 64), "text": "boats", "instruction": "find"}
     first, second = encoder.encode(item, "query"), pickle.loads(pickle.dumps(encoder)).encode(item, "query")
     assert first.input_ids.tolist() == second.input_ids.tolist()
-    assert first.image_keys == second.image_keys
+    assert [p.key for p in first.pictures] == [p.key for p in second.pictures]
 
 
 def test_a_directory_without_a_tokenizer_is_one_line(tmp_path):

@@ -1,4 +1,4 @@
-"""A random, tiny Qwen2-VL directory in the demo base's shapes, for tests: `make_tiny_base(dir)` takes about a second.
+"""Random, tiny directories of each backbone family in the demo base's shapes: `make_tiny_base(dir)` takes a second.
 
 Every file a real base has is there (config, safetensors, tokenizer, image processor, chat template), none of U-MARVEL's
 three tokens is, so that loading has to add them. Images are patches of 8 merged 2 × 2: a 64 × 64 picture is 16 tokens.
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 SPECIAL = [
     "<|endoftext|>",
@@ -37,10 +37,30 @@ CHAT_TEMPLATE = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for content in message['content'] %}"
     "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+VISION = {
+    "qwen2_vl": lambda hidden: {"embed_dim": 32, "hidden_size": hidden, "mlp_ratio": 2},
+    "qwen2_5_vl": lambda hidden: {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": hidden,
+        "tokens_per_second": 1,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+    },
+    "qwen3_vl": lambda hidden: {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": hidden,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    },
+}
 
 IMAGE_PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -76,14 +96,21 @@ def make_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
 
 
 def make_tiny_base(
-    directory: str | Path, *, hidden: int = 32, layers: int = 2, seed: int = 0, vocab_size: int = 512
+    directory: str | Path,
+    *,
+    family: str = "qwen2_vl",
+    hidden: int = 32,
+    layers: int = 2,
+    seed: int = 0,
+    vocab_size: int = 512,
 ) -> Path:
     """Write the directory and return its path. Same arguments, same weights."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(vocab_size)
     token = tokenizer.convert_tokens_to_ids
-    config = Qwen2VLConfig(
+    config = AutoConfig.for_model(
+        family,
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": hidden,
@@ -91,6 +118,7 @@ def make_tiny_base(
             "num_hidden_layers": layers,
             "num_attention_heads": hidden // 16,
             "num_key_value_heads": 1,
+            "head_dim": 16,
             "max_position_embeddings": 4096,
             # At the usual 0.02 a model this small ignores its context: every test would pass by indifference.
             "initializer_range": 0.2,
@@ -99,12 +127,10 @@ def make_tiny_base(
             "eos_token_id": token("<|im_end|>"),
             "pad_token_id": token("<|endoftext|>"),
         },
-        vision_config={
+        vision_config=VISION[family](hidden)
+        | {
             "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": hidden,
             "num_heads": 2,
-            "mlp_ratio": 2,
             "patch_size": 8,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
@@ -118,7 +144,7 @@ def make_tiny_base(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2))

@@ -39,7 +39,18 @@ class ModelSettings(Section):
     deepstack: bool = True
     min_pixels: PositiveInt = 4 * 28 * 28
     max_pixels: PositiveInt = 300 * 28 * 28
+    video_frames: PositiveInt = Field(default=12, description="frames of a video, spread evenly over it")
+    max_video_pixels: PositiveInt = Field(default=12 * 128 * 28 * 28, description="of all its frames together")
     max_text_tokens: PositiveInt = 480
+
+    @classmethod
+    def reference(cls, generation_prompt: bool = True) -> ModelSettings:
+        """How the authors' released checkpoints are evaluated by their own code (method 1.1 to 1.5).
+
+        Args:
+            generation_prompt: their evaluation appends one, their training does not (trap T4).
+        """
+        return cls(positions="sequential", deepstack=False, generation_prompt=generation_prompt, max_text_tokens=1024)
 
     def for_reranker(self, max_text_tokens: int) -> ModelSettings:
         """The same for a reranker of this embedder: causal, with a text limit of its own."""

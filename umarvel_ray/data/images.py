@@ -7,7 +7,6 @@ import binascii
 import io
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -35,7 +34,7 @@ def open_image(image: str | Path | bytes | Image.Image, where: str) -> Image.Ima
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = image if isinstance(image, Image.Image) else Image.open(_stream(image, where))
+            picture = image if isinstance(image, Image.Image) else Image.open(open_stream(image, where))
             if picture.width * picture.height > MAX_PIXELS:
                 raise BadImage(f"{where}: picture of {picture.width}×{picture.height} is over {MAX_PIXELS} pixels")
             if 0 in picture.size:
@@ -54,22 +53,28 @@ def open_image(image: str | Path | bytes | Image.Image, where: str) -> Image.Ima
         raise BadImage(f"{where}: picture cannot be read ({type(error).__name__}: {reason})") from None
 
 
-def _stream(image: str | Path | bytes, where: str) -> Any:
-    if isinstance(image, bytes | bytearray | memoryview):
-        return io.BytesIO(image)
-    if isinstance(image, str) and image.startswith("data:"):
-        head, comma, body = image.partition(",")
+def open_stream(source: str | Path | bytes, where: str, kind: str = "picture") -> io.BytesIO:
+    """The bytes behind a path, a `data:` URI or bytes; `kind` names what they should be in errors.
+
+    Raises:
+        BadImage: a URL, a bad URI, or something else.
+        FileNotFoundError: no such file.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    if isinstance(source, str) and source.startswith("data:"):
+        head, comma, body = source.partition(",")
         if not comma or not head.endswith(";base64"):
             raise BadImage(f"{where}: data URI is not base64")
         try:
             return io.BytesIO(base64.b64decode(body, validate=True))
         except binascii.Error:
             raise BadImage(f"{where}: data URI is not valid base64") from None
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        raise BadImage(f"{where}: pictures by URL are not fetched; give a path, bytes or a data URI")
-    if isinstance(image, str | Path):
-        return io.BytesIO(Path(image).read_bytes())
-    raise BadImage(f"{where}: a picture is a path, bytes, data URI or PIL image, not {type(image).__name__}")
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise BadImage(f"{where}: {kind}s by URL are not fetched; give a path, bytes or a data URI")
+    if isinstance(source, str | Path):
+        return io.BytesIO(Path(source).read_bytes())
+    raise BadImage(f"{where}: a {kind} is a path, bytes or a data URI, not {type(source).__name__}")
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ import ray
 
 from umarvel_ray.data.images import open_image
 from umarvel_ray.data.tables import Dataset, item_of
+from umarvel_ray.data.videos import open_video
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.items import check_item
 
@@ -62,6 +63,8 @@ def reason_against(row: dict, where: str) -> str | None:
         images = item.get("image") or []
         for image in images if isinstance(images, list) else [images]:
             open_image(image, where)
+        if "video" in item:
+            open_video(item["video"], 1, where)
     except UserError as error:
         return str(error)
     return None

@@ -2,7 +2,7 @@
 
 A Parquet folder holds `documents.parquet` (id, text, image, modality, source …), `pools.parquet` (task, split,
 document_ids) and one `NAME.parquet` per query table (the document columns, instruction, positive_ids, task …). An image
-is encoded bytes, or a path relative to the folder.
+or a video (a column `video`, where there are any) is encoded bytes, or a path relative to the folder.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ DEMO = Path(__file__).parent.parent / "demo" / "data"
 DOCUMENT_COLUMNS = ("id", "text", "image", "modality", "source")
 QUERY_COLUMNS = (*DOCUMENT_COLUMNS, "instruction", "positive_ids", "task")
 POOL_COLUMNS = ("task", "split", "document_ids")
-ITEM_COLUMNS = ("text", "image", "instruction")
+ITEM_COLUMNS = ("text", "image", "video", "instruction")
 
 
 def item_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The item in a row of a documents or queries table: its text, image and instruction, where they are."""
+    """The item in a row of a documents or queries table: its text, image, video and instruction, where they are."""
     return {key: row[key] for key in ITEM_COLUMNS if row.get(key) is not None}
 
 
@@ -149,16 +149,16 @@ def _read(root: Path, name: str, columns: tuple[str, ...]) -> pa.Table:
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
     if missing := [column for column in columns if column not in table.column_names]:
         raise UserError(f"{path}: column '{missing[0]}' is missing; add it")
-    return _absolute_images(table, root)
+    return _absolute_paths(_absolute_paths(table, root, "image"), root, "video")
 
 
-def _absolute_images(table: pa.Table, root: Path) -> pa.Table:
-    if "image" not in table.column_names or not pa.types.is_string(table.schema.field("image").type):
+def _absolute_paths(table: pa.Table, root: Path, column: str) -> pa.Table:
+    if column not in table.column_names or not pa.types.is_string(table.schema.field(column).type):
         return table
-    paths = table["image"]
+    paths = table[column]
     joined = pc.binary_join_element_wise(str(root.absolute()), paths, "/")
-    column = pc.if_else(pc.fill_null(pc.match_substring_regex(paths, "^(/|[a-z]+:)"), True), paths, joined)
-    return table.set_column(table.column_names.index("image"), "image", column)
+    whole = pc.if_else(pc.fill_null(pc.match_substring_regex(paths, "^(/|[a-z]+:)"), True), paths, joined)
+    return table.set_column(table.column_names.index(column), column, whole)
 
 
 def _check_unique(ids: pa.ChunkedArray, where: str) -> None:

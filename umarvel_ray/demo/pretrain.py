@@ -27,7 +27,6 @@ from transformers import Qwen2VLForConditionalGeneration
 from umarvel_ray.demo.base_model import (
     CONTROL_TOKENS,
     HIDDEN,
-    MERGE,
     PATCH,
     TEMPORAL,
     build_config,
@@ -36,11 +35,11 @@ from umarvel_ray.demo.base_model import (
 )
 from umarvel_ray.demo.corpus import Turn, read_corpus
 from umarvel_ray.demo.drawing import TEACHER_DIM, VIEWS, disturb, make_views, patches_of
-from umarvel_ray.demo.fast_tower import GRID, Tower
+from umarvel_ray.demo.fast_tower import Tower
 from umarvel_ray.demo.muon import Muon
 from umarvel_ray.demo.teachers import PATCH_DIM, TextTeacher
 from umarvel_ray.demo.vocabulary import choose_pieces, embed_vocabulary
-from umarvel_ray.model.positions import rotary_positions
+from umarvel_ray.model.positions import Span, rotary_positions
 
 TEXTS_READ = 9000  # passages whose meaning the text teacher tells, besides every description of a picture
 STAGES = {"vision": 0.55, "text": 0.12, "joint": 0.33}  # shares of the processor time; views come first, uncounted
@@ -373,8 +372,8 @@ class Pretraining:
         embedded = self.model.get_input_embeddings()(ids)
         positions = torch.zeros(3, *ids.shape, dtype=torch.long)
         for i, row in enumerate(rows):
-            grids = GRID.numpy() if tokens is not None else GRID[:0].numpy()
-            walked = rotary_positions(np.array(row), grids, image_token_id=image, merge_size=MERGE, how="mrope")
+            spans = [Span((1, 4, 4))] if tokens is not None else []
+            walked = rotary_positions(np.array(row) == image, spans, "mrope")
             positions[:, i, : len(row)] = torch.from_numpy(walked.astype(np.int64))
         if tokens is not None:
             embedded = embedded.masked_scatter((ids == image)[..., None], tokens)

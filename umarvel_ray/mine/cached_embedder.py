@@ -21,14 +21,17 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from umarvel_ray.data.tables import item_of
+from umarvel_ray.data.tables import ITEM_COLUMNS, item_of
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.batch import collate, token_buckets
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.items import EncodedItem, ItemEncoder
+from umarvel_ray.model.multimodal import distinct
+from umarvel_ray.model.pictures import Picture
 from umarvel_ray.recipe import ModelSettings
 
 WINDOW = 256  # rows decoded ahead of the model
+NOTHING = np.empty((0, 0), dtype=np.uint8)
 
 
 class Known(NamedTuple):
@@ -133,11 +136,11 @@ class CachedEmbedder:
         result = np.empty((len(known), self._embedder.dimension), np.float32)
         for bucket in token_buckets([entry.item.length for entry in known], self._token_budget):
             entries = [known[index] for index in bucket]
-            batch = collate([entry.item for entry in entries], self._embedder.encoder.form, self._device)
+            batch = collate([entry.item for entry in entries], self._device)
             visual = {
                 key: feature
                 for entry in entries
-                for key, feature in zip(entry.item.image_keys, entry.features, strict=True)
+                for key, feature in zip((p.key for p in entry.item.pictures), entry.features, strict=True)
             }
             result[bucket] = self._embedder.model(batch, visual).float().cpu().numpy()
         for row, entry in zip(rows, known, strict=True):
@@ -147,23 +150,17 @@ class CachedEmbedder:
     def _run_tower(self, items: list[EncodedItem]) -> dict[str, torch.Tensor]:
         """The tower's features of every picture of these items, by picture key, each computed once."""
         held: dict[str, torch.Tensor] = {}
-        new: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for item in items:
-            ends = np.cumsum(item.grids.prod(axis=1))
-            for key, grid, pixels in zip(item.image_keys, item.grids, np.split(item.pixels, ends)[:-1], strict=True):
-                if (feature := self._features.get(key)) is not None:
-                    held[key] = feature
-                else:
-                    new[key] = (pixels, grid)
-        keys = list(new)
-        for bucket in token_buckets([len(new[key][0]) for key in keys], 4 * self._token_budget):
-            chosen = [keys[index] for index in bucket]
-            patches = torch.from_numpy(np.concatenate([new[key][0] for key in chosen])).to(self._device)
-            pixels = self._embedder.encoder.form.pixels(patches)
-            grids = torch.from_numpy(np.stack([new[key][1] for key in chosen])).to(self._device)
-            for key, feature in zip(chosen, self._embedder.model.run_tower(pixels, grids), strict=True):
+        new: list[Picture] = []
+        for key, picture in distinct([picture for item in items for picture in item.pictures]).items():
+            if (feature := self._features.get(key)) is not None:
+                held[key] = feature
+            else:
+                new.append(picture)
+        for bucket in token_buckets([len(picture.pixels) for picture in new], 4 * self._token_budget):
+            chosen = [new[index] for index in bucket]
+            for picture, feature in zip(chosen, self._embedder.model.run_tower(chosen), strict=True):
                 # A copy: the tower's outputs are views of one tensor, which any of them would keep alive.
-                held[key] = self._features[key] = feature.to("cpu", copy=True)
+                held[picture.key] = self._features[picture.key] = feature.to("cpu", copy=True)
         return held
 
     def _remember(self, key: tuple, entry: Known) -> None:
@@ -176,15 +173,15 @@ class CachedEmbedder:
 
     def _key(self, row: dict, side: str) -> tuple:
         digest = hashlib.sha1()
-        for part in (row.get("text"), row.get("image"), row.get("instruction")):
+        for part in (row.get(column) for column in ITEM_COLUMNS):
             data = part if isinstance(part, bytes) else json.dumps(part).encode()
             digest.update(b"%d:" % len(data) + data)
         return self._encoding, side, digest.digest()
 
 
 def _without_pixels(item: EncodedItem, features: dict[str, torch.Tensor]) -> Known:
-    # Copied out of the window's arrays, whose pixels a slice would keep alive.
-    return Known(replace(item, pixels=item.pixels[:0].copy()), tuple(features[key] for key in item.image_keys))
+    seen = tuple(replace(picture, pixels=NOTHING) for picture in item.pictures)
+    return Known(replace(item, pictures=seen), tuple(features[picture.key] for picture in item.pictures))
 
 
 def _rough_length(row: dict) -> tuple[bool, int]:

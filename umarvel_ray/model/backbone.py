@@ -1,6 +1,6 @@
-"""The Qwen2-VL backbone: attention direction as a configuration value, checked at load (DESIGN.md rule 2).
+"""The backbone: attention direction as a configuration value, checked at load (DESIGN.md rule 2).
 
-The model is transformers' own `Qwen2VLForConditionalGeneration`; nothing is forked. Old checkpoints, the authors'
+The model is transformers' own class for its family (`family.py`); nothing is forked. Old checkpoints, the authors'
 included, load too: transformers renames `model.` and `visual.` itself, and their `sim.temp` is left aside.
 """
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import check_files
+from umarvel_ray.model.family import read_config, without_deepstack
 from umarvel_ray.model.items import load_tokenizer
 from umarvel_ray.recipe import ModelSettings
 
@@ -24,7 +24,7 @@ NEW_ROWS_SEED = 0
 
 def load_backbone(
     path: str | Path, settings: ModelSettings, dtype: torch.dtype | str = torch.float32
-) -> tuple[Qwen2VLForConditionalGeneration, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load weights and tokenizer on the CPU, in eval mode.
 
     Raises:
@@ -33,9 +33,11 @@ def load_backbone(
     check_files(path)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     transformers_logging.disable_progress_bar()
-    config = _read_config(path)
+    config = read_config(path)
     config.text_config.is_causal = settings.attention == "causal"
-    model, report = Qwen2VLForConditionalGeneration.from_pretrained(
+    if not settings.deepstack:
+        without_deepstack(config)
+    model, report = AutoModelForImageTextToText.from_pretrained(
         str(path), config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     # transformers would go on with random values in their place.
@@ -48,19 +50,8 @@ def load_backbone(
     return model, tokenizer
 
 
-def _read_config(path: str | Path) -> Qwen2VLConfig:
-    try:
-        config = AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}/config.json: not a valid model configuration ({reason})") from None
-    if config.model_type != "qwen2_vl":
-        raise UserError(f"{path}/config.json: model_type '{config.model_type}' is not supported; use a Qwen2-VL model")
-    return config
-
-
 @torch.no_grad()
-def probe_attention(model: Qwen2VLForConditionalGeneration, attention: str) -> None:
+def probe_attention(model: PreTrainedModel, attention: str) -> None:
     """Change the second of two tokens: the first one's state must move exactly when attention is bidirectional.
 
     Tried without padding and with it, because libraries take different paths there (trap T10).
@@ -85,7 +76,7 @@ def probe_attention(model: Qwen2VLForConditionalGeneration, attention: str) -> N
             )
 
 
-def _make_room(model: Qwen2VLForConditionalGeneration, tokens: int) -> None:
+def _make_room(model: PreTrainedModel, tokens: int) -> None:
     """Grow the embedding table to `tokens` rows. The new rows are random, alike on every worker, and never trained."""
     old = model.get_input_embeddings().num_embeddings
     if tokens <= old:

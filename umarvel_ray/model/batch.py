@@ -9,7 +9,10 @@ from typing import Self
 import numpy as np
 import torch
 
-from umarvel_ray.model.items import EncodedItem, InputForm
+from umarvel_ray.model.items import EncodedItem
+from umarvel_ray.model.pictures import Picture
+
+PAD = 0  # padding is masked everywhere, so any token will do that is not a picture's
 
 
 class Padded:
@@ -30,16 +33,14 @@ class Batch(Padded):
     """B items padded to L tokens.
 
     input_ids, attention_mask: int64 (B, L); pool_mask: bool (B, L), False on padding; positions: int64 (3, B, L);
-    pixel_values: float32 (patches, patch_dim) and grids: int64 (n, 3) of all pictures, in order; image_keys: one each.
+    pictures: of all items, in order, on the CPU.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     pool_mask: torch.Tensor
     positions: torch.Tensor
-    pixel_values: torch.Tensor
-    grids: torch.Tensor
-    image_keys: tuple[str, ...]
+    pictures: tuple[Picture, ...]
 
 
 def token_buckets(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -58,10 +59,10 @@ def token_buckets(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return buckets
 
 
-def collate(items: Sequence[EncodedItem], form: InputForm, device: torch.device | str = "cpu") -> Batch:
-    """Pad at least one item on the right and join all pictures."""
+def collate(items: Sequence[EncodedItem], device: torch.device | str = "cpu", pad: int = PAD) -> Batch:
+    """Pad at least one item on the right."""
     shape = (len(items), max(item.length for item in items))
-    input_ids = np.full(shape, form.pad_id, dtype=np.int64)
+    input_ids = np.full(shape, pad, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=np.int64)
     pool_mask = np.zeros(shape, dtype=bool)
     positions = np.zeros((3, *shape), dtype=np.int64)
@@ -75,7 +76,5 @@ def collate(items: Sequence[EncodedItem], form: InputForm, device: torch.device 
         attention_mask=torch.from_numpy(attention_mask),
         pool_mask=torch.from_numpy(pool_mask),
         positions=torch.from_numpy(positions),
-        pixel_values=form.pixels(torch.from_numpy(np.concatenate([item.pixels for item in items])).to(device)),
-        grids=torch.from_numpy(np.concatenate([item.grids for item in items])),
-        image_keys=tuple(key for item in items for key in item.image_keys),
+        pictures=tuple(picture for item in items for picture in item.pictures),
     ).to(device)

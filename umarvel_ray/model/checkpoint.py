@@ -18,7 +18,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.recipe import ModelSettings
 
 if TYPE_CHECKING:
-    from transformers import Qwen2VLForConditionalGeneration
+    from transformers import PreTrainedModel
 
 PROVENANCE = "umarvel.json"
 RERANKER = "reranker"  # the stage a reranker's provenance names
@@ -27,7 +27,7 @@ RERANKER = "reranker"  # the stage a reranker's provenance names
 class HasBackbone(Protocol):
     """An embedder or a reranker."""
 
-    backbone: Qwen2VLForConditionalGeneration
+    backbone: PreTrainedModel
 
 
 def save_checkpoint(model: HasBackbone, path: str | Path, settings: ModelSettings, provenance: dict[str, Any]) -> None:

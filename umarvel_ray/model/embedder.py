@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,12 +38,20 @@ class Embedder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = "float32",
         settings: ModelSettings | None = None,
+        preset: Literal["reference"] | None = None,
+        generation_prompt: bool = True,
     ) -> Embedder:
-        """Load a checkpoint. A directory without `umarvel.json` (a base, a released checkpoint) needs `settings`.
+        """Load a checkpoint. A directory without `umarvel.json` (a base, a released one) needs `settings` or `preset`.
+
+        Args:
+            preset: "reference" for a checkpoint that U-MARVEL's authors released, embedded as their code does.
+            generation_prompt: with the preset: their evaluation appends one, their training does not (trap T4).
 
         Raises:
             UserError: not a checkpoint; missing or truncated files.
         """
+        if preset == "reference":
+            settings = ModelSettings.reference(generation_prompt)
         settings = settings or load_settings(path)
         model = EmbeddingModel.from_pretrained(path, settings, dtype)
         return cls(model, ItemEncoder.from_pretrained(path, settings), device)
@@ -64,7 +73,7 @@ class Embedder:
         """Embed items that are tokenised already, in batches of at most `token_budget` padded tokens."""
         result = np.empty((len(encoded), self.dimension), dtype=np.float32)
         for bucket in token_buckets([item.length for item in encoded], token_budget):
-            batch = collate([encoded[index] for index in bucket], self.encoder.form, self.device)
+            batch = collate([encoded[index] for index in bucket], self.device)
             result[bucket] = self.model(batch).cpu().numpy()
         return result
 

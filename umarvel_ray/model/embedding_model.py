@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from umarvel_ray.model.backbone import load_backbone
 from umarvel_ray.model.batch import Batch
+from umarvel_ray.model.multimodal import distinct, last_hidden_state, tower_features
+from umarvel_ray.model.pictures import Picture, PictureFormat, PixelScale
 from umarvel_ray.model.pooling import pool
 from umarvel_ray.recipe import ModelSettings
 
@@ -22,11 +25,12 @@ class EmbeddingModel(nn.Module):
     """Items in, unit vectors out. `log_temperature` is float32 (1,), for the loss alone (trap T15)."""
 
     def __init__(
-        self, backbone: Qwen2VLForConditionalGeneration, settings: ModelSettings, temperature: float = 0.05
+        self, backbone: PreTrainedModel, settings: ModelSettings, scale: PixelScale, temperature: float = 0.05
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.settings = settings
+        self.scale = scale
         self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)], dtype=torch.float32))
 
     @classmethod
@@ -39,7 +43,7 @@ class EmbeddingModel(nn.Module):
     ) -> EmbeddingModel:
         """Load a base or a checkpoint. Raises: see `load_backbone`."""
         backbone, _ = load_backbone(path, settings, dtype)
-        return cls(backbone, settings, temperature)
+        return cls(backbone, settings, PictureFormat.from_pretrained(path, settings).scale, temperature)
 
     @property
     def dimension(self) -> int:
@@ -58,31 +62,24 @@ class EmbeddingModel(nn.Module):
 
     def hidden_states(self, batch: Batch, visual: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """The last layer's normed hidden states (B, L, D)."""
-        core = self.backbone.model
-        embeds = core.get_input_embeddings()(batch.input_ids)
-        if batch.image_keys:
-            if visual is None:
-                features = self.run_tower(batch.pixel_values, batch.grids)
-            else:
-                features = tuple(visual[key].to(embeds) for key in batch.image_keys)
-            mask = (batch.input_ids == core.config.image_token_id).unsqueeze(-1)
-            embeds = embeds.masked_scatter(mask, torch.cat(features).to(embeds))
-        output = core.language_model(
-            inputs_embeds=embeds,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.positions,
-            use_cache=False,
-        )
-        return output.last_hidden_state
+        if visual is None:
+            shown = distinct(batch.pictures)
+            visual = dict(zip(shown, self.run_tower(list(shown.values())), strict=True)) if shown else {}
+        return last_hidden_state(self.backbone, batch, visual)
 
-    def run_tower(self, pixel_values: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The vision tower and its merger: one (tokens, D) tensor per picture."""
-        core = self.backbone.model
-        return core.get_image_features(pixel_values, grids, return_dict=True).pooler_output
+    def run_tower(self, pictures: Sequence[Picture]) -> tuple[torch.Tensor, ...]:
+        """See `tower_features`."""
+        return tower_features(self.backbone.model.visual, pictures, self.scale)
+
+
+class HasTower(Protocol):
+    """An embedder, a reranker, or a frozen tower of its own."""
+
+    def run_tower(self, pictures: Sequence[Picture]) -> tuple[torch.Tensor, ...]: ...
 
 
 class VisionCache:
-    """The frozen tower's outputs by image key, the least recently used dropped beyond `max_bytes`."""
+    """The frozen tower's outputs by picture key, the least recently used dropped beyond `max_bytes`."""
 
     def __init__(self, max_bytes: int, device: torch.device | str = "cpu") -> None:
         self.max_bytes = max_bytes
@@ -94,15 +91,12 @@ class VisionCache:
         return len(self._kept)
 
     @torch.no_grad()
-    def features(self, model: EmbeddingModel, batch: Batch) -> dict[str, torch.Tensor]:
-        """Features of every picture in the batch; the tower runs once, on those not yet known."""
-        found = {key: self._kept[key] for key in batch.image_keys if key in self._kept}
-        new = {key: index for index, key in enumerate(batch.image_keys) if key not in found}
+    def features(self, model: HasTower, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        """Features of every picture by its key; the tower runs once, on those not yet known."""
+        found = {picture.key: self._kept[picture.key] for picture in pictures if picture.key in self._kept}
+        new = {key: picture for key, picture in distinct(pictures).items() if key not in found}
         if new:
-            chosen = list(new.values())
-            pixels = batch.pixel_values.split(batch.grids.prod(dim=1).tolist())
-            outputs = model.run_tower(torch.cat([pixels[index] for index in chosen]), batch.grids[chosen])
-            found |= dict(zip(new, outputs, strict=True))
+            found |= dict(zip(new, model.run_tower(list(new.values())), strict=True))
         for key, value in found.items():
             self._keep(key, value)
         return found

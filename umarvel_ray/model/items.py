@@ -7,6 +7,7 @@ One conversation per item, the same on both sides: a user turn with the pictures
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,24 +18,17 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.pictures import PictureFormat, Pictures, PixelScale, read_pictures
-from umarvel_ray.model.positions import rotary_positions
+from umarvel_ray.model.family import Family, family_of, read_config
+from umarvel_ray.model.pictures import Picture, PictureFormat, read_picture, read_video
+from umarvel_ray.model.positions import Span, rotary_positions
 from umarvel_ray.recipe import ModelSettings
 
 EMB, INSTRUCTION_START, INSTRUCTION_END = "<emb>", "<instruction_start>", "<instruction_end>"
-IMAGE = "<|image_pad|>"
+IMAGE, VIDEO, VISION_START, VISION_END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 TEXT_SLOT = "\x00"
-ITEM_KEYS = {"text", "image", "instruction"}
+ITEM_KEYS = {"text", "image", "video", "instruction"}
 
 Item = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class InputForm:
-    """What a checkpoint asks of a batch: the token that stands on padding, and the scale of pixels."""
-
-    pad_id: int
-    pixels: PixelScale
 
 
 @dataclass(frozen=True)
@@ -42,15 +36,13 @@ class EncodedItem:
     """One tokenised item.
 
     input_ids: int32 (L,); pool_mask: bool (L,), True where a token enters the pooled mean; positions: int32 (3, L)
-    rotary positions; pixels, grids, image_keys: see `Pictures`.
+    rotary positions; pictures: in the order of their tokens, images before the video.
     """
 
     input_ids: np.ndarray
     pool_mask: np.ndarray
     positions: np.ndarray
-    pixels: np.ndarray
-    grids: np.ndarray
-    image_keys: tuple[str, ...]
+    pictures: tuple[Picture, ...]
 
     @property
     def length(self) -> int:
@@ -69,6 +61,8 @@ def format_string(text: str | None) -> str:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer with U-MARVEL's three tokens, always in the same order, so with the same ids."""
     tokenizer = AutoTokenizer.from_pretrained(str(path))
+    if tokenizer.chat_template is None and (older := Path(path) / "chat_template.json").is_file():
+        tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
     tokenizer.add_tokens([EMB, INSTRUCTION_START, INSTRUCTION_END])
     return tokenizer
 
@@ -76,14 +70,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 class ItemEncoder:
     """Tokenises items and prepares their pictures on the CPU. Picklable; holds no weights."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, pictures: PictureFormat, settings: ModelSettings) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, pictures: PictureFormat, family: Family, settings: ModelSettings
+    ) -> None:
         self.tokenizer = tokenizer
         self.picture_format = pictures
         self.settings = settings
-        self.form = InputForm(tokenizer.pad_token_id, pictures.scale)
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.family = family
+        self.picture_token_ids = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
         self._emb, self._start, self._end = tokenizer.convert_tokens_to_ids([EMB, INSTRUCTION_START, INSTRUCTION_END])
-        self._frames: dict[int, tuple[str, str]] = {}
+        self._frames: dict[tuple[bool, ...], tuple[str, str]] = {}
         # Control tokens written out in a user's text would be read as structure.
         self._control = re.compile("|".join(re.escape(token) for token in tokenizer.get_added_vocab()))
 
@@ -98,13 +94,14 @@ class ItemEncoder:
             tokenizer = load_tokenizer(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: tokenizer cannot be read ({str(error).splitlines()[0]})") from None
-        return cls(tokenizer, PictureFormat.from_pretrained(path, settings), settings)
+        family = family_of(read_config(path), path)
+        return cls(tokenizer, PictureFormat.from_pretrained(path, settings), family, settings)
 
     def encode(self, item: Item | str, side: str, where: str = "item") -> EncodedItem:
         """Encode one item; a bare string is text.
 
         Args:
-            item: {"text"?, "image"? (one or a list), "instruction"? (queries only)}.
+            item: {"text"?, "image"? (one or a list), "video"?, "instruction"? (queries only)}.
             side: "query" or "document".
             where: names the item (file and row, or id) in errors.
 
@@ -114,40 +111,61 @@ class ItemEncoder:
         item = check_item(item, where)
         if side == "document" and item.get("instruction"):
             raise UserError(f"{where}: a document carries no instruction; put it on the query")
-        pictures = self.pictures(item.get("image"), where)
+        pictures = self.pictures(item, where)
         text = self._text(item.get("instruction"), item.get("text")) + self._prompt(item)
-        before, after = self._frame(len(pictures.grids))
-        input_ids = self.tokenize(before + text + after, pictures.grids)
+        before, after = self._frame(pictures)
+        input_ids = self.tokenize(before + text + after, pictures)
         return EncodedItem(
             input_ids=input_ids,
             pool_mask=self._pool_mask(input_ids),
-            positions=self.positions(input_ids, pictures.grids),
-            pixels=pictures.pixels,
-            grids=pictures.grids,
-            image_keys=pictures.keys,
+            positions=self.positions(input_ids, pictures),
+            pictures=pictures,
         )
 
-    def pictures(self, images: Any, where: str) -> Pictures:
-        """Open, resize and cut into patches; `images` is None, one picture or a list of them."""
-        return read_pictures(images, self.picture_format, where)
+    def pictures(self, item: Item, where: str) -> tuple[Picture, ...]:
+        """Open, resize and cut into patches the item's images, then its video."""
+        images = item.get("image", [])
+        opened = [
+            read_picture(image, self.picture_format, where)
+            for image in (images if isinstance(images, list | tuple) else [images])
+        ]
+        if "video" in item:
+            opened.append(read_video(item["video"], self.picture_format, where))
+        return tuple(opened)
 
-    def tokenize(self, rendered: str, grids: np.ndarray) -> np.ndarray:
-        """Token ids int32 (L,) of a rendered conversation, in which each picture becomes its run of image tokens."""
-        head, *rest = rendered.split(IMAGE)
-        runs = np.prod(grids, axis=1) // self.picture_format.merge_size**2
-        text = head + "".join(IMAGE * int(run) + part for run, part in zip(runs, rest, strict=True))
+    def tokenize(self, rendered: str, pictures: Sequence[Picture]) -> np.ndarray:
+        """Token ids int32 (L,) of a rendered conversation, in which each picture becomes its run of picture tokens."""
+        if self.family.timestamps:  # each step brings its own tags
+            rendered = rendered.replace(f"{VISION_START}{VIDEO}{VISION_END}", VIDEO)
+        head, *rest = re.split(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}", rendered)
+        written = [self._written(picture) for picture in pictures]
+        text = head + "".join(run + part for run, part in zip(written, rest, strict=True))
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.int32)
 
-    def positions(self, input_ids: np.ndarray, grids: np.ndarray) -> np.ndarray:
+    def positions(self, input_ids: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
         """Rotary positions int32 (3, L), as the settings ask."""
-        return rotary_positions(
-            input_ids,
-            grids,
-            image_token_id=self.image_token_id,
-            merge_size=self.picture_format.merge_size,
-            how=self.settings.positions,
-        )
+        spans = [span for picture in pictures for span in self._spans(picture)]
+        return rotary_positions(np.isin(input_ids, self.picture_token_ids), spans, self.settings.positions)
+
+    def _written(self, picture: Picture) -> str:
+        steps, rows, columns = picture.grid
+        run = rows * columns // self.picture_format.merge_size**2
+        if picture.seconds is None:
+            return IMAGE * run
+        if not self.family.timestamps:
+            return VIDEO * steps * run
+        return "".join(f"<{second:.1f} seconds>{VISION_START}{VIDEO * run}{VISION_END}" for second in picture.seconds)
+
+    def _spans(self, picture: Picture) -> list[Span]:
+        steps, rows, columns = picture.grid
+        merge = self.picture_format.merge_size
+        if picture.seconds is not None and self.family.timestamps:
+            return [Span((1, rows // merge, columns // merge))] * steps
+        apart = 1.0
+        if self.family.tokens_per_second and picture.seconds is not None and steps > 1:
+            apart = self.family.tokens_per_second * (picture.seconds[1] - picture.seconds[0])
+        return [Span((steps, rows // merge, columns // merge), apart)]
 
     def clean(self, text: str | None) -> str:
         """Text without control tokens, in the form `format_string` gives."""
@@ -162,17 +180,18 @@ class ItemEncoder:
             return text
         return self.tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False).rstrip("\ufffd")
 
-    def _frame(self, images: int) -> tuple[str, str]:
+    def _frame(self, pictures: Sequence[Picture]) -> tuple[str, str]:
         """The rendered conversation before and after the user's text; rendering anew takes longer than the rest."""
-        if images not in self._frames:
+        moving = tuple(picture.seconds is not None for picture in pictures)
+        if moving not in self._frames:
             rendered = self.tokenizer.apply_chat_template(
-                [user_turn(TEXT_SLOT, images), {"role": "assistant", "content": [_text_part(f"{EMB}.")]}],
+                [user_turn(TEXT_SLOT, pictures), {"role": "assistant", "content": [_text_part(f"{EMB}.")]}],
                 tokenize=False,
                 add_generation_prompt=self.settings.generation_prompt,
             )
             before, _, after = rendered.partition(TEXT_SLOT)
-            self._frames[images] = before, after
-        return self._frames[images]
+            self._frames[moving] = before, after
+        return self._frames[moving]
 
     def _text(self, instruction: str | None, text: str | None) -> str:
         limit = self.settings.max_text_tokens
@@ -187,8 +206,8 @@ class ItemEncoder:
     def _prompt(self, item: Item) -> str:
         if not self.settings.compression_prompt:
             return ""
-        image, text = item.get("image") is not None, bool(item.get("text"))
-        shown = "image and sentence" if image and text else "image" if image else "sentence"
+        kinds = [word for key, word in (("image", "image"), ("video", "video"), ("text", "sentence")) if key in item]
+        shown = " and ".join(kinds)
         return f"\nSummarize above {shown} in one word: "
 
     def _pool_mask(self, input_ids: np.ndarray) -> np.ndarray:
@@ -215,14 +234,19 @@ def check_item(item: Item | str, where: str) -> Item:
     for key in ("text", "instruction"):
         if key in kept and not isinstance(kept[key], str):
             raise UserError(f"{where}: '{key}' is {type(kept[key]).__name__}, not text")
-    if "text" not in kept and "image" not in kept:
-        raise UserError(f"{where}: nothing to embed; give a text or an image")
+    if not kept.keys() & {"text", "image", "video"}:
+        raise UserError(f"{where}: nothing to embed; give a text, an image or a video")
     return kept
 
 
-def user_turn(text: str, images: int) -> dict:
+def user_turn(text: str, pictures: Sequence[Picture]) -> dict:
     """A user message: pictures first, then the text (method 1.1)."""
-    return {"role": "user", "content": [{"type": "image"}] * images + [_text_part(text)]}
+    return {"role": "user", "content": [*picture_parts(pictures), _text_part(text)]}
+
+
+def picture_parts(pictures: Sequence[Picture]) -> list[dict[str, str]]:
+    """The pictures' places in a message."""
+    return [{"type": "image" if picture.seconds is None else "video"} for picture in pictures]
 
 
 def _text_part(text: str) -> dict[str, str]:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.batch import Padded
-from umarvel_ray.model.items import EMB, InputForm, Item, ItemEncoder, check_item
-from umarvel_ray.model.pictures import Pictures
+from umarvel_ray.model.batch import PAD, Padded
+from umarvel_ray.model.items import EMB, Item, ItemEncoder, check_item, picture_parts
+from umarvel_ray.model.pictures import Picture
 from umarvel_ray.recipe import ModelSettings
 
 TASK = (
@@ -33,15 +33,13 @@ class EncodedPair:
     """A tokenised pair, or one side of it.
 
     input_ids: int32 (L,); labels: int32 (L,), −100 except on the answer word and the end of the turn; positions: int32
-    (3, L) rotary positions, from 0; pixels, grids, image_keys: the query's pictures, then the document's.
+    (3, L) rotary positions, from 0; pictures: the query's, then the document's.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     positions: np.ndarray
-    pixels: np.ndarray
-    grids: np.ndarray
-    image_keys: tuple[str, ...]
+    pictures: tuple[Picture, ...]
 
     @property
     def length(self) -> int:
@@ -101,10 +99,10 @@ class PairEncoder:
     def encode_query(self, item: Item | str, where: str = "query") -> EncodedPair:
         """Everything up to and including "Candidate:". Raises: see `encode`."""
         item = check_item(item, where)
-        pictures = self.items.pictures(item.get("image"), where)
+        pictures = self.items.pictures(item, where)
         told = self.items.clean(item.get("instruction"))
         text = self._cut(f"{told} {item.get('text') or ''}")
-        prompt, _ = self._render([*_images(pictures), _text(text)], [])
+        prompt, _ = self._render([*picture_parts(pictures), _text(text)], [])
         return self._side(prompt, pictures)
 
     def encode_document(self, item: Item | str, where: str = "document") -> EncodedPair:
@@ -112,16 +110,14 @@ class PairEncoder:
         item = check_item(item, where)
         if item.get("instruction"):
             raise UserError(f"{where}: a document carries no instruction; put it on the query")
-        pictures = self.items.pictures(item.get("image"), where)
-        _, prompt = self._render([], [*_images(pictures), _text(self._cut(item.get("text") or ""))])
+        pictures = self.items.pictures(item, where)
+        _, prompt = self._render([], [*picture_parts(pictures), _text(self._cut(item.get("text") or ""))])
         return self._side(prompt, pictures)
 
     def reply(self, answer: bool) -> EncodedPair:
         """The answer word and the end of the turn, labelled."""
         ids = np.asarray([*self.answer_ids["Yes" if answer else "No"], self.end_id], dtype=np.int32)
-        nothing = self.items.pictures(None, "reply")
-        positions = self.items.positions(ids, nothing.grids)
-        return EncodedPair(ids, ids, positions, nothing.pixels, nothing.grids, nothing.keys)
+        return EncodedPair(ids, ids, self.items.positions(ids, ()), ())
 
     def _render(self, query: list[dict], document: list[dict]) -> tuple[str, str]:
         # <emb> marks the border: cleaning takes it out of users' texts, so it occurs once.
@@ -132,16 +128,10 @@ class PairEncoder:
         before, after = rendered.split(EMB)
         return before, after
 
-    def _side(self, prompt: str, pictures: Pictures) -> EncodedPair:
-        input_ids = self.items.tokenize(prompt, pictures.grids)
-        return EncodedPair(
-            input_ids=input_ids,
-            labels=np.full_like(input_ids, IGNORED),
-            positions=self.items.positions(input_ids, pictures.grids),
-            pixels=pictures.pixels,
-            grids=pictures.grids,
-            image_keys=pictures.keys,
-        )
+    def _side(self, prompt: str, pictures: tuple[Picture, ...]) -> EncodedPair:
+        input_ids = self.items.tokenize(prompt, pictures)
+        positions = self.items.positions(input_ids, pictures)
+        return EncodedPair(input_ids, np.full_like(input_ids, IGNORED), positions, pictures)
 
     def _cut(self, text: str) -> str:
         return self.items.cut(self.items.clean(text), self.max_text_tokens)
@@ -157,9 +147,7 @@ def join(parts: Sequence[EncodedPair]) -> EncodedPair:
         input_ids=np.concatenate([part.input_ids for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
         positions=np.concatenate([part.positions + start for part, start in zip(parts, starts, strict=False)], axis=1),
-        pixels=np.concatenate([part.pixels for part in parts]),
-        grids=np.concatenate([part.grids for part in parts]),
-        image_keys=tuple(key for part in parts for key in part.image_keys),
+        pictures=tuple(picture for part in parts for picture in part.pictures),
     )
 
 
@@ -167,28 +155,25 @@ def join(parts: Sequence[EncodedPair]) -> EncodedPair:
 class PairTensors(Padded):
     """B padded sequences.
 
-    input_ids, attention_mask, labels: int64 (B, L); positions: int64 (3, B, L); pixel_values: float32 (patches,
-    patch_dim) and grids: int64 (n, 3) of all pictures, in order; image_keys: one each.
+    input_ids, attention_mask, labels: int64 (B, L); positions: int64 (3, B, L); pictures: of all pairs, in order, on
+    the CPU.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
-    pixel_values: torch.Tensor
-    grids: torch.Tensor
-    image_keys: tuple[str, ...]
+    pictures: tuple[Picture, ...]
 
 
-def collate_pairs(pairs: Sequence[EncodedPair], form: InputForm, device: torch.device | str = "cpu") -> PairTensors:
-    """Pad at least one pair on the right and join all pictures."""
+def collate_pairs(pairs: Sequence[EncodedPair], device: torch.device | str = "cpu") -> PairTensors:
+    """Pad at least one pair on the right."""
     shape = (len(pairs), max(pair.length for pair in pairs))
     arrays: dict[str, Any] = {
-        "input_ids": np.full(shape, form.pad_id, dtype=np.int64),
+        "input_ids": np.full(shape, PAD, dtype=np.int64),
         "attention_mask": np.zeros(shape, dtype=np.int64),
         "labels": np.full(shape, IGNORED, dtype=np.int64),
         "positions": np.zeros((3, *shape), dtype=np.int64),
-        "grids": np.concatenate([pair.grids for pair in pairs]),
     }
     for row, pair in enumerate(pairs):
         arrays["input_ids"][row, : pair.length] = pair.input_ids
@@ -196,13 +181,8 @@ def collate_pairs(pairs: Sequence[EncodedPair], form: InputForm, device: torch.d
         arrays["labels"][row, : pair.length] = pair.labels
         arrays["positions"][:, row, : pair.length] = pair.positions
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    pixels = form.pixels(torch.from_numpy(np.concatenate([pair.pixels for pair in pairs])).to(device))
-    keys = tuple(key for pair in pairs for key in pair.image_keys)
-    return PairTensors(**tensors, pixel_values=pixels, image_keys=keys).to(device)
-
-
-def _images(pictures: Pictures) -> list[dict[str, str]]:
-    return [{"type": "image"}] * len(pictures.grids)
+    pictures = tuple(picture for pair in pairs for picture in pair.pictures)
+    return PairTensors(**tensors, pictures=pictures).to(device)
 
 
 def _text(text: str) -> dict[str, str]:

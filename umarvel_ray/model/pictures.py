@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from umarvel_ray.data.images import BadImage, open_image
+from umarvel_ray.data.videos import Video, open_video
 from umarvel_ray.errors import UserError
 from umarvel_ray.recipe import ModelSettings
 
@@ -28,43 +29,50 @@ MAX_ASPECT = 200
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The pictures of one item, in order.
+class Picture:
+    """One picture or video as the tower reads it.
 
-    pixels: uint8 (patches, 3 · patch²), see `PixelScale`; grids: int64 (n, 3) patches in time, height, width; keys:
-    sha1 of each picture as resized, so that equal keys mean equal tower outputs.
+    pixels: uint8 (patches, 3 · patch²), a video's (patches, 3 · times · patch²), see `PixelScale`; grid: patches in
+    time, height, width; key: sha1 of what was resized, so that equal keys mean equal tower outputs; seconds: when each
+    step of a video's grid was shown, None for a still.
     """
 
     pixels: np.ndarray
-    grids: np.ndarray
-    keys: tuple[str, ...]
+    grid: tuple[int, int, int]
+    key: str
+    seconds: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class PixelScale:
-    """How a checkpoint normalises pixels, and how often it repeats a still in time."""
+    """How a checkpoint normalises pixels, and how many frames make a step: a still is repeated as often."""
 
     factor: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    patch_size: int
     times: int
 
-    def __call__(self, patches: torch.Tensor) -> torch.Tensor:
-        """uint8 (n, 3 · patch²) → float32 (n, 3 · times · patch²), what the tower reads."""
-        count, size = patches.shape
-        colours = patches.view(count, 3, 1, size // 3) * self.factor
-        mean, std = (torch.tensor(values, device=patches.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
-        return ((colours - mean) / std).expand(-1, -1, self.times, -1).reshape(count, self.times * size)
+    def __call__(self, pictures: Sequence[np.ndarray], device: torch.device | str = "cpu") -> torch.Tensor:
+        """`Picture.pixels` of at least one picture → float32 (patches, 3 · times · patch²), what the tower reads."""
+        if len({pixels.shape[1] for pixels in pictures}) > 1:  # stills beside videos
+            return torch.cat([self([pixels], device) for pixels in pictures])
+        patches = torch.from_numpy(np.concatenate(pictures)).to(device)
+        colours = patches.view(len(patches), 3, -1, self.patch_size**2) * self.factor
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return ((colours - mean) / std).expand(-1, -1, self.times, -1).reshape(len(patches), -1)
 
 
 @dataclass(frozen=True)
 class PictureFormat:
-    """How a checkpoint reads pictures: the sides of a patch and of a merged patch, the pixel budget, the scale."""
+    """How a checkpoint reads pictures: the sides of a patch and of a merged patch, the pixel budgets, the scale."""
 
     patch_size: int
     merge_size: int
     min_pixels: int
     max_pixels: int
+    video_frames: int
+    max_video_pixels: int
     resample: int
     scale: PixelScale
 
@@ -80,31 +88,36 @@ class PictureFormat:
             merge_size=config["merge_size"],
             min_pixels=settings.min_pixels,
             max_pixels=settings.max_pixels,
+            video_frames=settings.video_frames,
+            max_video_pixels=settings.max_video_pixels,
             resample=config.get("resample", Image.Resampling.BICUBIC),
             scale=PixelScale(
                 factor=config.get("rescale_factor", 1 / 255),
                 mean=tuple(config["image_mean"]),
                 std=tuple(config["image_std"]),
+                patch_size=config["patch_size"],
                 times=config["temporal_patch_size"],
             ),
         )
 
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width a picture is resized to: multiples of a merged patch, the area within the pixel budget, the
-        proportions as near as that allows (Qwen2-VL's "smart resize").
+    def size(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
+        """Height and width a picture, or a frame of a video, is resized to: multiples of a merged patch, the area
+        within the pixel budget, the proportions as near as that allows (Qwen2-VL's "smart resize").
 
         Raises:
             ValueError: one side over 200 times the other.
         """
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise ValueError(f"aspect ratio over {MAX_ASPECT}: {width} × {height} pixels")
+        most = self.max_pixels if frames == 1 else min(self.max_pixels, self.max_video_pixels // frames)
+        least = min(self.min_pixels, most)
         side = self.patch_size * self.merge_size
         high, wide = round(height / side) * side, round(width / side) * side
-        if high * wide > self.max_pixels:
-            shrink = math.sqrt(height * width / self.max_pixels)
+        if high * wide > most:
+            shrink = math.sqrt(height * width / most)
             return max(side, int(height / shrink / side) * side), max(side, int(width / shrink / side) * side)
-        if high * wide < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
+        if high * wide < least:
+            grow = math.sqrt(least / (height * width))
             return math.ceil(height * grow / side) * side, math.ceil(width * grow / side) * side
         return high, wide
 
@@ -126,41 +139,53 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_pictures(images: Any, form: PictureFormat, where: str) -> Pictures:
-    """Open and prepare `images`: None, one picture or a list of them.
+def read_picture(image: Any, form: PictureFormat, where: str) -> Picture:
+    """Open and prepare one picture.
 
     Raises:
         BadImage: naming `where`.
     """
-    if not isinstance(images, list | tuple):
-        images = [] if images is None else [images]
-    resized = [_resize(open_image(image, where), form, where) for image in images]
-    return Pictures(
-        pixels=_patches(resized, form),
-        grids=np.array([_grid(array, form) for array in resized], dtype=np.int64).reshape(-1, 3),
-        keys=tuple(hashlib.sha1(repr(array.shape).encode() + array.tobytes()).hexdigest() for array in resized),
-    )
+    picture = open_image(image, where)
+    frame = _resize(picture, _size(picture, form, where), form)
+    return _picture(frame[None], 1, form)
 
 
-def _resize(picture: Image.Image, form: PictureFormat, where: str) -> np.ndarray:
-    """uint8 (height, width, 3), both sides multiples of a merged patch."""
+def read_video(video: Any, form: PictureFormat, where: str) -> Picture:
+    """Open and prepare one video: `form.video_frames` frames at most, the last repeated where a step wants more.
+
+    Raises:
+        BadVideo, BadImage: naming `where`.
+    """
+    shown: Video = open_video(video, form.video_frames, where)
+    times = form.scale.times
+    short = -len(shown.frames) % times
+    frames = [*shown.frames, *[shown.frames[-1]] * short]
+    seconds = [*shown.seconds, *[shown.seconds[-1]] * short]
+    size = _size(frames[0], form, where, len(frames))
+    resized = np.stack([_resize(frame, size, form) for frame in frames])
+    # A step of several frames is shown midway between its first and its last.
+    steps = tuple((seconds[i] + seconds[i + times - 1]) / 2 for i in range(0, len(seconds), times))
+    return _picture(resized, times, form, steps)
+
+
+def _size(picture: Image.Image, form: PictureFormat, where: str, frames: int = 1) -> tuple[int, int]:
     try:
-        height, width = form.size(picture.height, picture.width)
+        return form.size(picture.height, picture.width, frames)
     except ValueError as error:
         raise BadImage(f"{where}: {error}") from None
-    return np.asarray(picture.resize((width, height), form.resample))
 
 
-def _grid(array: np.ndarray, form: PictureFormat) -> tuple[int, int, int]:
-    return 1, array.shape[0] // form.patch_size, array.shape[1] // form.patch_size
+def _resize(picture: Image.Image, size: tuple[int, int], form: PictureFormat) -> np.ndarray:
+    """uint8 (height, width, 3), both sides multiples of a merged patch."""
+    return np.asarray(picture.resize(size[::-1], form.resample))
 
 
-def _patches(resized: Sequence[np.ndarray], form: PictureFormat) -> np.ndarray:
-    """All patches (n, 3 · patch²); the four that are merged follow each other."""
+def _picture(frames: np.ndarray, times: int, form: PictureFormat, seconds: tuple[float, ...] | None = None) -> Picture:
+    """Frames (steps · times, height, width, 3) cut into patches; the four that are merged follow each other."""
     size, merge = form.patch_size, form.merge_size
-    parts = [np.empty((0, 3 * size**2), dtype=np.uint8)]
-    for array in resized:
-        _, rows, columns = _grid(array, form)
-        blocks = array.reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
-        parts.append(blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1))
-    return np.concatenate(parts)
+    count, height, width, _ = frames.shape
+    grid = count // times, height // size, width // size
+    blocks = frames.reshape(grid[0], times, grid[1] // merge, merge, size, grid[2] // merge, merge, size, 3)
+    patches = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(math.prod(grid), -1)
+    key = hashlib.sha1(f"{frames.shape} {seconds}".encode() + frames.tobytes()).hexdigest()
+    return Picture(patches, grid, key, seconds)

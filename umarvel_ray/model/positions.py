@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 
-def rotary_positions(
-    input_ids: np.ndarray, grids: np.ndarray, *, image_token_id: int, merge_size: int, how: str
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Span:
+    """A run of picture tokens: their grid (steps, rows, columns), and how far its steps lie apart in time."""
+
+    grid: tuple[int, int, int]
+    interval: float = 1.0
+
+
+def rotary_positions(is_picture: np.ndarray, spans: Sequence[Span], how: str) -> np.ndarray:
     """Time, height and width positions of each token.
 
     Args:
-        input_ids: (L,) token ids; each picture is a run of `image_token_id`.
-        grids: (n_images, 3) patches in time, height and width, in the order of the runs.
+        is_picture: bool (L,), True on pictures' tokens; each span is a run of them, in order.
         how: "sequential" (0, 1, 2 … on all axes) or "mrope" (a picture's tokens lie on its own grid, and the text
-            after it goes on from the grid's longer side).
+            after it goes on behind the furthest of them, as in Qwen's own code; transformers 5.23 forgets the time
+            axis there, which tells only for videos with more steps than rows and columns).
 
     Returns:
         int32 (3, L).
     """
-    length = len(input_ids)
-    if how == "sequential" or len(grids) == 0:
+    length = len(is_picture)
+    if how == "sequential" or len(spans) == 0:
         return np.tile(np.arange(length, dtype=np.int32), (3, 1))
     positions = np.empty((3, length), dtype=np.int32)
-    is_image = input_ids == image_token_id
     at, now = 0, 0
-    for time, height, width in grids:
-        start = at + int(np.argmax(is_image[at:]))
+    for span in spans:
+        start = at + int(np.argmax(is_picture[at:]))
         positions[:, at:start] = now + np.arange(start - at)
         now += start - at
-        shape = (int(time), int(height) // merge_size, int(width) // merge_size)
-        at = start + int(np.prod(shape))
-        positions[:, start:at] = now + np.indices(shape).reshape(3, -1)
-        now += max(shape[1:])
+        at = start + int(np.prod(span.grid))
+        axes = np.indices(span.grid).reshape(3, -1)
+        axes[0] = (axes[0] * span.interval).astype(int)
+        positions[:, start:at] = now + axes
+        now += int(axes.max()) + 1
     positions[:, at:] = now + np.arange(length - at)
     return positions

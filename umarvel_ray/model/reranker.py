@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import DynamicCache, Qwen2VLForConditionalGeneration
+from transformers import DynamicCache, PreTrainedModel
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.backbone import load_backbone
 from umarvel_ray.model.batch import token_buckets
 from umarvel_ray.model.checkpoint import PROVENANCE, RERANKER, load_settings, read_provenance
 from umarvel_ray.model.embedding_model import VisionCache
-from umarvel_ray.model.items import InputForm, Item
+from umarvel_ray.model.items import Item
+from umarvel_ray.model.multimodal import distinct, last_hidden_state, tower_features
 from umarvel_ray.model.pairs import EncodedPair, PairEncoder, PairTensors, collate_pairs
-from umarvel_ray.model.pictures import PictureFormat
+from umarvel_ray.model.pictures import Picture, PictureFormat, PixelScale
 from umarvel_ray.recipe import ModelSettings
 
 VISION_CACHE_BYTES = 256 * 2**20
@@ -49,18 +50,18 @@ class ReadQuery:
 class RerankerModel(nn.Module):
     """Pairs in, losses out; queries and candidates in, two logits out."""
 
-    def __init__(self, backbone: Qwen2VLForConditionalGeneration, form: InputForm) -> None:
+    def __init__(self, backbone: PreTrainedModel, scale: PixelScale) -> None:
         super().__init__()
         self.backbone = backbone
-        self.form = form
+        self.scale = scale
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, settings: ModelSettings, dtype: torch.dtype | str = torch.float32
     ) -> RerankerModel:
         """Load a base, an embedder's checkpoint or a reranker's, with causal attention. Raises: see `load_backbone`."""
-        backbone, tokenizer = load_backbone(path, settings.model_copy(update={"attention": "causal"}), dtype)
-        return cls(backbone, InputForm(tokenizer.pad_token_id, PictureFormat.from_pretrained(path, settings).scale))
+        backbone, _ = load_backbone(path, settings.model_copy(update={"attention": "causal"}), dtype)
+        return cls(backbone, PictureFormat.from_pretrained(path, settings).scale)
 
     def forward(self, batch: PairTensors, visual: Visual | None = None) -> torch.Tensor:
         """Next-token loss on the labelled tokens.
@@ -71,7 +72,7 @@ class RerankerModel(nn.Module):
         Returns:
             float32 (B,), each pair's mean over its labelled tokens; every pair needs its answer.
         """
-        hidden = self._read(batch, visual, batch.positions, batch.attention_mask)
+        hidden = self._read(batch, visual)
         rows, places = torch.nonzero(batch.labels[:, 1:] >= 0, as_tuple=True)
         # The vocabulary is large and the labelled tokens few: logits for those alone.
         logits = self.backbone.lm_head(hidden[rows, places]).float()
@@ -83,7 +84,7 @@ class RerankerModel(nn.Module):
     def read_query(self, query: PairTensors, visual: Visual | None = None) -> ReadQuery:
         """Run the part of the prompt that all candidates share (a batch of one)."""
         cache = DynamicCache()
-        self._read(query, visual, query.positions, query.attention_mask, cache)
+        self._read(query, visual, cache=cache)
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
         return ReadQuery(layers, query.input_ids.shape[1], int(query.positions.max()) + 1)
 
@@ -104,35 +105,22 @@ class RerankerModel(nn.Module):
         last = hidden[torch.arange(count, device=hidden.device), candidates.attention_mask.sum(dim=1) - 1]
         return F.linear(last, self.backbone.lm_head.weight[list(token_ids)]).float()
 
-    def run_tower(self, pixel_values: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The vision tower and its merger: one (tokens, D) tensor per picture."""
-        return self.backbone.model.get_image_features(pixel_values, grids, return_dict=True).pooler_output
+    def run_tower(self, pictures: Sequence[Picture]) -> tuple[torch.Tensor, ...]:
+        """See `tower_features`."""
+        return tower_features(self.backbone.model.visual, pictures, self.scale)
 
     def _read(
         self,
         batch: PairTensors,
         visual: Visual | None,
-        positions: torch.Tensor,
-        attention_mask: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         cache: DynamicCache | None = None,
     ) -> torch.Tensor:
-        core = self.backbone.model
-        embeds = core.get_input_embeddings()(batch.input_ids)
-        if batch.image_keys:
-            found = (
-                self.run_tower(batch.pixel_values, batch.grids)
-                if visual is None
-                else [visual[key] for key in batch.image_keys]
-            )
-            mask = (batch.input_ids == core.config.image_token_id).unsqueeze(-1)
-            embeds = embeds.masked_scatter(mask, torch.cat(list(found)).to(embeds))
-        return core.language_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        if visual is None:
+            shown = distinct(batch.pictures)
+            visual = dict(zip(shown, self.run_tower(list(shown.values())), strict=True)) if shown else {}
+        return last_hidden_state(self.backbone, batch, visual, positions, attention_mask, cache)
 
 
 class Reranker:
@@ -188,13 +176,13 @@ class Reranker:
         if not documents:
             return scores
         tensors = self._tensors([query])
-        read = self.model.read_query(tensors, self.vision.features(self.model, tensors))
+        read = self.model.read_query(tensors, self.vision.features(self.model, tensors.pictures))
         for bucket in token_buckets([query.length + document.length for document in documents], token_budget):
             tensors = self._tensors([documents[index] for index in bucket])
-            visual = self.vision.features(self.model, tensors)
+            visual = self.vision.features(self.model, tensors.pictures)
             logits = self.model.answer_logits(read, tensors, self.encoder.yes_no, visual)
             scores[bucket] = logits.softmax(dim=1)[:, 0].cpu().numpy()
         return scores
 
     def _tensors(self, sides: Sequence[EncodedPair]) -> PairTensors:
-        return collate_pairs(sides, self.model.form, self.device)
+        return collate_pairs(sides, self.device)

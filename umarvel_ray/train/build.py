@@ -6,12 +6,10 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import Qwen2VLForConditionalGeneration
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import PROVENANCE, read_provenance, save_checkpoint
 from umarvel_ray.model.embedding_model import EmbeddingModel
-from umarvel_ray.model.items import ItemEncoder
 from umarvel_ray.model.lora import add_lora, merge_lora, save_adapter
 from umarvel_ray.model.reranker import RerankerModel
 from umarvel_ray.train.embedding_step import TemperedEmbedder
@@ -33,14 +31,14 @@ def build_module(job: TrainJob) -> TemperedEmbedder | RerankerModel:
     if job.engine.activation_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     bounds = (math.log(job.temperature.minimum), math.log(job.temperature.maximum))
-    module = TemperedEmbedder(model, bounds, ItemEncoder.from_pretrained(job.parent, job.settings).form)
+    module = TemperedEmbedder(model, bounds)
     module.train()
     return module
 
 
-def backbone_of(module: TemperedEmbedder | RerankerModel) -> Qwen2VLForConditionalGeneration:
-    """The language model with its vision tower."""
-    return module.embedder.backbone if isinstance(module, TemperedEmbedder) else module.backbone
+def model_of(module: TemperedEmbedder | RerankerModel) -> EmbeddingModel | RerankerModel:
+    """The model without what only training adds."""
+    return module.embedder if isinstance(module, TemperedEmbedder) else module
 
 
 def initial_temperature(job: TrainJob) -> float:
@@ -57,7 +55,7 @@ def save_merged(job: TrainJob, state: dict[str, torch.Tensor], metrics: dict[str
     """Merge the trained adapters into the parent and write the checkpoint; the adapter is kept beside it."""
     module = build_module(job)
     load_trainable(module, state)
-    model = module.embedder if isinstance(module, TemperedEmbedder) else module
+    model = model_of(module)
     save_adapter(model, job.step.lora, Path(job.output).parent / "adapters" / Path(job.output).name)
     merge_lora(model)
     record = {

@@ -17,13 +17,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from umarvel_ray.model.batch import Batch, collate, token_buckets
+from umarvel_ray.model.batch import collate, token_buckets
 from umarvel_ray.model.embedding_model import EmbeddingModel
-from umarvel_ray.model.items import EncodedItem, InputForm
+from umarvel_ray.model.items import EncodedItem
 from umarvel_ray.model.losses import gather_rows
-from umarvel_ray.model.pairs import PairTensors
+from umarvel_ray.model.pictures import Picture
 
-VisualOf = Callable[[Batch | PairTensors], dict[str, torch.Tensor]]
+VisualOf = Callable[[Sequence[Picture]], dict[str, torch.Tensor]]
 LossOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, slice], torch.Tensor]
 
 
@@ -38,11 +38,10 @@ class Passes:
 class TemperedEmbedder(torch.nn.Module):
     """What DeepSpeed wraps: embeddings and the clamped log-temperature leave one forward, so ZeRO-3 gathers both."""
 
-    def __init__(self, embedder: EmbeddingModel, log_bounds: tuple[float, float], form: InputForm):
+    def __init__(self, embedder: EmbeddingModel, log_bounds: tuple[float, float]):
         super().__init__()
         self.embedder = embedder
         self.log_bounds = log_bounds
-        self.form = form
 
     def forward(self, batch, visual=None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.embedder(batch, visual), self.embedder.log_temperature.float().clamp(*self.log_bounds)
@@ -62,7 +61,7 @@ def embedding_step(
     Args:
         queries, documents: this rank's share of the global batch, each distinct document once.
         loss_of: (all queries (N, D), all documents (M, D), log τ, own rows) → this rank's share of the loss.
-        visual_of: batch → the frozen tower's output by image key.
+        visual_of: pictures → the frozen tower's output by picture key.
         seed: of this step, shared by all ranks.
 
     Returns:
@@ -76,8 +75,8 @@ def embedding_step(
     def forward(number: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(chunk_seed(seed, rank, number))
         chosen = [items[i] for i in chunks[number] or [0]]
-        batch = collate(chosen, engine.module.form, engine.device)
-        vectors, log_temperature = engine(batch, visual_of(batch))
+        batch = collate(chosen, engine.device)
+        vectors, log_temperature = engine(batch, visual_of(batch.pictures))
         return vectors[: len(chunks[number])], log_temperature
 
     embeddings: torch.Tensor | None = None

@@ -22,7 +22,7 @@ from umarvel_ray.data.plan import PlanStep, Tables, read_plan
 from umarvel_ray.data.stream import open_stream
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.embedding_model import VisionCache
-from umarvel_ray.train.build import backbone_of, build_module, save_merged
+from umarvel_ray.train.build import build_module, model_of, save_merged
 from umarvel_ray.train.embedding_step import Passes
 from umarvel_ray.train.engine import capture, learning_rate, load_trainable, make_engine, restore, set_learning_rate
 from umarvel_ray.train.jobs import TrainJob
@@ -56,7 +56,8 @@ def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float) -> None:
     module = build_module(job)
     if state:
         load_trainable(module, state)
-    tower = FrozenTower(backbone_of(module), "cuda" if torch.cuda.is_available() else "cpu")
+    model = model_of(module)
+    tower = FrozenTower(model.backbone, model.scale, "cuda" if torch.cuda.is_available() else "cpu")
     cache = VisionCache(VISION_CACHE_BYTES if job.engine.cache_vision else 0)
     engine = make_engine(module, job.step, job.engine)
     if state:

@@ -25,8 +25,8 @@ def rerank_step(
     mine = torch.zeros((), device=engine.device)
     for number, chunk in enumerate(chunks):
         torch.manual_seed(chunk_seed(seed, dist.get_rank(), number))
-        batch = collate_pairs([pairs[i] for i in chunk or [0]], engine.module.form, engine.device)
-        losses = engine(batch, visual_of(batch))
+        batch = collate_pairs([pairs[i] for i in chunk or [0]], engine.device)
+        losses = engine(batch, visual_of(batch.pictures))
         loss = losses[: len(chunk)].sum() / total
         engine.backward(loss * dist.get_world_size())
         mine += loss.detach()

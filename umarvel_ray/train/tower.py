@@ -6,18 +6,23 @@ other's weights. It is small and never trained, so every rank holds it whole.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
+
+from umarvel_ray.model.multimodal import tower_features
+from umarvel_ray.model.pictures import Picture, PixelScale
 
 
 class FrozenTower:
     """Takes the tower out of `backbone`, which from then on needs its pictures as features."""
 
-    def __init__(self, backbone: Qwen2VLForConditionalGeneration, device: torch.device | str):
+    def __init__(self, backbone: PreTrainedModel, scale: PixelScale, device: torch.device | str):
+        self._scale = scale
         self._visual = backbone.model.visual.to(device).eval()
         backbone.model.visual = torch.nn.Identity()
 
-    def run_tower(self, pixel_values: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(patches, patch_dim) pixels of n pictures → n tensors (tokens, hidden)."""
-        merged = self._visual(pixel_values.to(self._visual.dtype), grid_thw=grids).pooler_output
-        return merged.split((grids.prod(-1) // self._visual.spatial_merge_size**2).tolist())
+    def run_tower(self, pictures: Sequence[Picture]) -> tuple[torch.Tensor, ...]:
+        """See `tower_features`."""
+        return tower_features(self._visual, pictures, self._scale)

@@ -1,0 +1,78 @@
+"""One reading of a batch by the backbone: the tower's features in the pictures' places, then the language model.
+
+A picture's features are one tensor (tokens, (1 + k) · D): what the merger gives the language model, and behind it the k
+DeepStack features that Qwen3-VL adds after its first k layers (arXiv 2406.04334). So one cache holds all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from umarvel_ray.model.pictures import Picture, PixelScale
+
+
+class Readable(Protocol):
+    """A padded batch of token sequences: int64 (B, L), (B, L), (3, B, L), and their pictures in order."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    positions: torch.Tensor
+    pictures: tuple[Picture, ...]
+
+
+def tower_features(visual: nn.Module, pictures: Sequence[Picture], scale: PixelScale) -> tuple[torch.Tensor, ...]:
+    """Run the vision tower on at least one picture: a tensor (tokens, (1 + k) · D) each."""
+    device = next(visual.parameters()).device
+    grids = torch.tensor([picture.grid for picture in pictures], device=device)
+    return split_features(visual, scale([picture.pixels for picture in pictures], device), grids)
+
+
+def split_features(visual: nn.Module, pixel_values: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same from pixels as the tower reads them (patches, patch_dim) and grids (n, 3)."""
+    output = visual(pixel_values.to(visual.dtype), grid_thw=grids)
+    merged = torch.cat([output.pooler_output, *getattr(output, "deepstack_features", ())], dim=-1)
+    return merged.split((grids.prod(-1) // visual.spatial_merge_size**2).tolist())
+
+
+def distinct(pictures: Sequence[Picture]) -> dict[str, Picture]:
+    """The pictures by key, each once."""
+    return {picture.key: picture for picture in pictures}
+
+
+def last_hidden_state(
+    backbone: PreTrainedModel,
+    batch: Readable,
+    features: Mapping[str, torch.Tensor],
+    positions: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    cache: Cache | None = None,
+) -> torch.Tensor:
+    """The last layer's normed hidden states (B, L, D).
+
+    Args:
+        features: by picture key, of every picture in the batch.
+        positions, attention_mask: in place of the batch's, where it goes on from what `cache` holds.
+    """
+    core, config = backbone.model, backbone.config
+    embeds = core.get_input_embeddings()(batch.input_ids)
+    deepstack = {}
+    if batch.pictures:
+        shown = torch.cat([features[picture.key] for picture in batch.pictures]).to(embeds)
+        first, *later = shown.split(embeds.shape[-1], dim=-1)
+        places = (batch.input_ids == config.image_token_id) | (batch.input_ids == config.video_token_id)
+        embeds = embeds.masked_scatter(places.unsqueeze(-1), first)
+        if later:
+            deepstack = {"visual_pos_masks": places, "deepstack_visual_embeds": later}
+    return core.language_model(
+        inputs_embeds=embeds,
+        attention_mask=batch.attention_mask if attention_mask is None else attention_mask,
+        position_ids=batch.positions if positions is None else positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        **deepstack,
+    ).last_hidden_state
