@@ -88,7 +88,7 @@ def copy(tiny_base, tmp_path):
 
 def test_another_architecture_is_refused(copy):
     (copy / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(UserError, match=r"config.json: model_type 'bert' is not supported; use a Qwen2-VL model"):
+    with pytest.raises(UserError, match=r"config.json: model_type 'bert' is not supported; use a Qwen2-VL, Qwen2.5-VL"):
         load_backbone(copy, BIDIRECTIONAL)
 
 

@@ -37,18 +37,18 @@ def encoder(tiny_base) -> ItemEncoder:
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory) -> Path:
-    """The real tokenizer, chat template and image processor beside a configuration."""
+def released(tmp_path_factory) -> dict[bool, ItemEncoder]:
+    """With and without generation prompt: the real tokenizer, chat template and image processor."""
     folder = shutil.copytree(TOKENIZER, tmp_path_factory.mktemp("released") / "qwen2vl", copy_function=shutil.copy)
     (folder / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    return folder
+    return {asked: ItemEncoder.from_pretrained(folder, ModelSettings.reference(asked)) for asked in (False, True)}
 
 
 @needs_shared
 @pytest.mark.parametrize("generation_prompt", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['side']}-{c['text']}-{c['image']}")
 def test_token_for_token_as_the_reference(case, generation_prompt, released):
-    encoder = ItemEncoder.from_pretrained(released, ModelSettings.reference(generation_prompt))
+    encoder = released[generation_prompt]
     item = {"text": case["text"], "instruction": case.get("instruction")}
     if case["image"]:
         item["image"] = picture(*case["image"])
