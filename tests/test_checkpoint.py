@@ -82,9 +82,13 @@ def test_transformers_alone_reads_it(model, saved):
     assert processor["patch_size"] == 8
 
 
+def contents(folder) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_nothing_half_written_is_ever_seen(model, saved, monkeypatch):
     """The write dies at its last file: the old checkpoint stands, and the next write succeeds."""
-    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    before = contents(saved)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -93,7 +97,7 @@ def test_nothing_half_written_is_ever_seen(model, saved, monkeypatch):
         patch.setattr(checkpoint, "_versions", full)
         with pytest.raises(UserError, match=r"text: checkpoint cannot be written \(No space left on device\)"):
             save_checkpoint(model, saved, SETTINGS, {"stage": "again"})
-    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    assert contents(saved) == before
     save_checkpoint(model, saved, SETTINGS, {"stage": "again"})
     assert read_provenance(saved)["stage"] == "again"
     assert [path.name for path in saved.parent.iterdir()] == ["text"]

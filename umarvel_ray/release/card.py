@@ -64,7 +64,8 @@ def model_card(record: Mapping[str, Any]) -> str:
         ("Last training step", _table(["", "value"], list((record.get("metrics") or {}).items()))),
         ("Versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())),
     ]
-    head = f"---\n{yaml.safe_dump(_front_matter(record), sort_keys=False)}---\n\n# {_title(record)}\n\n{_what(record)}\n"
+    matter = yaml.safe_dump(_front_matter(record), sort_keys=False)
+    head = f"---\n{matter}---\n\n# {_title(record)}\n\n{_what(record)}\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections if text)
 
 
@@ -149,6 +150,6 @@ def _recipe(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return record.get("recipe") or {}
 
 
-def _name(path: str | None) -> str | None:
+def _name(value: Any) -> Any:
     """The last part of a path on the machine of the training; any other value as it is."""
-    return PurePath(path).name if path and path.startswith(("/", ".")) else path
+    return PurePath(value).name if isinstance(value, str) and value.startswith(("/", ".")) else value

@@ -29,6 +29,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 SETTINGS = "umarvel.json"
 EMB, START, END = "<emb>", "<instruction_start>", "<instruction_end>"
 KEYS = {"text", "image", "instruction"}
+MODALITIES = ["text", "image", ("image", "text"), "message"]  # "message" is what a mixed batch is called
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")
 
 
@@ -38,8 +39,6 @@ class UMarvelEmbedding(InputModule):
     Its `attention_mask` after `forward` holds the tokens that count: the mean over them is mean or last pooling, with
     the instruction in or out, as `umarvel.json` says.
     """
-
-    modalities = ["text", "image", ("image", "text"), "message"]  # "message" is what a mixed batch is called
 
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any, record: dict[str, Any]) -> None:
         super().__init__()
@@ -52,6 +51,10 @@ class UMarvelEmbedding(InputModule):
         self._image = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
         # Control tokens written out in a user's text would be read as structure.
         self._control = re.compile("|".join(re.escape(token) for token in tokenizer.get_added_vocab()))
+
+    @property
+    def modalities(self) -> list[Any]:
+        return MODALITIES
 
     @classmethod
     def load(
@@ -176,7 +179,7 @@ def open_picture(image: str | Path | bytes | Image.Image) -> Image.Image:
 
 def _item(given: Any, prompt: str | None, task: str | None) -> dict[str, Any]:
     """{"text": str, "image": list, "instruction": str} of whatever sentence-transformers takes as one input."""
-    item = given if isinstance(given, dict) else {infer_modality(given, UMarvelEmbedding.modalities): given}
+    item = given if isinstance(given, dict) else {infer_modality(given, MODALITIES): given}
     if unknown := item.keys() - KEYS:
         raise ValueError(f"unknown key '{min(unknown)}'; an input has {', '.join(sorted(KEYS))}")
     text, images, instruction = item.get("text") or "", item.get("image"), item.get("instruction") or prompt or ""
