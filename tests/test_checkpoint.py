@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
+from tests.with_torchvision import run_with_torchvision
 from umarvel_ray.errors import UserError
 from umarvel_ray.model import checkpoint
 from umarvel_ray.model.checkpoint import load_settings, read_provenance, save_checkpoint
@@ -80,6 +81,28 @@ def test_transformers_alone_reads_it(model, saved):
     assert processor["image_processor_type"] == "Qwen2VLImageProcessor"
     assert processor["size"] == {"shortest_edge": 4096, "longest_edge": 16384}
     assert processor["patch_size"] == 8
+
+
+def test_auto_processor_opens_it(saved):
+    """And sentence-transformers prepares pictures as before where torchvision would be the default."""
+    run_with_torchvision(f"""
+import numpy as np
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import AutoProcessor
+from umarvel_ray import Embedder
+path, picture = {str(saved)!r}, Image.effect_noise((100, 60), 50).convert("RGB")
+processor = AutoProcessor.from_pretrained(path)
+content = [{{"type": "image", "image": picture}}, {{"type": "text", "text": "what?"}}]
+batch = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}], tokenize=True, return_dict=True, return_tensors="pt"
+)
+assert batch["image_grid_thw"].tolist() == [[1, 8, 12]]
+assert (batch["input_ids"] == processor.image_token_id).sum() == 24
+model = SentenceTransformer(path, trust_remote_code=True, device="cpu")
+expected = Embedder.from_pretrained(path).encode_document([{{"image": picture}}])
+assert np.abs(model.encode_document([picture]) - expected).max() < 1e-5
+""")
 
 
 def contents(folder) -> dict[str, bytes]:
