@@ -18,7 +18,11 @@ RECORD = {
     "metrics": {"step": 7, "loss": 0.134874},
     "versions": {"torch": "2.13.0"},
     "license": "apache-2.0",
-    "evaluation": {"chance": {"local": SCORES, "global": SCORES}, "local": {"caption": 0.75, "average": 1.0}},
+    "evaluation": {
+        "k": {"caption": 5},
+        "chance": {"local": SCORES, "global": SCORES},
+        "local": {"caption": 0.75, "average": 1.0},
+    },
 }
 
 
@@ -37,7 +41,7 @@ def test_it_says_what_the_record_says():
     text = model_card(RECORD)
     for said in ("`distillation`", "parent: `hard-negatives`", "data: `M-BEIR`", "seed: `7`", "loss | 0.1349", "torch"):
         assert said in text
-    assert "| caption | 0.75 | 0.25 |" in text
+    assert "| caption | 5 | 0.75 | 0.25 |" in text
     assert "/home" not in text  # nothing of the machine it was trained on
 
 

@@ -60,7 +60,7 @@ def save_checkpoint(model: HasBackbone, path: str | Path, settings: ModelSetting
         (fresh / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
         write_card(fresh, record)
         if provenance.get("stage") != RERANKER:
-            write_sentence_transformers(fresh, backbone.config.text_config.hidden_size)
+            write_sentence_transformers(fresh)
         _replace(fresh, path)
     except OSError as error:
         raise UserError(f"{path}: checkpoint cannot be written ({error.strerror or error})") from None

@@ -55,7 +55,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     Args:
         record: what `umarvel.json` holds. Only "settings" must be there; each other key adds what it knows: "stage",
             "parent", "recipe", "data", "metrics", "versions", and of a release "license" and "evaluation"
-            ({"chance", "local", "global"}: by task).
+            ({"k", "chance", "local", "global"}: by task).
     """
     sections = [
         ("Use", USE_RERANKER if record.get("stage") == RERANKER else USE_EMBEDDER),
@@ -67,6 +67,11 @@ def model_card(record: Mapping[str, Any]) -> str:
     matter = yaml.safe_dump(_front_matter(record), sort_keys=False)
     head = f"---\n{matter}---\n\n# {_title(record)}\n\n{_what(record)}\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections if text)
+
+
+def last_part(value: Any) -> Any:
+    """The last part of a path on the machine of the training; any other value as it is."""
+    return PurePath(value).name if isinstance(value, str) and value.startswith(("/", ".")) else value
 
 
 def _front_matter(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,9 +101,9 @@ def _what(record: Mapping[str, Any]) -> str:
     text = f"{kind}, guided by an instruction in words ([U-MARVEL](https://arxiv.org/abs/2507.14902)). "
     origin = {
         "stage": record.get("stage"),
-        "parent": _name(record.get("parent")),
-        "base model": _name(_recipe(record).get("base")),
-        "data": _name(record.get("data")),
+        "parent": last_part(record.get("parent")),
+        "base model": last_part(_recipe(record).get("base")),
+        "data": last_part(record.get("data")),
         "recipe": _recipe(record).get("name"),
         "seed": _recipe(record).get("seed"),
     }
@@ -128,11 +133,15 @@ def _settings(record: Mapping[str, Any]) -> str:
 
 
 def _evaluation(scores: Mapping[str, Any]) -> str:
-    """Recall by task and scope beside chance."""
+    """Recall at k by task, and chance beside it."""
     scopes = [scope for scope in ("local", "global") if scope in scores]
-    header = ["recall", *(name for scope in scopes for name in (f"{scope} pool", "chance"))]
+    header = ["recall", "k", *(name for scope in scopes for name in (f"{scope} pool", "chance"))]
     rows = [
-        [task, *(value for scope in scopes for value in (scores[scope][task], scores["chance"][scope][task]))]
+        [
+            task,
+            scores["k"].get(task, ""),
+            *(value for scope in scopes for value in (scores[scope][task], scores["chance"][scope][task])),
+        ]
         for task in scores.get("local", {})
     ]
     return _table(header, rows)
@@ -148,8 +157,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _recipe(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return record.get("recipe") or {}
-
-
-def _name(value: Any) -> Any:
-    """The last part of a path on the machine of the training; any other value as it is."""
-    return PurePath(value).name if isinstance(value, str) and value.startswith(("/", ".")) else value

@@ -22,11 +22,13 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
 
 
-def write_sentence_transformers(folder: Path, dimension: int) -> None:
+def write_sentence_transformers(folder: Path) -> None:
     """What `SentenceTransformer(folder, trust_remote_code=True)` reads beside the weights.
 
     The pooling is always a mean: which tokens enter it, our module says (`umarvel_embedding.py`).
     """
+    config = json.loads((folder / "config.json").read_text())
+    dimension = config["text_config"]["hidden_size"]
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": kind} for index, (path, kind) in enumerate(MODULES)
     ]
