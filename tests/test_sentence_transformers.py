@@ -27,6 +27,7 @@ CASES = {
     "compression prompt": {"compression_prompt": True},
     "generation prompt": {"generation_prompt": True, "pooling": "last", "positions": "sequential"},
     "short texts": {"max_text_tokens": 12},
+    "weights in bfloat16": {},
     "small pictures": {"min_pixels": 256, "max_pixels": 1024},
 }
 TOLD = "Find an image that matches the caption"
@@ -108,7 +109,9 @@ def opened(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sentence-transformers")
     for name, changes in CASES.items():
         settings = ModelSettings(**SIZES | changes)
-        save_checkpoint(EmbeddingModel.from_pretrained(tiny_base, settings), folder / name, settings, {"stage": "text"})
+        dtype = "bfloat16" if "bfloat16" in name else "float32"
+        model = EmbeddingModel.from_pretrained(tiny_base, settings, dtype)
+        save_checkpoint(model, folder / name, settings, {"stage": "text"})
     given = items(draw(folder))
     (folder / "given.json").write_text(json.dumps(given | {"folders": list(CASES), "told": TOLD}))
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}

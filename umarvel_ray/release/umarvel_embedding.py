@@ -67,12 +67,16 @@ class UMarvelEmbedding(InputModule):
         model_kwargs: dict[str, Any] | None = None,
         **_: Any,
     ) -> UMarvelEmbedding:
-        """Load from a directory or a hub name; `model_kwargs` (dtype, attn_implementation …) go to transformers."""
+        """Load from a directory or a hub name, in float32 as umarvel-ray's Embedder does.
+
+        Args:
+            model_kwargs: for transformers, such as {"dtype": "bfloat16", "attn_implementation": "sdpa"}.
+        """
         hub = {"token": token, "revision": revision, "local_files_only": local_files_only}
         record = cls.load_config(model_name_or_path, config_filename=SETTINGS, cache_folder=cache_folder, **hub)
         hub["cache_dir"] = cache_folder
         return cls(
-            AutoModel.from_pretrained(model_name_or_path, **hub, **(model_kwargs or {})),
+            AutoModel.from_pretrained(model_name_or_path, **{"dtype": "float32"} | (model_kwargs or {}), **hub),
             AutoTokenizer.from_pretrained(model_name_or_path, **hub),
             AutoImageProcessor.from_pretrained(model_name_or_path, backend="pil", **hub),  # resizes as training did
             record,
