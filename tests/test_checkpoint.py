@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
+from tests.with_torchvision import run_with_torchvision
 from umarvel_ray.errors import UserError
 from umarvel_ray.model import checkpoint
 from umarvel_ray.model.checkpoint import load_settings, read_provenance, save_checkpoint
@@ -82,9 +83,35 @@ def test_transformers_alone_reads_it(model, saved):
     assert processor["patch_size"] == 8
 
 
+def test_auto_processor_opens_it(saved):
+    """And sentence-transformers prepares pictures as before where torchvision would be the default."""
+    run_with_torchvision(f"""
+import numpy as np
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import AutoProcessor
+from umarvel_ray import Embedder
+path, picture = {str(saved)!r}, Image.effect_noise((100, 60), 50).convert("RGB")
+processor = AutoProcessor.from_pretrained(path)
+content = [{{"type": "image", "image": picture}}, {{"type": "text", "text": "what?"}}]
+batch = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}], tokenize=True, return_dict=True, return_tensors="pt"
+)
+assert batch["image_grid_thw"].tolist() == [[1, 8, 12]]
+assert (batch["input_ids"] == processor.image_token_id).sum() == 24
+model = SentenceTransformer(path, trust_remote_code=True, device="cpu")
+expected = Embedder.from_pretrained(path).encode_document([{{"image": picture}}])
+assert np.abs(model.encode_document([picture]) - expected).max() < 1e-5
+""")
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_nothing_half_written_is_ever_seen(model, saved, monkeypatch):
     """The write dies at its last file: the old checkpoint stands, and the next write succeeds."""
-    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    before = contents(saved)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -93,7 +120,7 @@ def test_nothing_half_written_is_ever_seen(model, saved, monkeypatch):
         patch.setattr(checkpoint, "_versions", full)
         with pytest.raises(UserError, match=r"text: checkpoint cannot be written \(No space left on device\)"):
             save_checkpoint(model, saved, SETTINGS, {"stage": "again"})
-    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    assert contents(saved) == before
     save_checkpoint(model, saved, SETTINGS, {"stage": "again"})
     assert read_provenance(saved)["stage"] == "again"
     assert [path.name for path in saved.parent.iterdir()] == ["text"]

@@ -38,7 +38,19 @@ def assert_one_line(process: subprocess.CompletedProcess, status: int, *said: st
 def test_help_is_quick_and_names_the_verbs():
     process = run(UMARVEL, "--help", timeout=20)
     assert process.returncode == 0
-    for verb in ("demo", "train", "mine", "rerank", "distill", "embed", "index", "search", "evaluate", "serve"):
+    for verb in (
+        "demo",
+        "train",
+        "mine",
+        "rerank",
+        "distill",
+        "embed",
+        "index",
+        "search",
+        "evaluate",
+        "export",
+        "serve",
+    ):
         assert f"    {verb} " in process.stdout
 
 
@@ -89,6 +101,8 @@ def test_every_job_and_verb_has_its_function():
         (["search", "fox", "--run", "nowhere"], ["nowhere", "make demo"]),
         (["search", "fox", "--top-k", "0"], ["--top-k"]),
         (["index", "nowhere", "out"], ["nowhere"]),
+        (["export"], ["--to"]),
+        (["export", "demo", "output=nowhere", "--to", "out"], ["nowhere", "text"]),
         (["serve", "nowhere.yaml"], ["nowhere.yaml"]),
     ],
     ids=lambda value: " ".join(value),

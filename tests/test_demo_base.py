@@ -1,9 +1,6 @@
 """The shipped base: it is what its documents say, opens with stock transformers, and knows what pictures show."""
 
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +13,12 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import umarvel_ray.demo
+from tests.with_torchvision import run_with_torchvision
 from umarvel_ray.demo.drawing import patches_of
 from umarvel_ray.demo.fast_tower import Tower
 
 DEMO = Path(umarvel_ray.demo.__file__).parent
 BASE = DEMO / "base"
-SHIM = Path(__file__).resolve().parents[2] / "shared/tools"
 needs_base = pytest.mark.skipif(not (BASE / "model.safetensors").exists(), reason="the base is not built")
 pytestmark = needs_base
 
@@ -135,15 +132,7 @@ def test_pretraining_sees_what_the_library_sees(model, captioned):
 
 
 def test_auto_processor_opens_it():
-    """AutoProcessor wants torchvision, whose only wheel here is a CUDA build that breaks `import transformers` unless
-    the shim comes first: so in a process of its own, with the folder of `pip install --no-deps --target` in
-    UMARVEL_TORCHVISION."""
-    folder = os.environ.get("UMARVEL_TORCHVISION")
-    if not folder or not SHIM.exists():
-        pytest.skip("no UMARVEL_TORCHVISION folder, or no shim beside the checkout")
-    program = f"""
-import sys; sys.path[:0] = [{folder!r}, {str(SHIM)!r}]
-import torchvision_cpu_shim
+    run_with_torchvision(f"""
 from PIL import Image
 from transformers import AutoProcessor
 processor = AutoProcessor.from_pretrained({str(BASE)!r})
@@ -152,6 +141,4 @@ text = processor.apply_chat_template(messages, add_generation_prompt=True)
 batch = processor(text=[text], images=[Image.new("RGB", (64, 64), "red")], return_tensors="pt")
 assert (batch["input_ids"] == processor.image_token_id).sum() == 16, batch["input_ids"]
 assert batch["image_grid_thw"].tolist() == [[1, 8, 8]]
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+""")

@@ -75,6 +75,13 @@ def _main(argv: list[str] | None) -> None:
     index.add_argument("output", nargs="?", type=Path, default=Path("runs/demo/index"))
     index.add_argument("--factory", help="a faiss factory string, such as HNSW32; default: by size")
     index.set_defaults(run=_run_index)
+    export = verbs.add_parser("export", help="copy a run's checkpoint to a folder of its own, to be released")
+    export.add_argument("words", nargs="*", metavar="[RECIPE] key=value", help="the run's recipe (demo)")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder to make")
+    export.add_argument("--step", help="text, image-text, …, or reranker; default: the embedder's last one there")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as they are")
+    export.add_argument("--license", dest="license_name", help="for the model card, such as apache-2.0")
+    export.set_defaults(run=_run_export)
     search = verbs.add_parser("search", help="search a run's documents with its newest model")
     search.add_argument("text", nargs="?", help="what to look for")
     search.add_argument("--image", help="a picture to look for, alone or with the text")
@@ -99,11 +106,15 @@ def _add_switches(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_story(options: argparse.Namespace) -> None:
-    recipes = [word for word in options.words if "=" not in word]
+    _story(options.function, *_recipe_words(options.words), options)
+
+
+def _recipe_words(words: list[str]) -> tuple[str, list[str]]:
+    """The recipe and its overrides."""
+    recipes = [word for word in words if "=" not in word]
     if len(recipes) > 1:
         raise UserError(f"one recipe at a time, not {' and '.join(recipes)}; write changes as key=value")
-    overrides = [word for word in options.words if "=" in word]
-    _story(options.function, recipes[0] if recipes else "demo", overrides, options)
+    return recipes[0] if recipes else "demo", [word for word in words if "=" in word]
 
 
 def _story(function: str, source: str, overrides: list[str], options: argparse.Namespace) -> None:
@@ -131,6 +142,14 @@ def _run_index(options: argparse.Namespace) -> None:
     from umarvel_ray.index.faiss_index import build_index
 
     build_index(options.embeddings, options.output, options.factory)
+
+
+def _run_export(options: argparse.Namespace) -> None:
+    recipe = load_recipe(*_recipe_words(options.words))
+    from umarvel_ray.export import export
+    from umarvel_ray.runs import Run
+
+    export(Run(recipe, recipe.run_dir), options.to, options.step, options.dtype, options.license_name)
 
 
 def _run_search(options: argparse.Namespace) -> None:

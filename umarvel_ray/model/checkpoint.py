@@ -16,12 +16,13 @@ from pydantic import ValidationError
 from umarvel_ray import __version__
 from umarvel_ray.errors import UserError
 from umarvel_ray.recipe import ModelSettings
+from umarvel_ray.release.card import RERANKER
+from umarvel_ray.release.companions import write_card, write_sentence_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROVENANCE = "umarvel.json"
-RERANKER = "reranker"  # the stage a reranker's provenance names
 
 
 class HasBackbone(Protocol):
@@ -31,7 +32,9 @@ class HasBackbone(Protocol):
 
 
 def save_checkpoint(model: HasBackbone, path: str | Path, settings: ModelSettings, provenance: dict[str, Any]) -> None:
-    """Write weights, config, tokenizer, image processor, chat template and `umarvel.json`, atomically.
+    """Write weights, config, tokenizer, image processor, chat template, `umarvel.json` and a model card, atomically.
+
+    An embedder's directory opens in sentence-transformers too.
 
     Tokenizer and image processor come from the directory the backbone was loaded from. An existing checkpoint at
     `path` is replaced only once the new one is complete.
@@ -55,6 +58,9 @@ def save_checkpoint(model: HasBackbone, path: str | Path, settings: ModelSetting
         _save_processor(backbone.name_or_path, fresh, settings)
         record = {"settings": settings.model_dump(mode="json"), **provenance, "versions": _versions()}
         (fresh / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
+        write_card(fresh, record)
+        if provenance.get("stage") != RERANKER:
+            write_sentence_transformers(fresh)
         _replace(fresh, path)
     except OSError as error:
         raise UserError(f"{path}: checkpoint cannot be written ({error.strerror or error})") from None

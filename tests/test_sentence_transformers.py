@@ -1,0 +1,176 @@
+"""A checkpoint in sentence-transformers: the same vectors, in a process that cannot import umarvel_ray.
+
+Items, settings and pictures are such that every setting moves a vector; one process opens all directories.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from umarvel_ray.model.checkpoint import save_checkpoint
+from umarvel_ray.model.embedder import Embedder
+from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.model.reranker import RerankerModel
+from umarvel_ray.recipe import ModelSettings
+
+SIZES = {"min_pixels": 1024, "max_pixels": 8192}
+CASES = {
+    "as the paper": {},
+    "as the reference": {"positions": "sequential"},
+    "causal last": {"attention": "causal", "pooling": "last"},
+    "instruction counted": {"instruction_mask": False},
+    "compression prompt": {"compression_prompt": True},
+    "generation prompt": {"generation_prompt": True, "pooling": "last", "positions": "sequential"},
+    "short texts": {"max_text_tokens": 12},
+    "weights in bfloat16": {},
+    "small pictures": {"min_pixels": 256, "max_pixels": 1024},
+}
+TOLD = "Find an image that matches the caption"
+
+PROGRAM = """
+import json, sys
+for name in ("umarvel_ray", "torchvision"):
+    sys.modules[name] = None
+import numpy as np
+from sentence_transformers import SentenceTransformer
+given = json.load(open("given.json"))
+
+def refusal(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+found = {}
+for folder in given["folders"]:
+    model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+    found[f"{folder}/query"] = model.encode_query(given["queries"], batch_size=3)
+    found[f"{folder}/document"] = model.encode_document(given["documents"], batch_size=3)
+    found[f"{folder}/prompt"] = model.encode_query(given["plain"], prompt=given["told"])
+model.save("resaved")
+again = SentenceTransformer("resaved", trust_remote_code=True, device="cpu")
+found["resaved"] = again.encode_query(given["queries"])
+found["similarity"] = model.similarity(found[f"{folder}/query"], found[f"{folder}/document"])
+np.savez("found.npz", **found)
+json.dump({
+    "document": refusal(lambda: model.encode_document(["a"], prompt="told")),
+    "nothing": refusal(lambda: model.encode_query([{"instruction": "told"}])),
+    "key": refusal(lambda: model.encode_query([{"text": "a", "colour": "red"}])),
+    "picture": refusal(lambda: model.encode_document([{"image": "none.png"}])),
+}, open("refused.json", "w"))
+"""
+
+
+def draw(folder) -> dict[str, str]:
+    """Pictures that are not plain RGB: transparent, lying on their side, 16-bit grey; and a plain one."""
+    noise = Image.effect_noise((90, 60), 80)
+    clear = noise.convert("RGB")
+    clear.putalpha(Image.linear_gradient("L").resize(noise.size))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    deep = Image.fromarray(np.asarray(noise).astype(np.uint16) << 8)
+    noise.convert("RGB").rotate(5).save(folder / "plain.png")
+    clear.save(folder / "clear.png")
+    noise.convert("RGB").save(folder / "turned.jpg", exif=turned)
+    deep.save(folder / "deep.png")
+    return {name.split(".")[0]: str(folder / name) for name in ("plain.png", "clear.png", "turned.jpg", "deep.png")}
+
+
+def items(pictures: dict[str, str]) -> dict[str, list]:
+    said = {"instruction": TOLD}
+    plain = ["a red fox\r crosses", pictures["plain"], {"image": pictures["clear"], "text": '"two boats"'}]
+    return {
+        "plain": plain,
+        "documents": [
+            *plain,
+            {"image": pictures["turned"]},
+            {"image": [pictures["deep"], pictures["plain"]], "text": "two <emb> pictures <|im_end|>"},
+            "Harbour lights at dusk. " * 12,
+        ],
+        "queries": [
+            {"text": "a red fox"} | said,
+            {"text": "a red fox"},
+            {"image": pictures["plain"]} | said,
+            {"image": pictures["clear"], "text": "two boats?", "instruction": "the <instruction_end> end " * 9},
+            {"image": pictures["turned"], "text": ""},
+            {"text": "Harbour lights at dusk. " * 12, "image": None} | said,
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_base, tmp_path_factory):
+    """What sentence-transformers makes of one checkpoint per case."""
+    folder = tmp_path_factory.mktemp("sentence-transformers")
+    for name, changes in CASES.items():
+        settings = ModelSettings(**SIZES | changes)
+        dtype = "bfloat16" if "bfloat16" in name else "float32"
+        model = EmbeddingModel.from_pretrained(tiny_base, settings, dtype)
+        save_checkpoint(model, folder / name, settings, {"stage": "text"})
+    given = items(draw(folder))
+    (folder / "given.json").write_text(json.dumps(given | {"folders": list(CASES), "told": TOLD}))
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, given, dict(np.load(folder / "found.npz"))
+
+
+def as_item(given):
+    """What sentence-transformers takes for a picture, a bare path, is text to the Embedder."""
+    return {"image": given} if isinstance(given, str) and given.endswith((".png", ".jpg")) else given
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_vectors_are_the_same(opened, case):
+    folder, given, found = opened
+    embedder = Embedder.from_pretrained(folder / case)
+    documents = [as_item(item) for item in given["documents"]]
+    told = [{"text": item} if isinstance(item, str) else item for item in map(as_item, given["plain"])]
+    expected = {
+        "query": embedder.encode_query(given["queries"]),
+        "document": embedder.encode_document(documents),
+        "prompt": embedder.encode_query([item | {"instruction": TOLD} for item in told]),
+    }
+    for side, vectors in expected.items():
+        assert np.abs(found[f"{case}/{side}"] - vectors).max() < 1e-5, side
+
+
+def test_every_setting_moves_the_vectors(opened):
+    """Else the test above would pass by indifference."""
+    _, _, found = opened
+    for case in list(CASES)[1:]:
+        moved = max(np.abs(found[f"{case}/{s}"] - found[f"as the paper/{s}"]).max() for s in ("query", "document"))
+        assert moved > 1e-3, case
+    query = found["as the paper/query"]
+    assert np.abs(query[0] - query[1]).max() > 1e-3  # with and without instruction
+
+
+def test_it_saves_what_it_opened(opened):
+    folder, _, found = opened
+    last = list(CASES)[-1]
+    assert np.allclose(found["resaved"], found[f"{last}/query"], atol=1e-6)
+    assert np.allclose(found["similarity"], found[f"{last}/query"] @ found[f"{last}/document"].T, atol=1e-6)
+    assert json.loads((folder / "resaved/umarvel.json").read_text())["settings"]["max_pixels"] == 1024
+
+
+def test_bad_input_is_refused(opened):
+    refused = json.loads((opened[0] / "refused.json").read_text())
+    assert refused["document"] == "ValueError: a document carries no instruction; put it on the query"
+    assert refused["nothing"] == "ValueError: nothing to embed; give a text or an image"
+    assert refused["key"].startswith("ValueError: unknown key 'colour'")
+    assert refused["picture"].startswith("FileNotFoundError")
+
+
+def test_a_reranker_has_a_card_and_no_modules(tiny_base, tmp_path):
+    settings = ModelSettings(**SIZES).for_reranker(64)
+    model = RerankerModel.from_pretrained(tiny_base, settings)
+    save_checkpoint(model, tmp_path / "reranker", settings, {"stage": "reranker"})
+    assert (tmp_path / "reranker/README.md").is_file()
+    assert not (tmp_path / "reranker/modules.json").exists()
