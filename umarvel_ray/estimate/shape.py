@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.runs import BUILTIN
+from umarvel_ray.runs import base_folder
 
 PUBLISHED = Path(__file__).with_name("shapes.yaml")
 
@@ -129,7 +129,7 @@ def read_shape(base: str) -> Shape:
     Raises:
         UserError: neither, a file that cannot be read, or a model type we have no layers for.
     """
-    file = (BUILTIN / "base" if base == "builtin:demo" else Path(base)) / "config.json"
+    file = base_folder(base) / "config.json"
     published = yaml.safe_load(PUBLISHED.read_text())
     if file.is_file():
         try:
