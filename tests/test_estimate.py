@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import re
-import socket
 from itertools import pairwise
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.multiprocessing as mp
 import transformers
 import yaml
 from peft import LoraConfig, inject_adapter_in_model
@@ -20,7 +16,8 @@ from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.exactness import STEP, batches, tempered
+from tests.exactness import spawn
+from tests.zero_memory import weigh
 from umarvel_ray.data.tables import DEMO, item_of
 from umarvel_ray.errors import UserError
 from umarvel_ray.estimate.flops import text_backward, text_forward, vision_forward
@@ -28,13 +25,10 @@ from umarvel_ray.estimate.load import loads
 from umarvel_ray.estimate.memory import BUCKET, bucket_bytes, loss_bytes, optimizer_bytes, text_activations
 from umarvel_ray.estimate.shape import PUBLISHED, read_shape, shape_of
 from umarvel_ray.estimate.table import estimate
-from umarvel_ray.model.batch import collate
 from umarvel_ray.model.items import ItemEncoder
 from umarvel_ray.model.lora import TARGETS
-from umarvel_ray.recipe import SHIPPED, Engine, Lora, load_recipe
+from umarvel_ray.recipe import SHIPPED, load_recipe
 from umarvel_ray.runs import BUILTIN
-from umarvel_ray.train.engine import make_engine
-from umarvel_ray.train.tower import FrozenTower
 
 MODELS = {
     "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
@@ -192,46 +186,8 @@ def test_activations_are_what_torch_allocates(form, dtype, dropout, checkpointed
     assert per_token * rows * length == pytest.approx(peak_bytes(model, rows, length), rel=0.1)
 
 
-def live_storages() -> dict[int, int]:
-    """Bytes of every tensor's storage that this process holds, gradients included."""
-    gc.collect()
-    tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
-    tensors += [value.grad for value in tensors if value.is_leaf and value.grad is not None]
-    return {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors}
-
-
-def weigh(rank: int, world: int, port: int, base: str, out: str) -> None:
-    """Per ZeRO stage and precision: trainable, frozen and tower's parameters, bytes held after a backward pass."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    items = [item for item in batches(base)[0][1] if not len(item.grids)]
-    found = {}
-    for zero, dtype in ((0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")):
-        before = live_storages()
-        module = tempered(base, Lora(r=64, alpha=8, dropout=0.0)).train().to(getattr(torch, dtype))
-        tower = FrozenTower(module.embedder.backbone, "cpu")
-        sizes = [(p.requires_grad, p.numel()) for p in module.parameters()]
-        engine = make_engine(module, STEP, Engine(zero_stage=zero, dtype=dtype))
-        vectors, tau = engine(collate(items, module.form), {})
-        engine.backward(vectors.sum() + tau.sum())
-        del vectors, tau
-        held = [size for key, size in live_storages().items() if key not in before]
-        counts = [sum(n for grad, n in sizes if grad), sum(n for grad, n in sizes if not grad)]
-        found[zero, dtype] = [*counts, sum(p.numel() for p in tower._visual.parameters()), held]
-        engine.destroy()
-        del engine, module, tower
-    if rank == 0:
-        torch.save(found, out)
-    torch.distributed.destroy_process_group()
-
-
 def test_adapters_and_optimizer_are_what_deepspeed_holds(tiny_base, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(weigh, args=(2, port, str(tiny_base), str(tmp_path / "found")), nprocs=2)
+    spawn(2, weigh, str(tiny_base), str(tmp_path / "found"))
     for (zero, dtype), (trainable, frozen, tower, held) in torch.load(tmp_path / "found").items():
         width = getattr(torch, dtype).itemsize
         bucket = bucket_bytes(trainable, width, zero, gpu=True)
