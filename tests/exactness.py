@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import socket
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -105,22 +106,31 @@ def plain_run(base: Path, two_way: bool) -> tuple[list[float], dict[str, torch.T
 
 def run_ranks(world: int, base: Path, cases: list[dict], out: Path) -> list[dict]:
     """Run every case on `world` gloo ranks; returns rank 0's results in order."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(world, port, str(base), cases, str(out)), nprocs=world)
+    spawn(world, _cases, str(base), cases, str(out))
     return torch.load(out)
 
 
-def _rank(rank: int, world: int, port: int, base: str, cases: list[dict], out: str) -> None:
+def spawn(world: int, work: Callable[..., None], *args) -> None:
+    """Call `work(rank, world, *args)` in `world` processes that form a gloo group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, args=(world, port, work, args), nprocs=world)
+
+
+def _rank(rank: int, world: int, port: int, work: Callable[..., None], args: tuple) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
+    work(rank, world, *args)
+    torch.distributed.destroy_process_group()
+
+
+def _cases(rank: int, world: int, base: str, cases: list[dict], out: str) -> None:
     results = [_case(rank, world, Path(base), **case) for case in cases]
     if rank == 0:
         torch.save(results, out)
-    torch.distributed.destroy_process_group()
 
 
 def _case(

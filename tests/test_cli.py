@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def test_a_dry_run_prints_the_resolved_recipe_and_makes_nothing(tmp_path):
     assert process.returncode == 0
     tree = yaml.safe_load(process.stdout)
     assert (tree["name"], tree["seed"], tree["stage3"]["alpha"]) == ("demo", 7, 0.5)
+    assert re.search(r"^# stage2 ", process.stdout, re.MULTILINE)
     assert not (tmp_path / "run").exists()
 
 
@@ -75,6 +77,7 @@ def test_each_job_is_a_plain_script(job):
     process = run(sys.executable, f"jobs/{job}.py", "--recipe", "demo", "seed=7", "--dry-run")
     assert process.returncode == 0, process.stderr
     assert yaml.safe_load(process.stdout)["seed"] == 7
+    assert "# GiB per worker" in process.stdout
 
 
 def test_every_job_and_verb_has_its_function():

@@ -16,11 +16,10 @@ from umarvel_ray.data.plan import (
     rank_slice,
     read_plan,
     rerank_plan,
-    steps_in,
     write_plan,
 )
 from umarvel_ray.errors import UserError
-from umarvel_ray.recipe import Step
+from umarvel_ray.recipe import Step, steps_in
 
 
 def step(size: int, **changes) -> Step:

@@ -15,7 +15,9 @@ from umarvel_ray.model.items import ItemEncoder
 from umarvel_ray.model.lora import add_lora, merge_lora
 from umarvel_ray.model.pairs import PairEncoder, collate_pairs
 from umarvel_ray.model.reranker import Reranker, RerankerModel
-from umarvel_ray.recipe import Lora, ModelSettings
+from umarvel_ray.recipe import Engine, Lora, ModelSettings, Step, Temperature
+from umarvel_ray.train.build import backbone_of, build_module
+from umarvel_ray.train.jobs import TrainJob
 
 SETTINGS = ModelSettings(min_pixels=4096, max_pixels=16384)
 TASK = (
@@ -179,6 +181,17 @@ def test_training_teaches_yes_and_no_and_the_checkpoint_keeps_it(tiny_base, tmp_
     assert after.encoder.max_text_tokens == 64
     loaded = np.stack([after.score(query, DOCUMENTS[:3]) for query in QUERIES])
     np.testing.assert_allclose(loaded, scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["rerank", "contrastive"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_activation_checkpointing_is_for_both_models(tiny_base, kind, wanted):
+    step = Step(queries="x", batch_size=1, learning_rate=1e-3, lora=Lora(r=2, alpha=4))
+    job = TrainJob("x", kind, step, Temperature(), False, str(tiny_base), "", "", SETTINGS,
+                   Engine(dtype="float32", activation_checkpointing=wanted), 0, {})  # fmt: skip
+    module = build_module(job)
+    assert module.training
+    assert backbone_of(module).is_gradient_checkpointing == wanted
 
 
 def test_started_from_a_bidirectional_embedder_it_is_causal(tiny_base, tmp_path):

@@ -101,7 +101,9 @@ def _main(argv: list[str] | None) -> None:
 
 
 def _add_switches(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and an estimate of its work, and stop"
+    )
     parser.add_argument("--verbose", action="store_true", help="show the workers' own output")
 
 
@@ -120,7 +122,9 @@ def _recipe_words(words: list[str]) -> tuple[str, list[str]]:
 def _story(function: str, source: str, overrides: list[str], options: argparse.Namespace) -> None:
     recipe = load_recipe(source, overrides)
     if options.dry_run:
-        print(dump_recipe(recipe), end="")
+        from umarvel_ray.estimate.table import estimate
+
+        print(dump_recipe(recipe), *(f"# {line}".rstrip() for line in estimate(recipe).splitlines()), sep="\n")
         return
     if not recipe.cluster.gpus_per_worker:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed

@@ -223,6 +223,11 @@ class Recipe(Section):
         return Path(self.output.format(name=self.name)).absolute()
 
 
+def steps_in(step: Step, queries: int) -> int:
+    """Optimiser steps of a run: `max_steps`, or what `epochs` over `queries` rows fill."""
+    return step.max_steps or max(1, int(step.epochs * queries) // step.batch_size)
+
+
 def load_recipe(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe by shipped name or path and apply `a.b=c` overrides (values are YAML).
 

@@ -22,6 +22,11 @@ BUILTIN = Path(__file__).parent / "demo"
 FREE = ("cluster", "evaluate")  # sections that may change between two runs in one folder: they change no checkpoint
 
 
+def base_folder(base: str) -> Path:
+    """The directory that a recipe's `base` names."""
+    return BUILTIN / "base" if base == "builtin:demo" else Path(base)
+
+
 @dataclass(frozen=True)
 class Run:
     """A recipe and the folder that everything it makes goes into."""
@@ -53,7 +58,7 @@ class Run:
     @property
     def base(self) -> Path:
         """The base model's directory."""
-        path = BUILTIN / "base" if self.recipe.base == "builtin:demo" else Path(self.recipe.base)
+        path = base_folder(self.recipe.base)
         if not (path / "config.json").is_file():
             raise UserError(f"base model {path} has no config.json; set base=DIR to a Hugging Face model directory")
         return path

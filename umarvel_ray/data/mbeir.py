@@ -88,6 +88,16 @@ def read_mbeir(root: Path) -> tuple[pa.Table, pa.Table, Callable[[str], pa.Table
     return documents, _pools(tables), lambda name: _queries(root, name, prompts, modality)
 
 
+def query_files(root: Path, name: str) -> list[Path]:
+    """The files that hold the query table `name`; none where there is no such table."""
+    found = (sorted((root / "query" / folder).glob("*.jsonl")) for folder in _folders(name))
+    return next(filter(None, found), [])
+
+
+def _folders(name: str) -> tuple[str, ...]:
+    return FOLDERS.get(name, (name,))
+
+
 def _documents(tables: list[pa.Table], root: Path) -> pa.Table:
     rows = pa.concat_tables(tables)
     first: dict[str, int] = {}
@@ -137,10 +147,10 @@ def _training_pools(union: pa.Table, file: Path) -> list[dict]:
 
 
 def _queries(root: Path, name: str, prompts: Prompts, modality: dict[str, str]) -> pa.Table:
-    folders = FOLDERS.get(name, (name,))
-    files = next((found for folder in folders if (found := _jsonl(root / "query" / folder))), None)
+    files = query_files(root, name)
     if not files:
-        raise UserError(f"{root}/query/{folders[0]}: no *.jsonl for the query table '{name}'; put its queries there")
+        folder = root / "query" / _folders(name)[0]
+        raise UserError(f"{folder}: no *.jsonl for the query table '{name}'; put its queries there")
     rows, seen = [], Counter()
     for file in files:
         qrels = _read_qrels(root / "qrels" / file.parent.name / f"{file.stem}_qrels.txt")
@@ -221,7 +231,3 @@ def _dataset(name: str, where: object) -> str:
 
 def _paths(column: pa.ChunkedArray, root: Path) -> pa.Array:
     return pa.array([path and str(root.absolute() / path) for path in column.to_pylist()], STRING)
-
-
-def _jsonl(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.jsonl"))

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.recipe import ModelSettings, Step
+from umarvel_ray.recipe import ModelSettings, Step, steps_in
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,6 @@ class QueryRows:
             table["task"].to_pylist(),
             table["positive_ids"].to_pylist(),
         )
-
-
-def steps_in(step: Step, queries: int) -> int:
-    """Optimiser steps of a run: `max_steps`, or what `epochs` over `queries` rows fill."""
-    return step.max_steps or max(1, int(step.epochs * queries) // step.batch_size)
 
 
 def contrastive_plan(

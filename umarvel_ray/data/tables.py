@@ -120,13 +120,18 @@ class Dataset:
         return self.pools.filter(pc.equal(self.pools["split"], split))
 
 
+def folder_of(data: Data) -> Path:
+    """The folder that `data.root` names."""
+    return DEMO if data.root == "builtin:demo" else Path(data.root)
+
+
 def open_dataset(data: Data) -> Dataset:
     """Open what a recipe's `data` names.
 
     Raises:
         UserError: no such folder, a file or a column that is missing or damaged.
     """
-    root = DEMO if data.root == "builtin:demo" else Path(data.root)
+    root = folder_of(data)
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist; set data.root=DIR")
     if data.format == "mbeir":

@@ -23,13 +23,13 @@ def build_module(job: TrainJob) -> TemperedEmbedder | RerankerModel:
     if job.kind == "rerank":
         reranker = RerankerModel.from_pretrained(job.parent, job.settings, dtype)
         add_lora(reranker, job.step.lora, job.seed)
+        _save_memory(reranker, job)
         reranker.train()
         return reranker
     model = EmbeddingModel.from_pretrained(job.parent, job.settings, dtype, initial_temperature(job))
     add_lora(model, job.step.lora, job.seed)
     model.log_temperature.requires_grad_(job.temperature.learn)
-    if job.engine.activation_checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    _save_memory(model, job)
     bounds = (math.log(job.temperature.minimum), math.log(job.temperature.maximum))
     module = TemperedEmbedder(model, bounds)
     module.train()
@@ -39,6 +39,11 @@ def build_module(job: TrainJob) -> TemperedEmbedder | RerankerModel:
 def model_of(module: TemperedEmbedder | RerankerModel) -> EmbeddingModel | RerankerModel:
     """The model without what only training adds."""
     return module.embedder if isinstance(module, TemperedEmbedder) else module
+
+
+def _save_memory(model: EmbeddingModel | RerankerModel, job: TrainJob) -> None:
+    if job.engine.activation_checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def initial_temperature(job: TrainJob) -> float:

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 from umarvel_ray.recipe import Engine, ModelSettings, Step, Temperature
 from umarvel_ray.runs import Run
 
+VISION_CACHE_BYTES = 2**30  # of each worker's host memory
+
 Kind = Literal["contrastive", "distil", "rerank"]
 
 

@@ -25,12 +25,11 @@ from umarvel_ray.model.embedding_model import VisionCache
 from umarvel_ray.train.build import build_module, model_of, save_merged
 from umarvel_ray.train.embedding_step import Passes
 from umarvel_ray.train.engine import capture, learning_rate, load_trainable, make_engine, restore, set_learning_rate
-from umarvel_ray.train.jobs import TrainJob
+from umarvel_ray.train.jobs import VISION_CACHE_BYTES, TrainJob
 from umarvel_ray.train.log import StepLog
 from umarvel_ray.train.steps import run_step
 from umarvel_ray.train.tower import FrozenTower
 
-VISION_CACHE_BYTES = 2**30
 STATE, POSITION = "state.safetensors", "position.txt"
 
 

@@ -1,0 +1,197 @@
+"""What a recipe's training steps have to do: optimiser steps, items and tokens per worker.
+
+Row counts come from the data where they are at hand, else from the published sets (method section 2); the table that
+is printed says which. Tokens are an estimate: nothing is tokenised. The assumptions are the constants here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from umarvel_ray.data.mbeir import query_files
+from umarvel_ray.data.tables import folder_of
+from umarvel_ray.estimate.shape import Shape
+from umarvel_ray.recipe import Data, Recipe, Step, steps_in
+from umarvel_ray.runs import base_folder
+
+CHARACTERS_PER_TOKEN = 4  # of English under a byte-level vocabulary of 150,000
+TURN_TOKENS = 12  # of the template: a user's turn and the answer `<emb>.`
+SYSTEM, SYSTEM_TOKENS = "You are a helpful assistant.", 11  # Qwen2-VL's template puts it in front, Qwen3-VL's does not
+PAIR_TOKENS = 48  # the reranker's question and its headings
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+PICTURE_FRAME_TOKENS = 2
+
+
+class Side(NamedTuple):
+    """The mean query or document: its share of pictures, and the tokens of its text, instruction included."""
+
+    pictures: float
+    text: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """A query table: its rows by task, the mean query, the mean positive, and where that is known from."""
+
+    rows: Counter[str] | None
+    query: Side
+    document: Side
+    said: str
+
+    def in_epoch(self, per_task: int | None) -> int | None:
+        """Rows of an epoch that takes at most `per_task` of each task."""
+        return self.rows and sum(min(count, per_task or count) for count in self.rows.values())
+
+
+# Rows: SimCSE's NLI pairs, LLaVA's CC3M subset, M-BEIR's up-sampled training union (method sections 0 and 2).
+# M-BEIR's shares of pictures follow from its queries per task (UniIR, arXiv 2311.17136, table 1); texts are assumed.
+PUBLISHED = {
+    "nli": Source(Counter({"": 275_601}), Side(0, 20), Side(0, 12), "published"),
+    "cc3m": Source(Counter({"": 595_000}), Side(0, 15), Side(1, 0), "published"),
+    "train": Source(Counter({"": 1_332_790}), Side(0.76, 40), Side(0.53, 75), "published"),
+}
+UNION_DOCUMENTS = 1_930_000  # M-BEIR's training union (method section 6.1)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One optimiser step of one worker, and how many there are: `rows` of queries, `steps` None where not known.
+
+    Lengths are mean tokens; a reranker's pair counts as one query.
+    """
+
+    name: str
+    step: Step
+    rows: int | None
+    said: str
+    steps: int | None
+    queries: int
+    documents: int
+    query_length: float
+    document_length: float
+    pictures: float
+    pairs: bool = False
+
+    @property
+    def items(self) -> int:
+        return self.queries + self.documents
+
+    @property
+    def tokens(self) -> float:
+        return self.queries * self.query_length + self.documents * self.document_length
+
+    @property
+    def length(self) -> float:
+        """Of the mean item."""
+        return self.tokens / self.items
+
+    def chunks(self, budget: int) -> int:
+        """Forward passes under a budget of padded tokens; padding can only add to them."""
+        return math.ceil(self.tokens / budget)
+
+
+def loads(recipe: Recipe, shape: Shape) -> list[Load]:
+    """The training steps of a recipe, in order."""
+    workers = recipe.cluster.workers
+
+    def load(name: str, step: Step, documents: int = 1, share: float = 1, most: int | None = None) -> Load:
+        source = read_source(recipe.data, step.queries)
+        rows = source.in_epoch(step.max_per_task)
+        rows = rows and min(round(rows * share), most or rows)
+        steps = step.max_steps if rows is None else steps_in(step, rows)
+        queries = math.ceil(step.batch_size / workers)
+        ends = [item_tokens(side, recipe, shape) for side in (source.query, source.document)]
+        pictures = queries * (source.query.pictures + documents * source.document.pictures)
+        return Load(name, step, rows, source.said, steps, queries, queries * documents, *ends, pictures)
+
+    stage1, stage2, stage3 = recipe.stage1, recipe.stage2, recipe.stage3
+    mined = stage2.mining.max_queries
+    return [
+        load("stage1.text", stage1.text),
+        load("stage1.image_text", stage1.image_text),
+        load("stage1.instruction", stage1.instruction),
+        load("stage2", stage2.train, 1 + stage2.train.hard_negatives, most=mined),
+        _as_pairs(load("reranker", recipe.reranker.train, most=mined), template_tokens(recipe.base, shape)),
+        load("stage3", stage3.train, stage3.top_k, share=stage3.sample),
+    ]
+
+
+def item_tokens(side: Side, recipe: Recipe, shape: Shape) -> float:
+    """Tokens of the mean item of one side."""
+    picture = shape.vision.tokens(recipe.model.max_pixels) + PICTURE_FRAME_TOKENS
+    text = min(side.text, recipe.model.max_text_tokens)
+    return template_tokens(recipe.base, shape) + text + side.pictures * picture
+
+
+def template_tokens(base: str, shape: Shape) -> int:
+    """What the base's chat template puts around an item."""
+    texts = [file.read_text() for name in TEMPLATES if (file := base_folder(base) / name).is_file()]
+    system = any(SYSTEM in text for text in texts) if texts else shape.vision.form != "qwen3_vl"
+    return TURN_TOKENS + system * SYSTEM_TOKENS
+
+
+def corpus(recipe: Recipe) -> tuple[int, int, Source] | None:
+    """Queries and documents that mining embeds, and their kind; None where the data are not known.
+
+    With `max_pool` the documents are those of the sampled pools; positives outside them come on top.
+    """
+    mining, name = recipe.stage2.mining, recipe.stage2.train.queries
+    source, root = read_source(recipe.data, name), folder_of(recipe.data)
+    if source.rows is None:
+        return None
+    queries = min(source.rows.total(), mining.max_queries or source.rows.total())
+    if recipe.data.format == "parquet" and (root / "pools.parquet").is_file():
+        pools = pq.read_table(root / "pools.parquet", columns=["split", "document_ids"])
+        lists = pools.filter(pc.equal(pools["split"], name))["document_ids"]
+        distinct = len(pc.unique(pc.list_flatten(lists)))
+        sampled = sum(min(n, mining.max_pool or n) for n in pc.list_value_length(lists).to_pylist())
+        return queries, min(distinct, sampled), source
+    return (queries, UNION_DOCUMENTS, source) if name == "train" else None
+
+
+def read_source(data: Data, name: str) -> Source:
+    """Rows and kind of a query table: measured in Parquet, counted in M-BEIR's files, else as published or unknown."""
+    root = folder_of(data)
+    known = PUBLISHED.get(name) if data.format == "mbeir" else None
+    if data.format == "mbeir" and (files := query_files(root, name)):
+        rows = Counter({"": sum(_lines(file) for file in files)})
+        ends = (known or PUBLISHED["train"]).query, (known or PUBLISHED["train"]).document
+        return Source(rows, *ends, "counted")
+    if data.format == "parquet" and (root / f"{name}.parquet").is_file():
+        queries = pq.read_table(
+            root / f"{name}.parquet", columns=["modality", "text", "instruction", "task", "positive_ids"]
+        )
+        documents = pq.read_table(root / "documents.parquet", columns=["id", "modality", "text"])
+        positives = pc.index_in(pc.list_flatten(queries["positive_ids"]), documents["id"]).drop_null()
+        return Source(
+            Counter(queries["task"].to_pylist()), _side(queries), _side(documents.take(positives)), "measured"
+        )
+    return known or Source(None, Side(1, 32), Side(1, 32), "unknown")
+
+
+def _side(table: pa.Table) -> Side:
+    pictures = pc.mean(pc.cast(pc.match_substring(table["modality"], "image"), "double")).as_py()
+    texts = [table[name] for name in ("text", "instruction") if name in table.column_names]
+    characters = sum(pc.sum(pc.utf8_length(column)).as_py() or 0 for column in texts)
+    return Side(pictures, characters / table.num_rows / CHARACTERS_PER_TOKEN)
+
+
+def _as_pairs(load: Load, template: int) -> Load:
+    """Each query with a positive and with a negative, one sequence per pair."""
+    length = load.query_length + load.document_length - template + PAIR_TOKENS
+    return replace(
+        load, queries=2 * load.queries, documents=0, query_length=length, pictures=2 * load.pictures, pairs=True
+    )
+
+
+def _lines(file: Path) -> int:
+    with file.open("rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))

@@ -1,0 +1,111 @@
+"""The estimates of a recipe as aligned plain text, for `--dry-run`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.estimate.flops import step_flops, text_forward, vision_forward
+from umarvel_ray.estimate.load import (
+    CHARACTERS_PER_TOKEN,
+    Load,
+    corpus,
+    item_tokens,
+    loads,
+    template_tokens,
+)
+from umarvel_ray.estimate.memory import Memory, memory
+from umarvel_ray.estimate.shape import Shape, read_shape
+from umarvel_ray.recipe import Recipe
+from umarvel_ray.train.jobs import VISION_CACHE_BYTES
+
+PEAK, PEAK_OF = 989e12, "an H100 SXM's 989 TFLOP/s in bf16"
+UTILISATION = 0.4
+GIB, FLOAT32 = 2**30, 4
+
+
+def estimate(recipe: Recipe) -> str:
+    """Steps, tokens, FLOPs, hours and memory of every training step, and what mining embeds; lines of plain text."""
+    try:
+        shape = read_shape(recipe.base)
+    except UserError as error:
+        return f"No estimate: {error}"
+    steps = loads(recipe, shape)
+    parts = [_header(recipe, shape), _work(recipe, shape, steps), _memory(recipe, shape, steps), _mining(recipe, shape)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _header(recipe: Recipe, shape: Shape) -> str:
+    picture = shape.vision.tokens(recipe.model.max_pixels)
+    return (
+        f"Estimate for {recipe.cluster.workers} workers; nothing was loaded or run.\n"
+        f"base: {shape.parameters:,} parameters, {shape.vision.parameters:,} of them in the vision tower\n"
+        f"assumed: every picture at max_pixels = {picture} tokens, {CHARACTERS_PER_TOKEN} characters a token, "
+        f"{template_tokens(recipe.base, shape)} tokens of template; no padding"
+    )
+
+
+def _work(recipe: Recipe, shape: Shape, steps: Sequence[Load]) -> str:
+    picture, gpu = shape.vision.tokens(recipe.model.max_pixels), recipe.cluster.gpus_per_worker > 0
+    work = ["queries", "documents", "tokens", "chunks", "TFLOP"]
+    rows = [["per worker and step", *work, "rows", "known from", "steps", "hours"]]
+    for load in steps:
+        flops = step_flops(shape, load, recipe.engine, picture)
+        counts = [load.queries, load.documents, round(load.tokens), load.chunks(recipe.engine.token_budget)]
+        hours = f"{_hours(flops * load.steps):.2f}" if gpu and load.steps else "-"
+        row = [*map(_count, counts), _short(flops / 1e12), _count(load.rows), load.said, _count(load.steps), hours]
+        rows.append([load.name, *row])
+    note = f"\nhours: of all steps, at {UTILISATION:.0%} of {PEAK_OF}, recomputation counted" if gpu else ""
+    return _aligned(rows) + note
+
+
+def _memory(recipe: Recipe, shape: Shape, steps: Sequence[Load]) -> str:
+    engine = recipe.engine
+    rows = [["GiB per worker", *Memory._fields, "sum"]]
+    for load in steps:
+        parts = memory(shape, load, recipe)
+        rows.append([load.name, *(_short(part / GIB) for part in (*parts, sum(parts)))])
+    note = f"ZeRO-{engine.zero_stage}, {engine.dtype}; leave a tenth free for the device's own context and fragments"
+    if engine.cache_vision:
+        note += f"\nhost memory: up to {VISION_CACHE_BYTES / GIB:.0f} GiB a worker for the vision cache"
+    return f"{_aligned(rows)}\n{note}"
+
+
+def _mining(recipe: Recipe, shape: Shape) -> str | None:
+    known = corpus(recipe)
+    if known is None:
+        return None
+    queries, documents, source = known
+    picture, embedders = shape.vision.tokens(recipe.model.max_pixels), recipe.cluster.embedders
+    flops = 0.0
+    for count, side in ((queries, source.query), (documents, source.document)):
+        length = item_tokens(side, recipe, shape)
+        flops += text_forward(shape.text, count * length, length)
+        flops += vision_forward(shape.vision, count * side.pictures, picture)
+    size = _short(FLOAT32 * shape.text.hidden * (queries + documents) / GIB)
+    line = f"mining embeds {queries:,} queries and {documents:,} documents: {size} GiB of float32 vectors"
+    if recipe.cluster.gpus_per_embedder:
+        line += f", {_hours(flops / embedders):.2f} hours on {embedders} GPUs"
+    return line
+
+
+def _hours(flops: float) -> float:
+    return flops / (UTILISATION * PEAK) / 3600
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 1 else f"{number:.3f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
