@@ -39,6 +39,7 @@ class ModelSettings(Section):
     deepstack: bool = True
     min_pixels: PositiveInt = 4 * 28 * 28
     max_pixels: PositiveInt = 300 * 28 * 28
+    resize_twice: bool = Field(default=False, description="to multiples of 28 first, as the reference (trap T9)")
     video_frames: PositiveInt = Field(default=12, description="frames of a video, spread evenly over it")
     max_video_pixels: PositiveInt = Field(default=12 * 128 * 28 * 28, description="of all its frames together")
     max_text_tokens: PositiveInt = 480
@@ -50,7 +51,13 @@ class ModelSettings(Section):
         Args:
             generation_prompt: their evaluation appends one, their training does not (trap T4).
         """
-        return cls(positions="sequential", deepstack=False, generation_prompt=generation_prompt, max_text_tokens=1024)
+        return cls(
+            positions="sequential",
+            deepstack=False,
+            generation_prompt=generation_prompt,
+            resize_twice=True,
+            max_text_tokens=1024,
+        )
 
     def for_reranker(self, max_text_tokens: int) -> ModelSettings:
         """The same for a reranker of this embedder: causal, with a text limit of its own."""

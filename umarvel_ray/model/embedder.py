@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from umarvel_ray.errors import UserError
 from umarvel_ray.model.batch import collate, token_buckets
 from umarvel_ray.model.checkpoint import load_settings
 from umarvel_ray.model.embedding_model import EmbeddingModel
@@ -48,9 +49,11 @@ class Embedder:
             generation_prompt: with the preset: their evaluation appends one, their training does not (trap T4).
 
         Raises:
-            UserError: not a checkpoint; missing or truncated files.
+            UserError: not a checkpoint; missing or truncated files; another preset.
         """
-        if preset == "reference":
+        if preset not in (None, "reference"):
+            raise UserError(f"preset '{preset}' is not known; the only one is 'reference'")
+        if preset:
             settings = ModelSettings.reference(generation_prompt)
         settings = settings or load_settings(path)
         model = EmbeddingModel.from_pretrained(path, settings, dtype)
