@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from umarvel_ray.mine.rank import embed_split, rank
 from umarvel_ray.mine.teacher import RerankerPool, score_table
 from umarvel_ray.model.checkpoint import RERANKER
 from umarvel_ray.model.distill import fuse
+from umarvel_ray.recipe import ModelSettings
 from umarvel_ray.runs import LADDER, STAGE1, STAGE2, STAGE3, Run
 from umarvel_ray.train.jobs import TrainJob, train_job
 from umarvel_ray.train.launch import run_jobs
@@ -147,12 +149,20 @@ def stage3(run: Run, pools: Pools | None = None) -> None:
 
 
 def embed(run: Run, pools: Pools | None = None) -> None:
-    """Embed every document with the final model: what an index is built from."""
-    checkpoint = run.parent(STAGE3, "embedding")
+    """Embed every document with the final model, or another one: what an index is built from."""
+    wanted = run.recipe.embed
+    checkpoint = Path(wanted.checkpoint) if wanted.checkpoint else run.parent(STAGE3, "embedding")
+    settings = ModelSettings.reference() if wanted.preset else None
     with open_pools(run, pools) as pools, run.timed("embed"):
         documents = open_dataset(run.recipe.data).documents
         embed_table(
-            pools.embedders, documents, "document", run.dir / "embeddings" / "documents", checkpoint, "documents"
+            pools.embedders,
+            documents,
+            "document",
+            run.dir / "embeddings" / "documents",
+            checkpoint,
+            "documents",
+            settings,
         )
 
 

@@ -164,6 +164,13 @@ class Stage3(Section):
     train: Step
 
 
+class Embed(Section):
+    """What `embed` embeds the documents with."""
+
+    checkpoint: str | None = Field(default=None, description="another directory than the run's last embedder")
+    preset: Literal["reference"] | None = Field(default=None, description="'reference': one the authors released")
+
+
 class Evaluate(Section):
     """Recall@k per task; exact search in local and global pools (method section 6)."""
 
@@ -215,6 +222,7 @@ class Recipe(Section):
     stage2: Stage2
     reranker: RerankerStage
     stage3: Stage3
+    embed: Embed = Embed()
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")
