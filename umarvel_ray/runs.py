@@ -19,7 +19,7 @@ STAGE1 = ("text", "image-text", "instruction")
 STAGE2, STAGE3 = "hard-negatives", "distillation"
 LADDER = (*STAGE1, STAGE2, STAGE3)  # the embedder's checkpoints, in order
 BUILTIN = Path(__file__).parent / "demo"
-FREE = ("cluster", "embed", "evaluate")  # sections that may change between two runs in one folder: they change no checkpoint
+FREE = ("cluster", "embed", "evaluate")  # sections that may change within a run folder: they change no checkpoint
 
 
 def base_folder(base: str) -> Path:
