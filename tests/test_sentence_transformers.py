@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.tiny import make_tiny_base
 from umarvel_ray.model.checkpoint import save_checkpoint
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.embedding_model import EmbeddingModel
@@ -28,6 +29,10 @@ CASES = {
     "generation prompt": {"generation_prompt": True, "pooling": "last", "positions": "sequential"},
     "short texts": {"max_text_tokens": 12},
     "weights in bfloat16": {},
+    "resized twice": {"resize_twice": True, "min_pixels": 784, "max_pixels": 3136},
+    "qwen2_5_vl": {},
+    "qwen3_vl": {},
+    "qwen3_vl without DeepStack": {"deepstack": False, "positions": "sequential"},
     "small pictures": {"min_pixels": 256, "max_pixels": 1024},
 }
 TOLD = "Find an image that matches the caption"
@@ -107,10 +112,12 @@ def items(pictures: dict[str, str]) -> dict[str, list]:
 def opened(tiny_base, tmp_path_factory):
     """What sentence-transformers makes of one checkpoint per case."""
     folder = tmp_path_factory.mktemp("sentence-transformers")
+    bases = {family: make_tiny_base(folder / f"base-{family}", family=family) for family in ("qwen2_5_vl", "qwen3_vl")}
     for name, changes in CASES.items():
         settings = ModelSettings(**SIZES | changes)
         dtype = "bfloat16" if "bfloat16" in name else "float32"
-        model = EmbeddingModel.from_pretrained(tiny_base, settings, dtype)
+        base = bases.get(name.split()[0], tiny_base)
+        model = EmbeddingModel.from_pretrained(base, settings, dtype)
         save_checkpoint(model, folder / name, settings, {"stage": "text"})
     given = items(draw(folder))
     (folder / "given.json").write_text(json.dumps(given | {"folders": list(CASES), "told": TOLD}))
