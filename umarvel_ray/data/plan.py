@@ -27,7 +27,8 @@ class PlanStep:
     """One optimiser step over all ranks.
 
     `arrays` by kind of step, with N queries and M documents:
-      contrastive: `targets` (N,) column of each query's positive; `relevant` (R, 2) row and column of every positive.
+      contrastive: `targets` (N,) column of each query's positive; `relevant` (R, 2) row and column of every positive;
+        `own` (S, 2) row and column of every query's own negatives, where no others count.
       distil: `candidates` (N, K) columns, −1 where padded; `teacher` (N, K) fused scores.
       rerank: `answers` (N,) 1 for yes; queries and documents are aligned pairs, N = M.
     """
@@ -71,9 +72,17 @@ def steps_in(step: Step, queries: int) -> int:
 
 
 def contrastive_plan(
-    queries: QueryRows, step: Step, seed: int, negatives: Mapping[str, Sequence[str]] | None = None, per_query: int = 0
+    queries: QueryRows,
+    step: Step,
+    seed: int,
+    negatives: Mapping[str, Sequence[str]] | None = None,
+    per_query: int = 0,
+    in_batch: bool = True,
 ) -> list[PlanStep]:
     """InfoNCE batches; `negatives` adds up to `per_query` mined documents to each query's batch.
+
+    Args:
+        in_batch: whether the documents of the other queries of a batch are negatives too.
 
     Raises:
         UserError: fewer queries with distinct positives than one batch needs.
@@ -81,14 +90,16 @@ def contrastive_plan(
     plan = []
     for number, rows in enumerate(_batches(queries, step, seed)):
         drawn = [row.positive for row in rows]
-        mined = [d for row in rows for d in list((negatives or {}).get(queries.ids[row.index], ()))[:per_query]]
-        documents = list(dict.fromkeys(drawn + mined))
+        mined = [list((negatives or {}).get(queries.ids[row.index], ()))[:per_query] for row in rows]
+        documents = list(dict.fromkeys([*drawn, *(d for own in mined for d in own)]))
         column = {d: j for j, d in enumerate(documents)}
         relevant = [(i, column[d]) for i, row in enumerate(rows) for d in queries.positives[row.index] if d in column]
         arrays = {
             "targets": np.array([column[d] for d in drawn], dtype=np.int32),
-            "relevant": np.array(relevant, dtype=np.int32).reshape(-1, 2),
+            "relevant": _pairs(relevant),
         }
+        if not in_batch:
+            arrays["own"] = _pairs([(i, column[d]) for i, own in enumerate(mined) for d in own])
         plan.append(PlanStep(number, [queries.ids[row.index] for row in rows], documents, arrays))
     return plan
 
@@ -242,4 +253,8 @@ def _epochs(n: int, seed: int) -> Iterator[int]:
 
 def _as_array(name: str, value: list) -> np.ndarray:
     array = np.array(value, dtype=np.float32 if name == "teacher" else np.int32)
-    return array.reshape(-1, 2) if name == "relevant" else array
+    return array.reshape(-1, 2) if name in ("relevant", "own") else array
+
+
+def _pairs(pairs: list[tuple[int, int]]) -> np.ndarray:
+    return np.array(pairs, dtype=np.int32).reshape(-1, 2)
