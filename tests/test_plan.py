@@ -143,7 +143,7 @@ def test_reranker_pairs_come_as_one_yes_and_one_no():
 
 def test_a_plan_survives_the_disk(tmp_path):
     rows = QueryRows([f"q{i}" for i in range(20)], ["t"] * 20, [[f"d{i}", f"d{i + 1}"] for i in range(20)])
-    plan = contrastive_plan(rows, step(4, max_steps=3), seed=0)
+    plan = contrastive_plan(rows, step(4, max_steps=3), 0, {"q3": ["n"]}, per_query=1, in_batch=False)
     write_plan(plan, tmp_path / "plan.parquet")
     for old, new in zip(plan, read_plan(tmp_path / "plan.parquet"), strict=True):
         assert (old.step, old.query_ids, old.document_ids) == (new.step, new.query_ids, new.document_ids)

@@ -206,7 +206,7 @@ def _distillation(recipe: Recipe) -> Table:
 
 
 _FROM_BASE = (
-    "What changes every embedding must be the same in all steps: each row trains the text and the instruction step from "
+    "What changes every embedding must be the same in all steps: each row trains the text and instruction steps from "
     "the base; image-text pairs are left out, as in the paper's table."
 )
 
