@@ -74,16 +74,14 @@ def test_another_querys_positive_gets_no_push(batch, two_way):
 
 def test_only_own_negatives_is_the_formula_over_them():
     """From the plan to the loss: other queries' documents count nowhere, whatever they are to those."""
-    rows = QueryRows(
-        [f"q{i}" for i in range(6)], ["t"] * 6, [[f"p{i}", f"n{i}0"] if i == 2 else [f"p{i}"] for i in range(6)]
-    )
+    positives = [*([f"p{i}"] for i in range(5)), ["p5", "n50"]]
+    rows = QueryRows([f"q{i}" for i in range(6)], ["t"] * 6, positives)
     mined = {f"q{i}": [f"n{i}0", f"n{i}1", f"p{(i + 1) % 6}", f"n{i}3"] for i in range(6)}
     step = Step(queries="train", batch_size=6, max_steps=1, learning_rate=1e-3)
     [plan] = contrastive_plan(rows, step, 0, mined, per_query=3, in_batch=False)
     torch.manual_seed(1)
-    vector = {
-        id_: F.normalize(torch.randn(8, dtype=torch.float64), dim=0) for id_ in plan.query_ids + plan.document_ids
-    }
+    ids = plan.query_ids + plan.document_ids
+    vector = dict(zip(ids, F.normalize(torch.randn(len(ids), 8, dtype=torch.float64), dim=1), strict=True))
     tau, total = 0.2, 0.0
     for query in plan.query_ids:
         drawn = plan.document_ids[plan.arrays["targets"][plan.query_ids.index(query)]]
