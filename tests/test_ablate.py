@@ -131,7 +131,7 @@ def test_record_and_page_by_hand():
         "close": {42: outcome(*half[:-2], 1.0, 0.0), 43: outcome(*half[:-2], 0.0, 0.0)},
         "lost": {42: Outcome({}, {}, "lost: loss is nan at step 3")},
     }
-    facts = {"recipe": "demo", "row_changes": ["a.b=1"], "seed": 42, "queries": 40}
+    facts = {"recipe": "demo", "row_changes": ["a.b=1"], "seed": 42, "shared_seed": 1, "queries": 40}
     record = make_record(table, outcomes, facts)
     found = {row["label"]: row for row in record["rows"]}
     assert [verdict(found[row.label]) for row in rows] == [
@@ -142,7 +142,7 @@ def test_record_and_page_by_hand():
     assert found["close"]["difference"]["local"].mean == pytest.approx((0.0 - 1 / 40) / 2)
     text = markdown(json.loads(json.dumps(record)))
     assert "(partial)" in text
-    assert "`a.b=1`" in text
+    assert "`a.b=1`; seed of the rows 42, of the shared checkpoints 1; 40 queries" in text
     assert "| better | 60.0 | – | 100.0 | 100.0 | +50.0 [" in text
     assert "| close | – | – | 48.8 ± 1.8 |" in text
     assert "| lost | failed | failed | failed | failed |" in text

@@ -23,7 +23,7 @@ def make_record(table: Table, outcomes: Outcomes, facts: Mapping[str, Any]) -> d
     row, over the seeds that both have: each query's hits are averaged over them before the bootstrap.
 
     Args:
-        facts: what else a reader must know: recipe, its changes, seed, number of queries.
+        facts: what else a reader must know: recipe, its changes, seeds, number of queries.
     """
     return {
         "table": table.number,
@@ -62,12 +62,13 @@ def differences(outcomes: Outcomes, label: str, reference: str) -> dict[str, Int
 def markdown(record: Mapping[str, Any]) -> str:
     """The table with a caption; recall in percent."""
     partial = "" if record["complete"] else " (partial)"
+    shared = f", of the shared checkpoints {record['shared_seed']}" if record["shared_seed"] is not None else ""
     changes = "".join(f", `{change}`" for change in record["row_changes"])
     lines = [
         f"## Table {record['table']}: {record['title']}{partial}",
         "",
-        f"{record['how']} Recipe `{record['recipe']}`{changes}; seed {record['seed']}; {record['queries']:,} queries. "
-        f"Differences are to *{record['reference']}*.",
+        f"{record['how']} Recipe `{record['recipe']}`{changes}; seed of the rows {record['seed']}{shared}; "
+        f"{record['queries']:,} queries. Differences are to *{record['reference']}*.",
         "",
         "| | paper, local | paper, global | ours, local | ours, global | difference, local | difference, global | |",
         "|---|---:|---:|---:|---:|---:|---:|---|",

@@ -21,6 +21,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.evaluate.metrics import hit_at_k
 from umarvel_ray.evaluate.results import SCOPES, StepResult, positives_of
 from umarvel_ray.evaluate.retrieve import evaluate_checkpoint
+from umarvel_ray.model.checkpoint import read_provenance
 from umarvel_ray.pipeline import Pools, Work
 from umarvel_ray.recipe import Evaluate, Recipe
 from umarvel_ray.runs import STAGE1, Run
@@ -63,12 +64,17 @@ class Outcome:
     failure: str | None = None
 
 
-def build_shared(shared: Run, table: Table, pools: Pools) -> None:
-    """Make the checkpoints that all rows start from with the ordinary stages, unless they are there."""
+def build_shared(shared: Run, table: Table, pools: Pools) -> int | None:
+    """Make the checkpoints that all rows start from with the ordinary stages, unless they are there.
+
+    Returns:
+        The seed that they say they were trained with; None where rows start from the base.
+    """
     if any(not shared.has(step) for step in table.shared if step in STAGE1):
         pipeline.stage1(shared)
     if any(not shared.has(step) for step in table.shared):
         pipeline.stage2_and_reranker(shared, pools)
+    return read_provenance(shared.checkpoint(table.shared[0]))["recipe"]["seed"] if table.shared else None
 
 
 def open_trials(shared: Run, table: Table, variant: Variant, seed: int, rows: Sequence[Row]) -> list[Trial]:
