@@ -26,8 +26,8 @@ Written by `jobs/ablate.py --publish` from `benchmarks/results/ablations/`. Reca
 average with a 7B model, ours the demo's with 7 M parameters, so only the signs of the differences compare. In brackets:
 95 % interval of a paired bootstrap over the queries (resampled within each task; it holds for these training runs, not
 for other seeds). ± is the standard deviation over the seeds, where `--seeds` ran several. The last column sets our
-local difference against the paper's claim; *–* stands for what our sources of the paper do not tell. No choice was made by
-these numbers: they are the test split's.
+local difference against the paper's claim; *–* stands for what our sources of the paper do not tell. Nothing was chosen
+by these numbers: they are the test split's.
 """
 
 
