@@ -101,14 +101,14 @@ def write(path: Path, record: dict, markdown) -> None:
 def publish(options: argparse.Namespace) -> None:
     """Add a table to the published ones and write the page of all of them anew."""
     file = load_recipe(options.recipe, options.overrides).run_dir / "ablations" / f"table-{options.table}.json"
-    from umarvel_ray.ablate.record import markdown
+    from umarvel_ray.ablate.record import markdown, summary
 
     if not file.exists():
         raise UserError(f"{file}: not there yet; run this table first")
     PUBLISHED.mkdir(parents=True, exist_ok=True)
     (PUBLISHED / file.name).write_text(file.read_text())
     records = [json.loads(path.read_text()) for path in sorted(PUBLISHED.glob("table-*.json"))]
-    PAGE.write_text("\n".join([HEAD, *map(markdown, records)]))
+    PAGE.write_text("\n".join([HEAD, summary(records), *map(markdown, records)]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tests.conftest import REPO
 from tests.mini_data import make_mini_data
 from tests.test_report import random_result
 from umarvel_ray.ablate.bootstrap import paired_interval
-from umarvel_ray.ablate.record import make_record, markdown, verdict
+from umarvel_ray.ablate.record import make_record, markdown, summary, verdict
 from umarvel_ray.ablate.tables import NUMBERS, Row, Table, paper_table
 from umarvel_ray.ablate.trials import Outcome, hits_of
 from umarvel_ray.data.tables import open_dataset
@@ -137,6 +137,7 @@ def test_record_and_page_by_hand():
     assert [verdict(found[row.label]) for row in rows] == [
         "", "agrees", "disagrees", "not told apart", "agrees", "not run",
     ]  # fmt: skip
+    assert summary([record]) == "Rows against the paper's claims: agrees 2, disagrees 1, not told apart 1, not run 1.\n"
     assert found["reference"]["difference"] is None
     assert found["better"]["difference"]["local"].mean == pytest.approx(0.5)
     assert found["close"]["difference"]["local"].mean == pytest.approx((0.0 - 1 / 40) / 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from statistics import mean, stdev
 from typing import Any
 
@@ -98,6 +99,13 @@ def verdict(row: Mapping[str, Any]) -> str:
     if ours.holds_zero:
         return "not told apart"
     return "agrees" if (ours.mean > 0) == (row["claim"] == "higher") else "disagrees"
+
+
+def summary(records: Iterable[Mapping[str, Any]]) -> str:
+    """One line: how many of the paper's claims each verdict was given to."""
+    counts = Counter(verdict(row) for record in records for row in record["rows"] if row["claim"])
+    told = ", ".join(f"{what} {count}" for what, count in counts.most_common())
+    return f"Rows against the paper's claims: {told}.\n"
 
 
 def _scored(by_seed: Mapping[int, Outcome]) -> dict[int, Hits]:
