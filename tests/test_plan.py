@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from umarvel_ray.data.plan import (
     QueryRows,
+    continue_hard_plan,
     contrastive_plan,
     distil_plan,
     rank_slice,
@@ -127,6 +128,16 @@ def test_distillation_keeps_each_querys_own_candidates():
             columns = batch.arrays["candidates"][i]
             assert [batch.document_ids[j] for j in columns if j >= 0] == candidates[row]
             assert batch.arrays["teacher"][i][: len(candidates[row])] == pytest.approx(teacher[row])
+
+
+def test_continue_hard_sets_each_query_against_its_own_candidates():
+    rows = QueryRows(["x", "y", "z"], ["t"] * 3, [["a", "e"], ["d"], ["g"]])
+    candidates = {"x": ["a", "b", "e", "c"], "y": ["b", "d"], "z": ["e", "a", "f"]}
+    for batch in continue_hard_plan(rows, candidates, step(2, max_steps=4), seed=1):
+        for i, query in enumerate(batch.query_ids):
+            own = {batch.document_ids[j] for row, j in batch.arrays["own"] if row == i}
+            assert own == {"x": {"b", "c"}, "y": {"b"}, "z": {"e", "a", "f"}}[query]
+            assert batch.document_ids[batch.arrays["targets"][i]] in rows.positives["xyz".index(query)]
 
 
 def test_reranker_pairs_come_as_one_yes_and_one_no():

@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from umarvel_ray.data.plan import PlanStep, QueryRows, contrastive_plan, distil_plan, rerank_plan, write_plan
+from umarvel_ray.data.plan import (
+    PlanStep,
+    QueryRows,
+    continue_hard_plan,
+    contrastive_plan,
+    distil_plan,
+    rerank_plan,
+    write_plan,
+)
 from umarvel_ray.data.quarantine import without_unusable
 from umarvel_ray.data.sample import sample_queries, with_sampled_pools
 from umarvel_ray.data.tables import Dataset, open_dataset
@@ -25,7 +33,6 @@ from umarvel_ray.mine.rank import embed_split, rank
 from umarvel_ray.mine.teacher import RerankerPool, score_table
 from umarvel_ray.model.checkpoint import RERANKER
 from umarvel_ray.model.distill import fuse
-from umarvel_ray.recipe import Recipe
 from umarvel_ray.runs import LADDER, STAGE1, STAGE2, STAGE3, Run
 from umarvel_ray.train.jobs import TrainJob, train_job
 from umarvel_ray.train.launch import run_jobs
@@ -166,7 +173,8 @@ def prepare_stage3(run: Run, pools: Pools | None = None) -> Prepared:
         )
     ids, candidates = scored["query_id"].to_pylist(), scored["document_ids"].to_pylist()
     if kind == "contrastive":
-        _plan_once(job, partial(_continue_hard, sampled, dict(zip(ids, candidates, strict=True)), run.recipe))
+        own = dict(zip(ids, candidates, strict=True))
+        _plan_once(job, partial(continue_hard_plan, QueryRows.of(sampled), own, settings.train, run.recipe.seed))
         return Prepared([Work(job, sampled)], data)
     cosines, answers = scored["scores"].to_pylist(), scored["rerank_scores"].to_pylist()
     fused = [
@@ -222,16 +230,6 @@ def _hard_negatives(run: Run, mined: pa.Table, data: Dataset) -> Work:
     given = (rows, step, run.recipe.seed, negatives, step.hard_negatives, step.in_batch_negatives)
     _plan_once(job, partial(contrastive_plan, *given))
     return Work(job, queries)
-
-
-def _continue_hard(sampled: pa.Table, candidates: dict[str, list[str]], recipe: Recipe) -> list[PlanStep]:
-    """Stage 3's control: each query with one positive against its own candidates, positives out (method section 5)."""
-    rows = QueryRows.of(sampled)
-    negatives = {
-        id_: [document for document in candidates.get(id_, ()) if document not in positives]
-        for id_, positives in zip(rows.ids, rows.positives, strict=True)
-    }
-    return contrastive_plan(rows, recipe.stage3.train, recipe.seed, negatives, recipe.stage3.top_k, in_batch=False)
 
 
 def _reranker(run: Run, mined: pa.Table, data: Dataset) -> Work:

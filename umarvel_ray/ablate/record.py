@@ -71,7 +71,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"{record['how']} Recipe `{record['recipe']}`{changes}; seed of the rows {record['seed']}{shared}; "
         f"{record['queries']:,} queries. Differences are to *{record['reference']}*.",
         "",
-        "| | paper, local | paper, global | ours, local | ours, global | difference, local | difference, global | |",
+        "| | paper, local | paper, global | ours, local | ours, global | difference, local | difference, global | claim |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in record["rows"]:

@@ -147,7 +147,7 @@ def _batch(recipe: Recipe) -> Table:
         f"{small} (the paper's 480), its rate {rate:.3g} (1e-4).",
         "stage1",
         STAGE1[-1],
-        STAGE1[:-1],
+        _stage1(recipe)[:-1],
         "batch × 1, same rate, fixed τ",
         (
             row(1, False, "none", 57.2, None),
@@ -168,7 +168,7 @@ def _hard_negatives(recipe: Recipe) -> Table:
         f"Stage 2 is trained from stage 1's model with {recipe.stage2.train.hard_negatives} mined negatives per query.",
         "stage2",
         STAGE2,
-        STAGE1,
+        _stage1(recipe),
         "in-batch + unfiltered",
         (
             Row("stage 1's model, no more training", None, (60.1, None), "higher"),
@@ -195,7 +195,7 @@ def _distillation(recipe: Recipe) -> Table:
         "candidates as only negatives.",
         "stage3",
         STAGE3,
-        (*STAGE1, STAGE2, RERANKER),
+        (*_stage1(recipe), STAGE2, RERANKER),
         "continue-hard",
         (
             Row("stage 2's model, no more training", None, (61.7, 59.9)),
@@ -203,6 +203,12 @@ def _distillation(recipe: Recipe) -> Table:
             Row("distillation", (), (63.2, 60.7), "higher"),
         ),
     )
+
+
+def _stage1(recipe: Recipe) -> tuple[str, ...]:
+    """The steps of stage 1 that the recipe does not leave out."""
+    steps = (recipe.stage1.text, recipe.stage1.image_text, recipe.stage1.instruction)
+    return tuple(name for name, step in zip(STAGE1, steps, strict=True) if step)
 
 
 _FROM_BASE = (

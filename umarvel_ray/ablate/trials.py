@@ -69,11 +69,16 @@ def build_shared(shared: Run, table: Table, pools: Pools) -> int | None:
 
     Returns:
         The seed that they say they were trained with; None where rows start from the base.
+
+    Raises:
+        UserError: the recipe leaves a step out that the table is about.
     """
     if any(not shared.has(step) for step in table.shared if step in STAGE1):
         pipeline.stage1(shared)
     if any(not shared.has(step) for step in table.shared):
         pipeline.stage2_and_reranker(shared, pools)
+    for step in table.shared:
+        shared.parent(step, f"table {table.number}")
     return read_provenance(shared.checkpoint(table.shared[0]))["recipe"]["seed"] if table.shared else None
 
 

@@ -128,6 +128,21 @@ def distil_plan(
     return plan
 
 
+def continue_hard_plan(
+    queries: QueryRows, candidates: Mapping[str, Sequence[str]], step: Step, seed: int
+) -> list[PlanStep]:
+    """Distillation's control: InfoNCE batches in which a query's own candidates are its only negatives.
+
+    The method's section 5: one positive each; positives among the candidates are taken out.
+    """
+    negatives = {
+        id_: [document for document in candidates.get(id_, ()) if document not in positives]
+        for id_, positives in zip(queries.ids, queries.positives, strict=True)
+    }
+    most = max(map(len, negatives.values()))
+    return contrastive_plan(queries, step, seed, negatives, most, in_batch=False)
+
+
 def rerank_plan(queries: QueryRows, negatives: Mapping[str, Sequence[str]], step: Step, seed: int) -> list[PlanStep]:
     """Pairs for the Yes/No reranker: for each query one positive and one mined negative (method section 4)."""
     usable = [i for i, q in enumerate(queries.ids) if negatives.get(q)]
