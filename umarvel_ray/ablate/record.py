@@ -69,9 +69,9 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"## Table {record['table']}: {record['title']}{partial}",
         "",
         f"{record['how']} Recipe `{record['recipe']}`{changes}; seed of the rows {record['seed']}{shared}; "
-        f"{record['queries']:,} queries. Differences are to *{record['reference']}*.",
+        f"{record['queries']:,} queries. Differences (Δ) are to *{record['reference']}*.",
         "",
-        "| | paper, local | paper, global | ours, local | ours, global | difference, local | difference, global | claim |",
+        "| | paper, local | paper, global | ours, local | ours, global | Δ local | Δ global | claim |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in record["rows"]:
