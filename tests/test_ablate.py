@@ -137,7 +137,8 @@ def test_record_and_page_by_hand():
     assert [verdict(found[row.label]) for row in rows] == [
         "", "agrees", "disagrees", "not told apart", "agrees", "not run",
     ]  # fmt: skip
-    assert summary([record]) == "Rows against the paper's claims: agrees 2, disagrees 1, not told apart 1, not run 1.\n"
+    told = "Rows against the paper's claims: agrees 2, disagrees 1, not told apart 1, not run 1."
+    assert summary([record]) == f"{told} Tables not run: 1, 2, 3, 4, 6.\n"
     assert found["reference"]["difference"] is None
     assert found["better"]["difference"]["local"].mean == pytest.approx(0.5)
     assert found["close"]["difference"]["local"].mean == pytest.approx((0.0 - 1 / 40) / 2)

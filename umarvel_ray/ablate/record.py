@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 
 from umarvel_ray.ablate.bootstrap import Interval, paired_interval
-from umarvel_ray.ablate.tables import Table
+from umarvel_ray.ablate.tables import NUMBERS, Table
 from umarvel_ray.ablate.trials import Hits, Outcome
 from umarvel_ray.evaluate.results import SCOPES
 
@@ -101,11 +101,13 @@ def verdict(row: Mapping[str, Any]) -> str:
     return "agrees" if (ours.mean > 0) == (row["claim"] == "higher") else "disagrees"
 
 
-def summary(records: Iterable[Mapping[str, Any]]) -> str:
-    """One line: how many of the paper's claims each verdict was given to."""
+def summary(records: Sequence[Mapping[str, Any]]) -> str:
+    """How many of the paper's claims each verdict was given to, and which tables are missing."""
     counts = Counter(verdict(row) for record in records for row in record["rows"] if row["claim"])
     told = ", ".join(f"{what} {count}" for what, count in counts.most_common())
-    return f"Rows against the paper's claims: {told}.\n"
+    missing = ", ".join(str(number) for number in NUMBERS if number not in {record["table"] for record in records})
+    not_run = f" Tables not run: {missing}." if missing else ""
+    return f"Rows against the paper's claims: {told}.{not_run}\n"
 
 
 def _scored(by_seed: Mapping[int, Outcome]) -> dict[int, Hits]:
