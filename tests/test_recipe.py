@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.recipe import SHIPPED, dump_recipe, load_recipe
+from umarvel_ray.recipe import SHIPPED, Step, dump_recipe, load_recipe
+from umarvel_ray.runs import Run
+from umarvel_ray.train.engine import learning_rate
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
@@ -136,6 +138,12 @@ def test_overrides_win_over_the_file_which_wins_over_its_parent(tmp_path):
         ("name.x=1", "'name' is a value"),
         ("seed", "key.sub=value"),
         ("model={a: [}", "not valid YAML"),
+        ("stage1.text.lr_scaling=sqrt", "reference_batch"),
+        ("stage1.text.in_batch_negatives=false", "hard_negatives"),
+        ("stage2.train={in_batch_negatives: false, hard_negatives: 2, two_way: true}", "stage2.train"),
+        ("stage1.instruction=null", "stage1.instruction"),
+        ("stage2.mining.random_mix_of={a: 2}", "random_mix_of.a"),
+        ("stage3.objective=both", "stage3.objective"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_the_key(override, said):
@@ -156,6 +164,24 @@ def test_a_broken_file_is_one_line_that_names_it(text, said, tmp_path):
         load_recipe(str(path))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("scaling", "rate"), [("none", 1e-4), ("sqrt", 2.828427e-4), ("linear", 8e-4)])
+def test_the_learning_rate_grows_with_the_batch(scaling, rate):
+    """Paper Table 4: 480 queries at 1e-4; eight times as many at 2.8e-4 by the square root."""
+    step = Step(queries="train", batch_size=3840, learning_rate=1e-4, lr_scaling=scaling, reference_batch=480)
+    assert [learning_rate(step, number, 100) for number in (0, 1, 2)] == pytest.approx([rate / 3, rate * 2 / 3, rate])
+    assert learning_rate(step, 3 + 97 // 2, 100) == pytest.approx(rate / 2, rel=0.03)
+
+
+def test_a_folder_made_before_a_key_existed_is_the_same_run(tmp_path):
+    recipe = load_recipe("demo", [f"output={tmp_path}"])
+    tree = recipe.model_dump(mode="json")
+    del tree["stage3"]["objective"], tree["stage1"]["text"]["lr_scaling"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert Run.open(recipe).dir == tmp_path
+    with pytest.raises(UserError, match=r"stage3\.objective"):
+        Run.open(load_recipe("demo", [f"output={tmp_path}", "stage3.objective=continue-hard"]))
 
 
 def test_the_demo_file_has_no_key_twice():

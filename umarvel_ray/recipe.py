@@ -96,6 +96,10 @@ class Step(Section):
     epochs: Positive = 1.0
     max_steps: PositiveInt | None = None
     learning_rate: Positive
+    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
+        default="none", description="how learning_rate grows with batch_size / reference_batch (paper Table 4)"
+    )
+    reference_batch: PositiveInt | None = Field(default=None, description="the batch that learning_rate is meant for")
     warmup_ratio: Fraction = 0.03
     weight_decay: NonNegative = 0.0
     clip_norm: Positive = 1.0
@@ -106,6 +110,18 @@ class Step(Section):
     homogeneous: float = Field(default=0.0, ge=0, le=1, description="share of global batches drawn from a single task")
     checkpoint_every: PositiveInt = 50
 
+    @model_validator(mode="after")
+    def _scaling_needs_a_reference(self) -> Step:
+        if self.lr_scaling != "none" and self.reference_batch is None:
+            raise ValueError(f"lr_scaling={self.lr_scaling} needs reference_batch, what learning_rate is meant for")
+        return self
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate after warm-up: scaled to the batch size by `lr_scaling`."""
+        power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[self.lr_scaling]
+        return self.learning_rate * (self.batch_size / (self.reference_batch or self.batch_size)) ** power
+
 
 class ContrastiveStep(Step):
     """InfoNCE over the global batch (paper eq. 1); `two_way` adds the document → query direction."""
@@ -113,6 +129,13 @@ class ContrastiveStep(Step):
     two_way: bool = False
     temperature: Temperature = Temperature()
     hard_negatives: int = Field(default=0, ge=0, description="mined documents added per query")
+    in_batch_negatives: bool = Field(default=True, description="false: only a query's own mined ones count")
+
+    @model_validator(mode="after")
+    def _some_negatives(self) -> ContrastiveStep:
+        if not self.in_batch_negatives and (self.two_way or not self.hard_negatives):
+            raise ValueError("in_batch_negatives: false needs hard_negatives above 0 and two_way: false")
+        return self
 
 
 class Mining(Section):
@@ -120,10 +143,13 @@ class Mining(Section):
 
     depth: PositiveInt = Field(default=100, description="candidates kept per query before the filters")
     pool: Literal["local", "global"] = "global"
-    max_similarity: Annotated[float, Field(gt=-1.0, le=1.0)] | Literal["calibrate"] = 0.7
+    max_similarity: Annotated[float, Field(gt=-1.0, le=1.0)] | Literal["calibrate"] = Field(
+        default=0.7, description="drop candidates above this cosine; 1 keeps all"
+    )
     margin: float | None = Field(default=None, description="drop candidates above positive × (1 − margin)")
     min_rank: int = Field(default=0, ge=0, description="skip this many best candidates that passed the filters")
     random_mix: Fraction = Field(default=0.0, description="share of negatives drawn at random from the pool")
+    random_mix_of: dict[str, Fraction] | None = Field(default=None, description="tasks with another random_mix")
     max_queries: PositiveInt | None = Field(default=None, description="mine and train on a sample of this many queries")
     max_pool: PositiveInt | None = Field(
         default=None, description="mine in a sample of this many documents of a pool, positives aside; stage 3 too"
@@ -131,10 +157,10 @@ class Mining(Section):
 
 
 class Stage1(Section):
-    """Progressive transition: text pairs, image-caption pairs, instructions (paper Table 3)."""
+    """Progressive transition: text pairs, image-caption pairs, instructions; null leaves one out (paper Table 3)."""
 
-    text: ContrastiveStep
-    image_text: ContrastiveStep
+    text: ContrastiveStep | None
+    image_text: ContrastiveStep | None
     instruction: ContrastiveStep
 
 
@@ -155,8 +181,12 @@ class RerankerStage(Section):
 
 
 class Stage3(Section):
-    """Distil recall-then-rerank into the embedder: KL on the top-k of a query sample (method section 5)."""
+    """Distil recall-then-rerank into the embedder: KL on the top-k of a query sample (method section 5).
 
+    `continue-hard` is the paper's control: InfoNCE with the same queries, and the same candidates as only negatives.
+    """
+
+    objective: Literal["distil", "continue-hard"] = "distil"
     sample: Fraction = 0.1
     top_k: PositiveInt = 50
     alpha: Fraction = Field(default=0.5, description="S = α·cosine + (1 − α)·P(yes)")

@@ -26,7 +26,7 @@ def info_nce(
         queries: (N, D) unit vectors of the global batch.
         documents: (M, D) unit vectors, each distinct document once.
         targets: (N,) column of each query's positive.
-        relevant: (N, M) bool, every listed positive: never counted as a negative.
+        relevant: (N, M) bool, every listed positive, or other document that is never counted as a negative.
         log_temperature: scalar, log τ.
         rows: the queries whose terms this rank computes.
         two_way: add the document → query direction for the same positives.

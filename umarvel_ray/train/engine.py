@@ -31,8 +31,8 @@ def learning_rate(step: Step, number: int, total: int) -> float:
     """Linear warm-up over `warmup_ratio` of the run, then cosine to zero (method section 2)."""
     warmup = math.ceil(step.warmup_ratio * total)
     if number < warmup:
-        return step.learning_rate * (number + 1) / warmup
-    return step.learning_rate * 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, total - warmup)))
+        return step.peak_rate * (number + 1) / warmup
+    return step.peak_rate * 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, total - warmup)))
 
 
 def deepspeed_config(step: Step, engine: Engine) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def make_engine(module: torch.nn.Module, step: Step, engine: Engine) -> deepspee
     groups = [{"params": decayed, "weight_decay": step.weight_decay}]
     if plain:
         groups.append({"params": plain, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=step.learning_rate, betas=step.adam_betas, eps=step.adam_eps)
+    optimizer = torch.optim.AdamW(groups, lr=step.peak_rate, betas=step.adam_betas, eps=step.adam_eps)
     wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(step, engine))
     _prime(wrapped, steps=0)
     return wrapped

@@ -34,17 +34,21 @@ def run_step(
     return loss, temperature, _total(tokens, engine.device)
 
 
-def relevance(plan: PlanStep) -> np.ndarray:
-    """(N, M) bool: the listed positives of each query of a contrastive step."""
-    matrix = np.zeros((len(plan.query_ids), len(plan.document_ids)), dtype=bool)
-    rows, columns = plan.arrays["relevant"].T
-    matrix[rows, columns] = True
+def excused(plan: PlanStep) -> np.ndarray:
+    """(N, M) bool: what is no negative of each query of a contrastive step.
+
+    Its listed positives; and all that is not its own where the plan lists each query's `own` negatives.
+    """
+    matrix = np.full((len(plan.query_ids), len(plan.document_ids)), "own" in plan.arrays)
+    for name, value in (("own", False), ("relevant", True)):
+        if name in plan.arrays:
+            matrix[tuple(plan.arrays[name].T)] = value
     return matrix
 
 
 def _contrastive(plan: PlanStep, two_way: bool) -> LossOf:
     targets = torch.from_numpy(plan.arrays["targets"]).long()
-    relevant = torch.from_numpy(relevance(plan))
+    relevant = torch.from_numpy(excused(plan))
 
     def loss_of(queries, documents, log_temperature, rows):
         device = queries.device
