@@ -275,3 +275,11 @@ def test_an_unknown_base_or_table_says_so():
     assert estimate(load_recipe("demo", ["base=/nowhere"])).startswith("No estimate: base /nowhere")
     text = estimate(load_recipe("demo", ["data.root=/nowhere", "stage1.text.max_steps=null"]))
     assert re.search(r"stage1.text +.* \? +unknown +\? ", text)
+
+
+def test_a_step_that_is_left_out_is_not_estimated():
+    recipe = load_recipe("demo", ["stage1.text=null"])
+    assert [load.name for load in loads(recipe, read_shape(recipe.base))][:2] == [
+        "stage1.image_text",
+        "stage1.instruction",
+    ]
