@@ -60,6 +60,22 @@ def test_more_items_than_a_window(embedder):
     np.testing.assert_allclose(vectors, np.resize(vectors[:5], vectors.shape), atol=1e-5)
 
 
+def test_truncated_vectors_are_the_first_coordinates_at_unit_norm(tiny_base, embedder):
+    short = Embedder.from_pretrained(tiny_base, settings=SETTINGS, truncate_dim=5)
+    items = ["a red fox", {"text": "boats", "image": Image.new("RGB", (64, 64), "red")}]
+    first = embedder.encode_document(items)[:, :5]
+    assert short.dimension == 5
+    for encode in (short.encode_query, short.encode_document):
+        np.testing.assert_allclose(encode(items), first / np.linalg.norm(first, axis=1, keepdims=True), atol=1e-6)
+    assert short.encode_query([]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dimension", [0, -1, 33])
+def test_a_dimension_that_the_model_lacks_is_refused(tiny_base, dimension):
+    with pytest.raises(UserError, match=f"truncate_dim is {dimension}; give 1 to 32"):
+        Embedder.from_pretrained(tiny_base, settings=SETTINGS, truncate_dim=dimension)
+
+
 def test_nothing_gives_nothing(embedder):
     assert embedder.encode_query([]).shape == (0, embedder.dimension)
     assert embedder.encode([]).shape == (0, embedder.dimension)

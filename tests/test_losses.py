@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from umarvel_ray.data.plan import QueryRows, contrastive_plan
+from umarvel_ray.data.plan import PlanStep, QueryRows, contrastive_plan
 from umarvel_ray.model.losses import info_nce
-from umarvel_ray.recipe import Step
-from umarvel_ray.train.steps import excused
+from umarvel_ray.recipe import ContrastiveStep, Step
+from umarvel_ray.train.steps import _contrastive, excused
 
 
 @pytest.fixture
@@ -106,3 +108,24 @@ def test_half_precision_vectors_are_compared_in_fp32(batch):
     exact = info_nce(queries.bfloat16().float(), documents.bfloat16().float(), targets, relevant, tau, slice(0, 4))
     assert loss.dtype == torch.float32
     assert loss.item() == exact.item()
+
+
+@pytest.mark.parametrize("two_way", [False, True])
+def test_matryoshka_is_the_mean_of_the_formula_over_shortened_vectors(batch, two_way):
+    """arXiv 2205.13147, eq. 1, with all weights one over their number; the whole dimension counts once."""
+    queries, documents, targets, relevant, tau = batch
+    step = ContrastiveStep(queries="x", batch_size=4, learning_rate=1, matryoshka=(5, 3, 8))
+    columns = [[i, j] for i in range(4) for j in range(6) if relevant[i, j]]
+    arrays = {"targets": targets.numpy(), "relevant": np.array(columns)}
+    plan = PlanStep(0, tuple("abcd"), tuple("abcdef"), arrays)
+    job = SimpleNamespace(step=step, two_way=two_way)
+    loss = _contrastive(plan, job)(queries, documents, tau, slice(0, 4))
+    expected = 0
+    for width in (3, 5, 8):
+        short = [side[:, :width] / side[:, :width].norm(dim=1, keepdim=True) for side in (queries, documents)]
+        expected = expected + formula(*short, targets, relevant, tau, two_way) / 3
+    torch.testing.assert_close(loss.double(), expected[0] if expected.ndim else expected, atol=1e-6, rtol=1e-5)
+    for given, wanted in zip(
+        *(torch.autograd.grad(x.sum(), (queries, documents, tau)) for x in (loss, expected)), strict=True
+    ):
+        torch.testing.assert_close(given, wanted, atol=1e-6, rtol=1e-4)

@@ -196,3 +196,45 @@ def test_the_demo_file_has_no_key_twice():
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     for name in NAMES:
         yaml.load((SHIPPED / f"{name}.yaml").read_text(), Strict)
+
+
+def test_a_step_trains_adapters_on_the_language_model_unless_it_says_otherwise():
+    for name in NAMES:
+        recipe = load_recipe(name)
+        for step in (recipe.stage1.text, recipe.stage1.instruction, recipe.stage2.train, recipe.reranker.train):
+            assert (step.language_model, step.vision, step.lora.init) == ("lora", "frozen", None)
+            assert set(step.learning_rates.model_dump().values()) == {None}
+        assert recipe.stage2.train.matryoshka == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["stage2.train.learning_rates.projector=1e-4"], "learning_rates.projector needs vision: projector or full"),
+        (
+            ["stage2.train.vision=projector", "stage2.train.learning_rates.vision=1e-4"],
+            "learning_rates.vision needs vision: full",
+        ),
+        (["stage3.train.lora.init=x", "stage3.train.language_model=full"], "lora.init needs language_model: lora"),
+        (["stage2.train.language_model=qlora", "engine.zero_stage=3"], "stage2.train: ZeRO-3 cannot spread 4-bit"),
+        (["stage1.text.learning_rates.temperature=1e-4"], "stage1.text.learning_rates.temperature needs a temperature"),
+        (["reranker.train.learning_rates.temperature=1e-4"], "reranker.train.learning_rates.temperature needs"),
+        (["stage2.train.matryoshka=[0]"], "stage2.train.matryoshka.0"),
+    ],
+)
+def test_what_cannot_train_together_is_one_line(overrides, line):
+    with pytest.raises(UserError, match=line):
+        load_recipe("demo", overrides)
+
+
+def test_what_can_train_together_is_taken():
+    step = "stage2.train"
+    changes = [
+        "vision=full",
+        "learning_rates={projector: 1e-4, vision: 1e-5, temperature: 1e-3}",
+        "matryoshka=[64, 32]",
+    ]
+    recipe = load_recipe("demo", [f"{step}.{change}" for change in changes] + ["engine.zero_stage=3"])
+    assert recipe.stage2.train.learning_rates.vision == 1e-5
+    assert recipe.stage2.train.matryoshka == (64, 32)
+    assert load_recipe("demo", ["stage3.train.learning_rates.temperature=1e-3"]).stage3.temperature.learn

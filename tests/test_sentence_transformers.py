@@ -57,6 +57,8 @@ for folder in given["folders"]:
     found[f"{folder}/query"] = model.encode_query(given["queries"], batch_size=3)
     found[f"{folder}/document"] = model.encode_document(given["documents"], batch_size=3)
     found[f"{folder}/prompt"] = model.encode_query(given["plain"], prompt=given["told"])
+found["truncated"] = SentenceTransformer(folder, trust_remote_code=True, device="cpu", truncate_dim=7).encode_query(
+    given["queries"], normalize_embeddings=True)
 model.save("resaved")
 again = SentenceTransformer("resaved", trust_remote_code=True, device="cpu")
 found["resaved"] = again.encode_query(given["queries"])
@@ -157,6 +159,13 @@ def test_every_setting_moves_the_vectors(opened):
         assert moved > 1e-3, case
     query = found["as the paper/query"]
     assert np.abs(query[0] - query[1]).max() > 1e-3  # with and without instruction
+
+
+def test_truncated_vectors_are_the_same(opened):
+    folder, given, found = opened
+    short = Embedder.from_pretrained(folder / list(CASES)[-1], truncate_dim=7)
+    assert found["truncated"].shape == (len(given["queries"]), 7)
+    assert np.abs(found["truncated"] - short.encode_query(given["queries"])).max() < 1e-5
 
 
 def test_it_saves_what_it_opened(opened):

@@ -77,6 +77,15 @@ class Lora(Section):
     r: PositiveInt = 128
     alpha: PositiveInt = 256
     dropout: Fraction = 0.05
+    init: str | None = Field(default=None, description="directory of a PEFT adapter to go on from; null starts anew")
+
+
+class Rates(Section):
+    """Learning rates of parts; null is the step's `learning_rate`. All follow its warm-up and decay."""
+
+    projector: Positive | None = None
+    vision: Positive | None = Field(default=None, description="of the tower without its projector")
+    temperature: Positive | None = None
 
 
 class Temperature(Section):
@@ -105,7 +114,12 @@ class Step(Section):
     clip_norm: Positive = 1.0
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     adam_eps: Positive = 1e-8
+    language_model: Literal["lora", "qlora", "full"] = Field(
+        default="lora", description="adapters; adapters on 4-bit weights; all weights but the token tables"
+    )
     lora: Lora = Lora()
+    vision: Literal["frozen", "projector", "full"] = Field(default="frozen", description="what of the tower trains")
+    learning_rates: Rates = Rates()
     max_per_task: PositiveInt | None = Field(default=None, description="queries of a task in an epoch, drawn anew")
     homogeneous: float = Field(default=0.0, ge=0, le=1, description="share of global batches drawn from a single task")
     checkpoint_every: PositiveInt = 50
@@ -114,6 +128,16 @@ class Step(Section):
     def _scaling_needs_a_reference(self) -> Step:
         if self.lr_scaling != "none" and self.reference_batch is None:
             raise ValueError(f"lr_scaling={self.lr_scaling} needs reference_batch, what learning_rate is meant for")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_have_their_part(self) -> Step:
+        if self.learning_rates.projector and self.vision == "frozen":
+            raise ValueError("learning_rates.projector needs vision: projector or full")
+        if self.learning_rates.vision and self.vision != "full":
+            raise ValueError("learning_rates.vision needs vision: full")
+        if self.lora.init and self.language_model == "full":
+            raise ValueError("lora.init needs language_model: lora or qlora")
         return self
 
     @property
@@ -130,6 +154,9 @@ class ContrastiveStep(Step):
     temperature: Temperature = Temperature()
     hard_negatives: int = Field(default=0, ge=0, description="mined documents added per query")
     in_batch_negatives: bool = Field(default=True, description="false: only a query's own mined ones count")
+    matryoshka: tuple[PositiveInt, ...] = Field(
+        default=(), description="shorter dimensions that are trained as well (arXiv 2205.13147)"
+    )
 
     @model_validator(mode="after")
     def _some_negatives(self) -> ContrastiveStep:
@@ -262,6 +289,24 @@ class Recipe(Section):
         if self.reranker.train.queries != self.stage2.train.queries:
             raise ValueError("reranker.train.queries must be stage2.train.queries, whose negatives it learns from")
         return self
+
+    @model_validator(mode="after")
+    def _steps_fit_the_engine(self) -> Recipe:
+        for name, step, temperature in self._steps():
+            if step.language_model == "qlora" and self.engine.zero_stage == 3:
+                raise ValueError(f"{name}: ZeRO-3 cannot spread 4-bit weights; set engine.zero_stage to 0, 1 or 2")
+            if step.learning_rates.temperature and not (temperature and temperature.learn):
+                raise ValueError(f"{name}.learning_rates.temperature needs a temperature with learn: true")
+        return self
+
+    def _steps(self) -> list[tuple[str, Step, Temperature | None]]:
+        contrastive = {f"stage1.{name}": getattr(self.stage1, name) for name in Stage1.model_fields}
+        contrastive["stage2.train"] = self.stage2.train
+        return [
+            *((name, step, step.temperature) for name, step in contrastive.items()),
+            ("reranker.train", self.reranker.train, None),
+            ("stage3.train", self.stage3.train, self.stage3.temperature),
+        ]
 
     @property
     def run_dir(self) -> Path:

@@ -14,6 +14,7 @@ from umarvel_ray.model.batch import collate, token_buckets
 from umarvel_ray.model.checkpoint import load_settings
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.items import EncodedItem, Item, ItemEncoder
+from umarvel_ray.model.losses import truncate
 from umarvel_ray.recipe import ModelSettings
 
 WINDOW = 1024  # items whose pictures are held in memory at once
@@ -27,7 +28,16 @@ class Embedder:
     >>> scores = embedder.similarity(queries, embedder.encode_document([{"image": "car.jpg"}]))
     """
 
-    def __init__(self, model: EmbeddingModel, encoder: ItemEncoder, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: EmbeddingModel,
+        encoder: ItemEncoder,
+        device: torch.device | str = "cpu",
+        truncate_dim: int | None = None,
+    ) -> None:
+        if truncate_dim is not None and not 1 <= truncate_dim <= model.dimension:
+            raise UserError(f"truncate_dim is {truncate_dim}; give 1 to {model.dimension}, the model's dimension")
+        self.truncate_dim = truncate_dim
         self.model = model.to(device).eval()
         self.encoder = encoder
         self.device = torch.device(device)
@@ -41,15 +51,18 @@ class Embedder:
         settings: ModelSettings | None = None,
         preset: Literal["reference"] | None = None,
         generation_prompt: bool = True,
+        truncate_dim: int | None = None,
     ) -> Embedder:
         """Load a checkpoint. A directory without `umarvel.json` (a base, a released one) needs `settings` or `preset`.
 
         Args:
             preset: "reference" for a checkpoint that U-MARVEL's authors released, embedded as their code does.
             generation_prompt: with the preset: their evaluation appends one, their training does not (trap T4).
+            truncate_dim: keep so many coordinates of each vector, scaled to unit norm again; for checkpoints that were
+                trained with `matryoshka`.
 
         Raises:
-            UserError: not a checkpoint; missing or truncated files; another preset.
+            UserError: not a checkpoint; missing or truncated files; another preset; no such dimension.
         """
         if preset not in (None, "reference"):
             raise UserError(f"preset '{preset}' is not known; the only one is 'reference'")
@@ -57,11 +70,11 @@ class Embedder:
             settings = ModelSettings.reference(generation_prompt)
         settings = settings or load_settings(path)
         model = EmbeddingModel.from_pretrained(path, settings, dtype)
-        return cls(model, ItemEncoder.from_pretrained(path, settings), device)
+        return cls(model, ItemEncoder.from_pretrained(path, settings), device, truncate_dim)
 
     @property
     def dimension(self) -> int:
-        return self.model.dimension
+        return self.truncate_dim or self.model.dimension
 
     def encode_query(self, items: Sequence[Item | str], token_budget: int = 16384) -> np.ndarray:
         """Embed queries: float32 (n, d), rows of unit norm, in the order given. Raises: see `ItemEncoder.encode`."""
@@ -77,7 +90,7 @@ class Embedder:
         result = np.empty((len(encoded), self.dimension), dtype=np.float32)
         for bucket in token_buckets([item.length for item in encoded], token_budget):
             batch = collate([encoded[index] for index in bucket], self.device)
-            result[bucket] = self.model(batch).cpu().numpy()
+            result[bucket] = truncate(self.model(batch), self.dimension).cpu().numpy()
         return result
 
     @staticmethod

@@ -23,7 +23,7 @@ from umarvel_ray.model.items import EncodedItem
 from umarvel_ray.model.losses import gather_rows
 from umarvel_ray.model.pictures import Picture
 
-VisualOf = Callable[[Sequence[Picture]], dict[str, torch.Tensor]]
+VisualOf = Callable[[Sequence[Picture]], dict[str, torch.Tensor] | None]
 LossOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, slice], torch.Tensor]
 
 
@@ -61,7 +61,7 @@ def embedding_step(
     Args:
         queries, documents: this rank's share of the global batch, each distinct document once.
         loss_of: (all queries (N, D), all documents (M, D), log τ, own rows) → this rank's share of the loss.
-        visual_of: pictures → the frozen tower's output by picture key.
+        visual_of: pictures → the frozen tower's output by picture key; None has the model run its own tower.
         seed: of this step, shared by all ranks.
 
     Returns:

@@ -22,6 +22,7 @@ from deepspeed.utils import (
 )
 from torch.nn import functional as F
 
+from umarvel_ray.model.trainable import PARTS, part_of
 from umarvel_ray.recipe import Engine, Step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,39 +51,58 @@ def deepspeed_config(step: Step, engine: Engine) -> dict[str, Any]:
 
 
 def make_engine(module: torch.nn.Module, step: Step, engine: Engine) -> deepspeed.DeepSpeedEngine:
-    """Wrap a module whose trainable parameters are its `requires_grad` ones; temperatures carry no weight decay."""
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    decayed = [p for name, p in trainable.items() if not name.endswith("log_temperature")]
-    plain = [p for name, p in trainable.items() if name.endswith("log_temperature")]
-    groups = [{"params": decayed, "weight_decay": step.weight_decay}]
-    if plain:
-        groups.append({"params": plain, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=step.peak_rate, betas=step.adam_betas, eps=step.adam_eps)
+    """Wrap a module whose trainable parameters are its `requires_grad` ones."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, step), lr=step.peak_rate, betas=step.adam_betas, eps=step.adam_eps
+    )
     wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(step, engine))
     _prime(wrapped, steps=0)
     return wrapped
 
 
+def parameter_groups(module: torch.nn.Module, step: Step) -> list[dict[str, Any]]:
+    """AdamW's groups, the language model's first: matrices decay; biases, norms and the temperature do not.
+
+    `relative_rate` is a part's own learning rate over the step's.
+    """
+    rates = step.learning_rates.model_dump()
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((part_of(name), p.ndim > 1), []).append(p)
+    return [
+        {
+            "params": groups[part, decays],
+            "weight_decay": step.weight_decay if decays else 0.0,
+            "relative_rate": (rates.get(part) or step.learning_rate) / step.learning_rate,
+        }
+        for part in PARTS
+        for decays in (True, False)
+        if (part, decays) in groups
+    ]
+
+
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
-    """The rate of the next optimiser step, for all groups."""
+    """The rate of the next optimiser step; parts with a rate of their own get theirs in proportion."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group["relative_rate"]
 
 
 def capture(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """Trainable parameters and Adam moments as full fp32 CPU tensors (a collective call under ZeRO).
+    """Trainable parameters and Adam moments as full fp32 CPU tensors, on rank 0 alone (a collective call under ZeRO).
 
-    Keys: `param.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`.
+    Keys: `param.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`; no other rank keeps what may be twelve bytes a parameter.
     """
     state = {}
     for name, p in _trainable(engine):
         if engine.zero_optimization_stage():
-            state[f"param.{name}"] = safe_get_full_fp32_param(p)
-            state |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+            values = [safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, key) for key in MOMENTS)]
         else:
-            state[f"param.{name}"] = p.data
-            state |= {f"{key}.{name}": engine.basic_optimizer.state[p][key] for key in MOMENTS}
-    return {key: value.detach().float().cpu().clone().contiguous() for key, value in state.items()}
+            values = [p.data, *(engine.basic_optimizer.state[p][key] for key in MOMENTS)]
+        if dist.get_rank() == 0:
+            for key, value in zip(("param", *MOMENTS), values, strict=True):
+                state[f"{key}.{name}"] = value.detach().float().cpu().clone().contiguous()
+    return state
 
 
 def restore(engine: deepspeed.DeepSpeedEngine, state: dict[str, torch.Tensor], steps: int) -> None:

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from umarvel_ray.data.plan import PlanStep, Tables, read_plan
 from umarvel_ray.data.stream import open_stream
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.embedding_model import VisionCache
+from umarvel_ray.model.embedding_model import EmbeddingModel, VisionCache
+from umarvel_ray.model.reranker import RerankerModel
 from umarvel_ray.train.build import build_module, model_of, save_merged
-from umarvel_ray.train.embedding_step import Passes
+from umarvel_ray.train.embedding_step import Passes, VisualOf
 from umarvel_ray.train.engine import capture, learning_rate, load_trainable, make_engine, restore, set_learning_rate
 from umarvel_ray.train.jobs import VISION_CACHE_BYTES, TrainJob
 from umarvel_ray.train.log import StepLog
@@ -52,12 +53,10 @@ def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = read_plan(job.plan_path)
     start, state = _resume_point(job.name)
-    module = build_module(job)
+    module = build_module(job, quantised=job.step.language_model == "qlora")
     if state:
         load_trainable(module, state)
-    model = model_of(module)
-    tower = FrozenTower(model.backbone, model.scale, "cuda" if torch.cuda.is_available() else "cpu")
-    cache = VisionCache(VISION_CACHE_BYTES if job.engine.cache_vision else 0)
+    visual_of = _visual_of(job, model_of(module))
     engine = make_engine(module, job.step, job.engine)
     if state:
         restore(engine, state, start)
@@ -70,7 +69,7 @@ def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float) -> None:
         waited = time.monotonic() - clock
         set_learning_rate(engine, learning_rate(job.step, number, len(plan)))
         engine.train()
-        loss, temperature, tokens = run_step(engine, job, batch, passes, partial(cache.features, tower))
+        loss, temperature, tokens = run_step(engine, job, batch, passes, visual_of)
         _check_finite(loss, job.name, batch.plan)
         engine.step()
         seconds = time.monotonic() - clock
@@ -96,6 +95,14 @@ def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float) -> None:
         save_merged(job, state, metrics)
     engine.destroy()
     _report(job.name, len(plan), state, metrics)
+
+
+def _visual_of(job: TrainJob, model: EmbeddingModel | RerankerModel) -> VisualOf:
+    """A frozen tower leaves the module and is cached; one that trains, in any part, stays and runs with it."""
+    if job.step.vision != "frozen":
+        return lambda pictures: None
+    tower = FrozenTower(model.backbone, model.scale, "cuda" if torch.cuda.is_available() else "cpu")
+    return partial(VisionCache(VISION_CACHE_BYTES if job.engine.cache_vision else 0).features, tower)
 
 
 def _resume_point(name: str) -> tuple[int, dict[str, torch.Tensor] | None]:
