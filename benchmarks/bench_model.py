@@ -161,6 +161,7 @@ def report(
     taken: dict[str, dict[str, list[float]]],
     wanted: dict[str, float],
     differences: dict[str, float],
+    **results: Any,
 ) -> None:
     """Print the table and write `results/NAME.json`.
 
@@ -170,6 +171,7 @@ def report(
         taken: what `race` returns, ours first.
         wanted: the ratio asked of ours against a side.
         differences: between the sides' results, by name.
+        results: what else goes into the file.
     """
     own = next(iter(taken.values()))
     rates = {
@@ -177,7 +179,7 @@ def report(
     }
     faster = {side: {clock: median_ratio(times[clock], own[clock]) for clock in times} for side, times in taken.items()}
     figures = {"machine": machine(), "setting": setting, "work": work, "taken": taken, "rates": rates,
-               "ours_faster": faster, "wanted": wanted, "differences": differences}  # fmt: skip
+               "ours_faster": faster, "wanted": wanted, "differences": differences, **results}  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(f"\n{setting}\n{figures['machine']}\n")

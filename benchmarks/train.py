@@ -184,6 +184,7 @@ def main(pairs: int = 48, steps: int = 2, rounds: int = 2) -> None:
         taken,
         WANTED,
         {f"losses of {name}": difference(found, losses[OURS]) for name, found in losses.items() if name != OURS},
+        losses=losses,
     )
 
 
