@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -206,3 +207,14 @@ def test_picture_keys_tell_pictures_and_shapes_apart():
     keys = [read_picture(picture, form_of((256, 65_536)), "x").key for picture in grey]
     assert len(set(keys)) == 3
     assert keys[2] == keys[3]
+
+
+def test_a_picture_given_to_many_items_is_read_once():
+    """PIL reads a file when it is asked for pixels: threads that ask together break each other's stream."""
+    pixels = np.random.default_rng(0).integers(0, 255, (900, 700, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(pixels))
+    for _ in range(3):
+        shared = Image.open(io.BytesIO(data))
+        with ThreadPoolExecutor(8) as threads:
+            opened = list(threads.map(open_image, [shared] * 8, ["item"] * 8))
+        assert all(np.array_equal(np.asarray(picture), pixels) for picture in opened)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -10,14 +12,14 @@ import numpy as np
 import torch
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.batch import collate, token_buckets
+from umarvel_ray.model.batch import collate, default_budget, token_buckets
 from umarvel_ray.model.checkpoint import load_settings
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.items import EncodedItem, Item, ItemEncoder
 from umarvel_ray.model.losses import truncate
 from umarvel_ray.recipe import ModelSettings
 
-WINDOW = 1024  # items whose pictures are held in memory at once
+WINDOW = 512  # items decoded at once; the pictures of two windows are held in memory
 
 
 class Embedder:
@@ -76,19 +78,27 @@ class Embedder:
     def dimension(self) -> int:
         return self.truncate_dim or self.model.dimension
 
-    def encode_query(self, items: Sequence[Item | str], token_budget: int = 16384) -> np.ndarray:
-        """Embed queries: float32 (n, d), rows of unit norm, in the order given. Raises: see `ItemEncoder.encode`."""
+    def encode_query(self, items: Sequence[Item | str], token_budget: int | None = None) -> np.ndarray:
+        """Embed queries: float32 (n, d), rows of unit norm, in the order given.
+
+        Args:
+            token_budget: padded tokens of a batch; by default what suits the device.
+
+        Raises:
+            UserError: see `ItemEncoder.encode`.
+        """
         return self._encode(items, "query", token_budget)
 
-    def encode_document(self, items: Sequence[Item | str], token_budget: int = 16384) -> np.ndarray:
-        """Embed documents: float32 (n, d), rows of unit norm, in the order given."""
+    def encode_document(self, items: Sequence[Item | str], token_budget: int | None = None) -> np.ndarray:
+        """Embed documents; otherwise as `encode_query`."""
         return self._encode(items, "document", token_budget)
 
     @torch.inference_mode()
-    def encode(self, encoded: Sequence[EncodedItem], token_budget: int = 16384) -> np.ndarray:
+    def encode(self, encoded: Sequence[EncodedItem], token_budget: int | None = None) -> np.ndarray:
         """Embed items that are tokenised already, in batches of at most `token_budget` padded tokens."""
         result = np.empty((len(encoded), self.dimension), dtype=np.float32)
-        for bucket in token_buckets([item.length for item in encoded], token_budget):
+        budget = token_budget or default_budget(self.device)
+        for bucket in token_buckets([item.length for item in encoded], budget):
             batch = collate([encoded[index] for index in bucket], self.device)
             result[bucket] = truncate(self.model(batch), self.dimension).cpu().numpy()
         return result
@@ -98,12 +108,19 @@ class Embedder:
         """Cosines (n_queries, n_documents) of unit vectors."""
         return queries @ documents.T
 
-    def _encode(self, items: Sequence[Item | str], side: str, token_budget: int) -> np.ndarray:
+    def _encode(self, items: Sequence[Item | str], side: str, token_budget: int | None) -> np.ndarray:
         if isinstance(items, str | dict):
             raise TypeError("give a list of items, not one item")
         parts = [np.empty((0, self.dimension), dtype=np.float32)]
-        for start in range(0, len(items), WINDOW):
-            window = items[start : start + WINDOW]
-            encoded = [self.encoder.encode(item, side, f"{side} {start + i}") for i, item in enumerate(window)]
-            parts.append(self.encode(encoded, token_budget))
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+
+            def prepare(start: int) -> Iterator[EncodedItem]:
+                window = range(start, min(start + WINDOW, len(items)))
+                return threads.map(lambda i: self.encoder.encode(items[i], side, f"{side} {i}"), window)
+
+            coming = prepare(0)
+            for start in range(0, len(items), WINDOW):
+                # The next window is decoded and tokenised while the model works on this one.
+                window, coming = list(coming), prepare(start + WINDOW)
+                parts.append(self.encode(window, token_budget))
         return np.concatenate(parts)
