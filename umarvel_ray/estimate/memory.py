@@ -46,8 +46,8 @@ def memory(shape: Shape, load: Load, recipe: Recipe) -> Memory:
     return Memory(
         language=language_bytes(shape.text.parameters, width, engine.zero_stage, workers),
         tower=shape.vision.parameters * width,
-        optimizer=optimizer_bytes(adapters, width, engine.zero_stage, workers),
-        bucket=bucket_bytes(adapters, width, engine.zero_stage, recipe.cluster.gpus_per_worker > 0),
+        optimizer=optimizer_bytes(adapters, engine.zero_stage, workers),
+        bucket=bucket_bytes(adapters, engine.zero_stage, recipe.cluster.gpus_per_worker > 0),
         activations=chunk * activations + pictures * picture * tower_activations(shape.vision, width),
         loss=loss_bytes(shape, load, recipe),
     )
@@ -60,22 +60,22 @@ def language_bytes(parameters: int, width: int, zero: int, workers: int) -> floa
     return width * (parameters / workers + min(parameters, LIVE))
 
 
-def optimizer_bytes(trainable: int, width: int, zero: int, workers: int) -> float:
-    """Adapters in the model's precision, their gradient alike, and 12 bytes of fp32 master copy and Adam moments.
+def optimizer_bytes(trainable: int, zero: int, workers: int) -> float:
+    """Adapters and their gradient, in fp32 whatever the model's precision, and 12 bytes of ZeRO's copy and Adam moments.
 
-    ZeRO-1 spreads the 12 over the workers, ZeRO-2 the gradient too, ZeRO-3 the adapters too. Without ZeRO, in fp32, the
-    adapters are their own master copy.
+    ZeRO-1 spreads the 12 over the workers, ZeRO-2 the gradient too, ZeRO-3 the adapters too. Without ZeRO there is no
+    copy.
     """
     if zero == 0:
-        return trainable * (2 * width + (8 if width == 4 else 12))
-    weights = width / (workers if zero == 3 else 1)
-    gradient = width / (workers if zero >= 2 else 1)
+        return trainable * 16
+    weights = 4 / (workers if zero == 3 else 1)
+    gradient = 4 / (workers if zero >= 2 else 1)
     return trainable * (weights + gradient + 12 / workers)
 
 
-def bucket_bytes(trainable: int, width: int, zero: int, gpu: bool) -> float:
-    """The reduction bucket: a GPU gives all of it, a CPU only the pages that are written."""
-    return width * (BUCKET if gpu else min(BUCKET, trainable)) if zero else 0
+def bucket_bytes(trainable: int, zero: int, gpu: bool) -> float:
+    """The reduction bucket, fp32: a GPU gives all of it, a CPU only the pages that are written."""
+    return 4 * (BUCKET if gpu else min(BUCKET, trainable)) if zero else 0
 
 
 def text_activations(

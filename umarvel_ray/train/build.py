@@ -13,7 +13,7 @@ from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.lora import add_lora, merge_lora, save_adapter
 from umarvel_ray.model.reranker import RerankerModel
 from umarvel_ray.train.embedding_step import TemperedEmbedder
-from umarvel_ray.train.engine import load_trainable
+from umarvel_ray.train.engine import hold_in_fp32, load_trainable
 from umarvel_ray.train.jobs import TrainJob
 
 
@@ -23,12 +23,14 @@ def build_module(job: TrainJob) -> TemperedEmbedder | RerankerModel:
     if job.kind == "rerank":
         reranker = RerankerModel.from_pretrained(job.parent, job.settings, dtype)
         add_lora(reranker, job.step.lora, job.seed)
+        hold_in_fp32(reranker)
         _save_memory(reranker, job)
         reranker.train()
         return reranker
     model = EmbeddingModel.from_pretrained(job.parent, job.settings, dtype, initial_temperature(job))
     add_lora(model, job.step.lora, job.seed)
     model.log_temperature.requires_grad_(job.temperature.learn)
+    hold_in_fp32(model)
     _save_memory(model, job)
     bounds = (math.log(job.temperature.minimum), math.log(job.temperature.maximum))
     module = TemperedEmbedder(model, bounds)
