@@ -125,8 +125,12 @@ def placed(case: dict, bases: dict[str, Path]) -> dict:
 
 
 def check(result: dict, expected: dict, dtype: str = "float32", start: int = 0) -> None:
-    """In fp32 to rounding. In bfloat16 a padded batch rounds otherwise than an item alone (8 bits: 0.4 % a number)."""
-    loss, norm, moment, tau = (1e-5, 1e-5, 1e-4, 1e-6) if dtype == "float32" else (0.05, 0.05, 0.1, 1e-3)
+    """In fp32 to rounding. In bfloat16 a padded batch rounds otherwise than an item alone, 0.4 % a number.
+
+    That is 1 % of the gradient here and 0.01 of the loss, five times less than what is allowed. log τ is compared to a
+    tenth of its step, where bfloat16 would round it to a multiple of 0.0156.
+    """
+    loss, norm, moment, tau = (1e-5, 1e-5, 1e-4, 1e-6) if dtype == "float32" else (0.05, 0.02, 0.05, 1e-4)
     assert result["losses"] == pytest.approx(expected["losses"][start:], abs=loss)
     assert result["norms"] == pytest.approx(expected["norms"][start:], rel=norm)
     assert result["log_temperatures"] == pytest.approx(expected["log_temperatures"][start:], abs=tau)
