@@ -57,11 +57,13 @@ def test_a_rank_out_of_memory_names_what_to_lower(error, job):
     assert said.startswith(
         "text: rank 1 is out of memory at step 2, with up to 80 padded tokens in a chunk and 60 in an"
     )
-    assert "engine.token_budget (100)" in said and "model.max_pixels" in said and "\n" not in said
+    assert "engine.token_budget (100)" in said
+    assert "model.max_pixels" in said
+    assert "\n" not in said
 
 
 def test_other_errors_pass_as_they_are(job):
-    with pytest.raises(RuntimeError, match="^shapes differ$"), memory_watched(job, 0, 0, [1]):
+    with pytest.raises(RuntimeError, match="shapes differ"), memory_watched(job, 0, 0, [1]):
         raise RuntimeError("shapes differ")
 
 

@@ -128,4 +128,4 @@ def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(command, tmp_path)
     assert "Traceback" not in ended.stderr
     failures = [json.loads(line) for line in (tmp_path / "train" / "text" / "failures.jsonl").read_text().splitlines()]
     assert [failure["step"] for failure in failures] == 2 * [failures[0]["step"]]  # tried again once
-    assert len(failures[0]["query_ids"]) == 8 and len(failures[0]["document_ids"]) >= 8
+    assert len(failures[0]["query_ids"]) == 8

@@ -61,7 +61,7 @@ def language_bytes(parameters: int, width: int, zero: int, workers: int) -> floa
 
 
 def optimizer_bytes(trainable: int, zero: int, workers: int) -> float:
-    """Adapters and their gradient, in fp32 whatever the model's precision, and 12 bytes of ZeRO's copy and Adam moments.
+    """Adapters and gradient, in fp32 whatever the model's precision, and 12 bytes of ZeRO's copy and Adam moments.
 
     ZeRO-1 spreads the 12 over the workers, ZeRO-2 the gradient too, ZeRO-3 the adapters too. Without ZeRO there is no
     copy.
