@@ -31,9 +31,7 @@ def add_lora(model: EmbeddingModel, lora: Lora, seed: int) -> None:
         inject_adapter_in_model(lora_config(lora), model.backbone, adapter_name=ADAPTER)
     for layer in model.backbone.modules():
         if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = (
-                False  # autocast fits the adapter to its input, not the input to the adapter
-            )
+            layer.cast_input_dtype_enabled = False  # autocast casts the adapter, which is smaller
 
 
 def merge_lora(model: EmbeddingModel) -> None:

@@ -103,7 +103,7 @@ def start_step(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
 
 
 def take_step(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Update the parameters; returns the gradient's norm before clipping, alike on all ranks; NaN where it is not finite.
+    """Update the parameters; returns the gradient's norm before clipping, alike on all ranks, NaN if it is not finite.
 
     ZeRO skips an update that is not finite and goes on: the caller must look at what this returns.
     """

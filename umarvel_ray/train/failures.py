@@ -1,7 +1,7 @@
 """What goes wrong in a training step: found on every rank alike, told in one line, logged with the step's items.
 
-A step that fails ends its worker group; Ray Train starts it again from the last checkpoint, `cluster.max_failures` times.
-That mends a flipped bit or a lost machine. What fails every time ends the run with the last failure's line.
+A step that fails ends its worker group, which Ray Train starts again from the last checkpoint, `cluster.max_failures`
+times. That mends a flipped bit or a lost machine. What fails every time ends the run with the last failure's line.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from umarvel_ray.data.plan import PlanStep, read_plan
 from umarvel_ray.model.batch import token_buckets
@@ -58,17 +56,16 @@ def memory_watched(job: TrainJob, step: int, rank: int, lengths: Sequence[int]) 
         budget = job.engine.token_budget
         tokens = max(len(bucket) * lengths[bucket[0]] for bucket in token_buckets(lengths, budget))
         raise StepError(
-            f"{job.name}: rank {rank} is out of memory at step {step}, with up to {tokens} padded tokens in a chunk and "
-            f"{max(lengths)} in an item; lower engine.token_budget ({budget}), or model.max_pixels where an item is "
-            f"larger than that; engine.gradient_cache and engine.activation_checkpointing save memory too"
+            f"{job.name}: rank {rank} is out of memory at step {step}, with up to {tokens} padded tokens in a chunk "
+            f"and {max(lengths)} in an item; lower engine.token_budget ({budget}), or model.max_pixels where an item "
+            f"is larger than that; engine.gradient_cache and engine.activation_checkpointing save memory too"
         ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:
     """True for Python's, CUDA's and the CPU allocator's way of saying it."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(sign in str(error) for sign in ("out of memory", "DefaultCPUAllocator", "alloc_cpu"))
+    signs = ("out of memory", "DefaultCPUAllocator")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def describe(errors: Mapping[int, Exception]) -> str:
