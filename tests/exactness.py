@@ -58,7 +58,7 @@ def batches(base: Path, apart: bool) -> list[tuple[list, list, torch.Tensor, tor
         documents = [
             {"image": picture(10 * step + i % 7)}
             if (i >= 5 if apart else i < 3)
-            else {"text": f"snow {i} " * (i + step)}
+            else {"text": f"snow {i} " * (1 + i + step)}
             for i in range(9)
         ]
         targets = torch.tensor([0, 1, 2, 3, 4, 4])
