@@ -36,8 +36,10 @@ def score_whole(reranker: Reranker, query: dict, documents: list[dict]) -> np.nd
     vision = VisionCache(2**30)
     scores = np.empty(len(pairs), dtype=np.float32)
     for bucket in token_buckets([pair.length for pair in pairs], TOKEN_BUDGET):
-        batch = collate_pairs([pairs[index] for index in bucket], reranker.model.form)
-        logits = answer_logits(reranker.model, batch, vision.features(reranker.model, batch), reranker.encoder.yes_no)
+        batch = collate_pairs([pairs[index] for index in bucket])
+        logits = answer_logits(
+            reranker.model, batch, vision.features(reranker.model, batch.pictures), reranker.encoder.yes_no
+        )
         scores[bucket] = logits.softmax(dim=1)[:, 0].numpy()
     return scores
 
@@ -49,7 +51,7 @@ def answer_logits(
     core = model.backbone.model
     embeds = core.get_input_embeddings()(batch.input_ids)
     is_image = (batch.input_ids == core.config.image_token_id).unsqueeze(-1)
-    embeds = embeds.masked_scatter(is_image, torch.cat([visual[key] for key in batch.image_keys]))
+    embeds = embeds.masked_scatter(is_image, torch.cat([visual[picture.key] for picture in batch.pictures]))
     hidden = core.language_model(
         inputs_embeds=embeds, attention_mask=batch.attention_mask, position_ids=batch.positions, use_cache=False
     ).last_hidden_state

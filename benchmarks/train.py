@@ -45,7 +45,7 @@ from umarvel_ray.model.lora import add_lora, lora_config
 from umarvel_ray.model.losses import info_nce
 from umarvel_ray.recipe import ContrastiveStep, Engine, Lora
 from umarvel_ray.train.embedding_step import Passes, TemperedEmbedder, embedding_step
-from umarvel_ray.train.engine import make_engine
+from umarvel_ray.train.engine import make_engine, start_step, take_step
 from umarvel_ray.train.tower import FrozenTower
 
 OURS, CACHED, PEER, REFERENCE = "umarvel-ray", "umarvel-ray, cached", "sentence-transformers, cached", "reference's way"
@@ -72,8 +72,8 @@ def our_side(path: Path, cached: bool) -> StepOf:
     model = EmbeddingModel.from_pretrained(path, SETTINGS, temperature=TEMPERATURE)
     add_lora(model, STEP.lora, SEED)
     model.log_temperature.requires_grad_(False)
-    module = TemperedEmbedder(model, (-10.0, 10.0), encoder.form).train()
-    tower = FrozenTower(model.backbone, "cpu")
+    module = TemperedEmbedder(model, (-10.0, 10.0)).train()
+    tower = FrozenTower(model.backbone, model.scale, "cpu")
     engine = make_engine(module, STEP, Engine(zero_stage=0, dtype="float32"))
     passes = Passes(TOKEN_BUDGET, cached)
 
@@ -81,6 +81,7 @@ def our_side(path: Path, cached: bool) -> StepOf:
         cache = VisionCache(2**30)
         targets = torch.arange(len(queries))
         relevant = torch.eye(len(queries), dtype=torch.bool)
+        start_step(engine, STEP.learning_rate)
         encoded = [[encoder.encode(item, "document") for item in side] for side in (queries, documents)]
         loss, _ = embedding_step(
             engine,
@@ -90,7 +91,7 @@ def our_side(path: Path, cached: bool) -> StepOf:
             partial(cache.features, tower),
             seed=0,
         )
-        engine.step()
+        take_step(engine)
         return loss
 
     return step

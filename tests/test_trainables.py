@@ -26,7 +26,7 @@ from umarvel_ray.model.trainable import make_trainable
 from umarvel_ray.recipe import ContrastiveStep, Engine, Lora
 from umarvel_ray.train.build import build_module, save_merged
 from umarvel_ray.train.embedding_step import Passes, TemperedEmbedder, embedding_step
-from umarvel_ray.train.engine import capture, learning_rate, load_trainable, make_engine, restore, set_learning_rate
+from umarvel_ray.train.engine import capture, learning_rate, load_trainable, make_engine, restore, start_step, take_step
 from umarvel_ray.train.jobs import TrainJob
 
 pytestmark = pytest.mark.timeout(1200)
@@ -136,11 +136,11 @@ def _case(rank, world, base, trained, zero, budget=400, cached=True, stop=STEPS,
         def loss_of(q, d, tau, rows, targets=targets, relevant=relevant):
             return info_nce(q, d, targets, relevant, tau, rows)
 
-        set_learning_rate(engine, learning_rate(step, number, STEPS))
+        start_step(engine, learning_rate(step, number, STEPS))
         mine, yours = (slice(rank * n // world, (rank + 1) * n // world) for n in (6, 9))
         passes = Passes(budget, cached)
         loss, _ = embedding_step(engine, queries[mine], documents[yours], loss_of, passes, lambda _: None, seed=number)
-        engine.step()
+        take_step(engine)
         losses.append(loss)
     captured = capture(engine)
     engine.destroy()

@@ -57,8 +57,8 @@ def memory(shape: Shape, load: Load, recipe: Recipe) -> Memory:
     return Memory(
         language=language,
         tower=(shape.vision.parameters - tower) * width / spread,
-        optimizer=optimizer_bytes(text + tower, width, engine.zero_stage, workers),
-        bucket=bucket_bytes(text + tower, width, engine.zero_stage, recipe.cluster.gpus_per_worker > 0),
+        optimizer=optimizer_bytes(text + tower, engine.zero_stage, workers),
+        bucket=bucket_bytes(text + tower, engine.zero_stage, recipe.cluster.gpus_per_worker > 0),
         activations=chunk * activations + pictures * picture * seen,
         loss=loss_bytes(shape, load, recipe),
     )
@@ -79,22 +79,22 @@ def language_bytes(frozen: int, parameters: int, width: int, zero: int, workers:
     return width * (frozen / workers + min(parameters, LIVE))
 
 
-def optimizer_bytes(trainable: int, width: int, zero: int, workers: int) -> float:
-    """What trains, in the model's precision, their gradient alike, and 12 bytes of fp32 master copy and Adam moments.
+def optimizer_bytes(trainable: int, zero: int, workers: int) -> float:
+    """What trains and its gradient, always in fp32, and 12 bytes of ZeRO's own copy and Adam moments.
 
-    ZeRO-1 spreads the 12 over the workers, ZeRO-2 the gradient too, ZeRO-3 the weights too. Without ZeRO, in fp32, they
-    are their own master copy.
+    ZeRO-1 spreads the 12 over the workers, ZeRO-2 the gradient too, ZeRO-3 the weights too. Without ZeRO there is no
+    copy.
     """
     if zero == 0:
-        return trainable * (2 * width + (8 if width == 4 else 12))
-    weights = width / (workers if zero == 3 else 1)
-    gradient = width / (workers if zero >= 2 else 1)
+        return trainable * 16
+    weights = 4 / (workers if zero == 3 else 1)
+    gradient = 4 / (workers if zero >= 2 else 1)
     return trainable * (weights + gradient + 12 / workers)
 
 
-def bucket_bytes(trainable: int, width: int, zero: int, gpu: bool) -> float:
-    """The reduction bucket: a GPU gives all of it, a CPU only the pages that are written."""
-    return width * (BUCKET if gpu else min(BUCKET, trainable)) if zero else 0
+def bucket_bytes(trainable: int, zero: int, gpu: bool) -> float:
+    """The reduction bucket, fp32: a GPU gives all of it, a CPU only the pages that are written."""
+    return 4 * (BUCKET if gpu else min(BUCKET, trainable)) if zero else 0
 
 
 def text_activations(

@@ -39,6 +39,9 @@ def add_lora(model: EmbeddingModel, lora: Lora, seed: int) -> None:
         inject_adapter_in_model(lora_config(lora), model.backbone, adapter_name=ADAPTER)
     if lora.init:
         _load_adapter(model, lora)
+    for layer in model.backbone.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False  # autocast casts the adapter, which is smaller
 
 
 def merge_lora(model: EmbeddingModel) -> None:

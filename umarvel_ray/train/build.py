@@ -14,7 +14,7 @@ from umarvel_ray.model.lora import merge_lora, save_adapter
 from umarvel_ray.model.reranker import RerankerModel
 from umarvel_ray.model.trainable import make_trainable
 from umarvel_ray.train.embedding_step import TemperedEmbedder
-from umarvel_ray.train.engine import load_trainable
+from umarvel_ray.train.engine import hold_in_fp32, load_trainable
 from umarvel_ray.train.jobs import TrainJob
 
 
@@ -24,6 +24,7 @@ def build_module(job: TrainJob, quantised: bool = False) -> TemperedEmbedder | R
     if job.kind == "rerank":
         reranker = RerankerModel.from_pretrained(job.parent, job.settings, dtype, quantised)
         make_trainable(reranker, job.step, job.seed)
+        hold_in_fp32(reranker)
         _save_memory(reranker, job)
         reranker.train()
         return reranker
@@ -31,6 +32,7 @@ def build_module(job: TrainJob, quantised: bool = False) -> TemperedEmbedder | R
     make_trainable(model, job.step, job.seed)
     _check_dimensions(job, model)
     model.log_temperature.requires_grad_(job.temperature.learn)
+    hold_in_fp32(model)
     _save_memory(model, job)
     bounds = (math.log(job.temperature.minimum), math.log(job.temperature.maximum))
     module = TemperedEmbedder(model, bounds)

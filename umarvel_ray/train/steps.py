@@ -27,11 +27,10 @@ def run_step(
     seed = job.seed + batch.plan.step
     if isinstance(batch, PairBatch):
         loss = rerank_step(engine, batch.pairs, len(batch.plan.query_ids), passes, visual_of, seed)
-        return loss, 0.0, _total(sum(pair.length for pair in batch.pairs), engine.device)
+        return loss, 0.0, _total(sum(batch.lengths), engine.device)
     loss_of = _contrastive(batch.plan, job) if job.kind == "contrastive" else _distil(batch.plan)
     loss, temperature = embedding_step(engine, batch.queries, batch.documents, loss_of, passes, visual_of, seed)
-    tokens = sum(item.length for item in [*batch.queries, *batch.documents])
-    return loss, temperature, _total(tokens, engine.device)
+    return loss, temperature, _total(sum(batch.lengths), engine.device)
 
 
 def excused(plan: PlanStep) -> np.ndarray:
