@@ -13,6 +13,7 @@ from umarvel_ray.model.batch import collate, token_buckets
 from umarvel_ray.model.checkpoint import load_settings
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.items import EncodedItem, Item, ItemEncoder
+from umarvel_ray.model.packing import is_packed
 from umarvel_ray.recipe import ModelSettings
 
 WINDOW = 1024  # items whose pictures are held in memory at once
@@ -30,6 +31,7 @@ class Embedder:
         self.model = model.to(device).eval()
         self.encoder = encoder
         self.device = torch.device(device)
+        self.packed = is_packed("auto", device)
 
     @classmethod
     def from_pretrained(
@@ -70,10 +72,10 @@ class Embedder:
 
     @torch.inference_mode()
     def encode(self, encoded: Sequence[EncodedItem], token_budget: int = 16384) -> np.ndarray:
-        """Embed items that are tokenised already, in batches of at most `token_budget` padded tokens."""
+        """Embed items that are tokenised already, in batches of at most `token_budget` tokens, padding included."""
         result = np.empty((len(encoded), self.dimension), dtype=np.float32)
-        for bucket in token_buckets([item.length for item in encoded], token_budget):
-            batch = collate([encoded[index] for index in bucket], self.device)
+        for bucket in token_buckets([item.length for item in encoded], token_budget, self.packed):
+            batch = collate([encoded[index] for index in bucket], self.device, self.packed)
             result[bucket] = self.model(batch).cpu().numpy()
         return result
 
