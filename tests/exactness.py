@@ -140,6 +140,7 @@ def _case(
     zero: int = 1,
     cached: bool = True,
     budget: int = 200,
+    packed: bool = False,
     two_way: bool = False,
     cache_vision: bool = False,
     dropout: float = 0.0,
@@ -167,7 +168,13 @@ def _case(
         mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
         yours = slice(rank * 9 // world, (rank + 1) * 9 // world)
         loss, _ = embedding_step(
-            engine, queries[mine], documents[yours], loss_of, Passes(budget, cached), visual_of, seed=100 + number
+            engine,
+            queries[mine],
+            documents[yours],
+            loss_of,
+            Passes(budget, cached, packed),
+            visual_of,
+            seed=100 + number,
         )
         engine.step()
         losses.append(loss)

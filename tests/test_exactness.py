@@ -15,6 +15,7 @@ CASES = [
     {"zero": 0, "cached": True, "two_way": True},
     {"zero": 2, "cached": True, "budget": 120},
     {"zero": 3, "cached": True, "budget": 120},
+    {"zero": 1, "cached": True, "budget": 120, "packed": True},
 ]
 WHOLE = [{"zero": zero, "dropout": 0.1} for zero in (0, 1, 2, 3)]
 HALF = [{**case, "stop": 2} for case in WHOLE]
