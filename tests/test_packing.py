@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from tests.test_videos import film
 from umarvel_ray.model import packing
 from umarvel_ray.model.batch import collate, token_buckets
 from umarvel_ray.model.embedder import Embedder
@@ -31,7 +30,7 @@ ITEMS = [
     {"image": picture(0)},
     {"text": "yes"},
     {"image": [picture(1, 128, 64), picture(0)], "text": "both " * 9, "instruction": "find the same"},
-    {"video": film(), "text": "grey"},
+    {"video": [picture(2), picture(3), picture(4)], "text": "grey"},
 ]
 
 
