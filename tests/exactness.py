@@ -156,6 +156,7 @@ def _case(
     base: Path,
     zero: int = 1,
     cached: bool = True,
+    packed: bool = False,
     two_way: bool = False,
     cache_vision: bool = False,
     dtype: str = "float32",
@@ -188,7 +189,13 @@ def _case(
         mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
         yours = slice(rank * 9 // world, (rank + 1) * 9 // world)
         loss, _ = embedding_step(
-            engine, queries[mine], documents[yours], loss_of, Passes(BUDGET, cached), visual_of, seed=100 + number
+            engine,
+            queries[mine],
+            documents[yours],
+            loss_of,
+            Passes(BUDGET, cached, packed),
+            visual_of,
+            seed=100 + number,
         )
         norms.append(take_step(engine))
         losses.append(loss)

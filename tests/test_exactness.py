@@ -23,21 +23,22 @@ FACTORS = {
     "cache_vision": (False, True),
     "dtype": ("float32", "bfloat16"),
     "apart": (False, True),
+    "packed": (False, True),
 }
 # Every two values of every two factors meet in at least one of these (3 families × 4 stages: no fewer will do).
 COVER = [
-    ("qwen2_5_vl", 1, 0, True, True, True, "bfloat16", False),
-    ("qwen2_5_vl", 1, 2, False, False, False, "float32", False),
-    ("qwen2_vl", 1, 2, True, False, False, "bfloat16", True),
-    ("qwen3_vl", 1, 0, False, False, False, "bfloat16", True),
-    ("qwen3_vl", 1, 1, True, True, False, "float32", True),
-    ("qwen3_vl", 1, 3, True, True, True, "float32", False),
-    ("qwen2_5_vl", 2, 1, False, True, False, "bfloat16", True),
-    ("qwen2_5_vl", 2, 3, False, False, True, "float32", True),
-    ("qwen2_vl", 2, 0, False, True, False, "float32", False),
-    ("qwen2_vl", 2, 1, True, False, True, "float32", False),
-    ("qwen2_vl", 2, 3, False, False, False, "bfloat16", True),
-    ("qwen3_vl", 2, 2, False, True, True, "float32", True),
+    ("qwen2_5_vl", 1, 0, True, True, True, "bfloat16", False, False),
+    ("qwen2_5_vl", 1, 2, False, False, False, "float32", False, False),
+    ("qwen2_vl", 1, 2, True, False, False, "bfloat16", True, False),
+    ("qwen3_vl", 1, 0, False, False, False, "bfloat16", True, True),
+    ("qwen3_vl", 1, 1, True, True, False, "float32", True, False),
+    ("qwen3_vl", 1, 3, True, True, True, "float32", False, False),
+    ("qwen2_5_vl", 2, 1, False, True, False, "bfloat16", True, False),
+    ("qwen2_5_vl", 2, 3, False, False, True, "float32", True, True),
+    ("qwen2_vl", 2, 0, False, True, False, "float32", False, False),
+    ("qwen2_vl", 2, 1, True, False, True, "float32", False, True),
+    ("qwen2_vl", 2, 3, False, False, False, "bfloat16", True, False),
+    ("qwen3_vl", 2, 2, False, True, True, "float32", True, True),
 ]
 # Stopped after `stop` steps and resumed by two ranks again, with dropout.
 RESUMED = [

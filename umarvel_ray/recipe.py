@@ -245,7 +245,10 @@ class Engine(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    token_budget: PositiveInt = Field(default=16384, description="padded tokens in one forward chunk")
+    token_budget: PositiveInt = Field(default=16384, description="tokens in one forward chunk, padding included")
+    packed: bool | Literal["auto"] = Field(
+        default="auto", description="items in one row without padding; auto: on GPUs"
+    )
     gradient_cache: bool = True
     activation_checkpointing: bool = True
     cache_vision: bool = Field(default=True, description="keep the frozen tower's outputs by content hash")

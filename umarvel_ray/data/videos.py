@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -66,7 +65,7 @@ def _decode(stream: Any, most: int, where: str) -> Video:
         raise BadVideo(f"{where}: the video has no frame")
     wanted = set(spread(count, most))
     frames, seconds = [], []
-    with av.open(stream) as container:
+    with _container(stream) as container:
         for number, frame in enumerate(container.decode(video=0)):
             if number in wanted:
                 frames.append(frame.to_image().rotate(frame.rotation, expand=True))
@@ -76,9 +75,15 @@ def _decode(stream: Any, most: int, where: str) -> Video:
 
 def _count(stream: Any) -> int:
     # Counted, not asked: containers say a wrong number, or none.
-    with av.open(stream) as container:
+    with _container(stream) as container:
         if not container.streams.video:
             return 0
         count = sum(1 for _ in container.decode(video=0))
     stream.seek(0)
     return count
+
+
+def _container(stream: Any) -> Any:
+    import av  # here, because only video files need it: not every machine has it
+
+    return av.open(stream)

@@ -134,9 +134,10 @@ class CachedEmbedder:
         held = self._run_tower(fresh)
         known = [item if isinstance(item, Known) else _without_pixels(item, held) for item in items]
         result = np.empty((len(known), self._embedder.dimension), np.float32)
-        for bucket in token_buckets([entry.item.length for entry in known], self._token_budget):
+        packed = self._embedder.packed
+        for bucket in token_buckets([entry.item.length for entry in known], self._token_budget, packed):
             entries = [known[index] for index in bucket]
-            batch = collate([entry.item for entry in entries], self._device)
+            batch = collate([entry.item for entry in entries], self._device, packed)
             visual = {
                 key: feature
                 for entry in entries

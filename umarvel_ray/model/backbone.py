@@ -18,6 +18,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import check_files
 from umarvel_ray.model.family import read_config, without_deepstack
 from umarvel_ray.model.items import load_tokenizer
+from umarvel_ray.model.packing import ATTENTION, packed_arguments, use_packed_attention
 from umarvel_ray.recipe import ModelSettings
 
 NEW_ROWS_SEED = 0
@@ -56,6 +57,7 @@ def load_backbone(
     tokenizer = load_tokenizer(path)
     _make_room(model, len(tokenizer))
     model.eval()
+    use_packed_attention(model)
     probe_attention(model, settings.attention)
     return model, tokenizer
 
@@ -81,19 +83,24 @@ def four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
 def probe_attention(model: PreTrainedModel, attention: str) -> None:
     """Change the second of two tokens: the first one's state must move exactly when attention is bidirectional.
 
-    Tried without padding and with it, because libraries take different paths there (trap T10).
+    Tried without padding, with it, and packed, because libraries take different paths there (trap T10).
 
     Raises:
         UserError: the installed transformers does not honour `is_causal`.
     """
     language_model = model.model.language_model
     table = model.get_input_embeddings().weight
-    for padding in (0, 1):
-        mask = torch.tensor([[1, 1] + [0] * padding], device=table.device)
+    device = table.device
+    forms = [([], {"attention_mask": torch.tensor([[1, 1]], device=device)})]
+    forms.append(([0], {"attention_mask": torch.tensor([[1, 1, 0]], device=device)}))
+    if model.config.text_config._attn_implementation == ATTENTION:
+        bounds = torch.tensor([0, 2], dtype=torch.int32, device=device)
+        forms.append(([], packed_arguments(bounds, 2, attention == "causal")))
+    for padding, form in forms:
         states = []
         for second in (1, 2):
-            embeds = table[[0, second] + [0] * padding].unsqueeze(0)
-            output = language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+            embeds = table[[0, second, *padding]].unsqueeze(0)
+            output = language_model(inputs_embeds=embeds, use_cache=False, **form)
             states.append(output.last_hidden_state[0, 0].float())
         moved = bool((states[0] - states[1]).abs().max() > 1e-6 * states[0].abs().max())
         if moved != (attention == "bidirectional"):

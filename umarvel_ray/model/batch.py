@@ -1,10 +1,10 @@
-"""Batches of encoded items: grouped by length under a token budget, padded on the right."""
+"""Batches of encoded items under a token budget: rows of like lengths padded on the right, or one packed row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -15,71 +15,113 @@ from umarvel_ray.model.pictures import Picture
 PAD = 0  # padding is masked everywhere, so any token will do that is not a picture's
 
 
-class Padded:
-    """What batches of items and of pairs have in common: their number of rows, and moving to a device."""
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """B token sequences: rows padded to L tokens, or, where `bounds` is given, packed in one row of L tokens.
+
+    input_ids: int64 (B or 1, L); positions: int64 (3, B or 1, L); attention_mask: int64 (B, L), 0 on padding, None when
+    packed; bounds: int32 (B + 1,), where sequences begin and end; longest: the most tokens of one; pictures: of all
+    sequences, in order, on the CPU.
+    """
 
     input_ids: torch.Tensor
+    positions: torch.Tensor
+    attention_mask: torch.Tensor | None
+    bounds: torch.Tensor | None
+    longest: int
+    pictures: tuple[Picture, ...]
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.input_ids) if self.bounds is None else len(self.bounds) - 1
 
     def to(self, device: torch.device | str) -> Self:
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **tensors)
 
+    def sequence_of(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """The number of the sequence that each token at (row, column) belongs to: int64, shaped like `columns`."""
+        return rows if self.bounds is None else torch.bucketize(columns, self.bounds[1:], right=True)
 
-@dataclass(frozen=True)
-class Batch(Padded):
-    """B items padded to L tokens.
 
-    input_ids, attention_mask: int64 (B, L); pool_mask: bool (B, L), False on padding; positions: int64 (3, B, L);
-    pictures: of all items, in order, on the CPU.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Batch(Sequences):
+    """Items; pool_mask: bool (B or 1, L), False on padding."""
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     pool_mask: torch.Tensor
-    positions: torch.Tensor
+
+
+class Encoded(Protocol):
+    """What is arranged in batches: an `EncodedItem` or an `EncodedPair`."""
+
+    input_ids: np.ndarray
+    positions: np.ndarray
     pictures: tuple[Picture, ...]
+
+    @property
+    def length(self) -> int: ...
 
 
 def default_budget(device: torch.device | str) -> int:
-    """Padded tokens of a batch that suit a device: on a CPU few, which stay in its caches."""
+    """Tokens of a batch that suit a device: on a CPU few, which stay in its caches."""
     return 1024 if torch.device(device).type == "cpu" else 16384
 
 
-def token_buckets(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group indices, longest first, so that no group's padded size (longest × count) exceeds `budget` tokens.
+def token_buckets(lengths: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
+    """Group indices, longest first, so that no group's size exceeds `budget` tokens.
 
-    An item longer than the budget has a group of its own. Equal lengths keep their order.
+    A group's size is what is computed: longest × count when padded, the sum when packed. An item longer than the budget
+    has a group of its own. Equal lengths keep their order.
     """
     buckets: list[list[int]] = []
-    longest = 0
+    size = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if buckets and longest * (len(buckets[-1]) + 1) <= budget:
+        # Padded, every item of a group counts as its first, which is the longest.
+        more = lengths[index] if packed or not buckets else lengths[buckets[-1][0]]
+        if buckets and size + more <= budget:
             buckets[-1].append(index)
+            size += more
         else:
             buckets.append([index])
-            longest = lengths[index]
+            size = lengths[index]
     return buckets
 
 
-def collate(items: Sequence[EncodedItem], device: torch.device | str = "cpu", pad: int = PAD) -> Batch:
-    """Pad at least one item on the right."""
-    shape = (len(items), max(item.length for item in items))
-    input_ids = np.full(shape, pad, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
-    pool_mask = np.zeros(shape, dtype=bool)
-    positions = np.zeros((3, *shape), dtype=np.int64)
-    for row, item in enumerate(items):
-        input_ids[row, : item.length] = item.input_ids
-        attention_mask[row, : item.length] = 1
-        pool_mask[row, : item.length] = item.pool_mask
-        positions[:, row, : item.length] = item.positions
-    return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        pool_mask=torch.from_numpy(pool_mask),
-        positions=torch.from_numpy(positions),
-        pictures=tuple(picture for item in items for picture in item.pictures),
-    ).to(device)
+def collate(
+    items: Sequence[EncodedItem], device: torch.device | str = "cpu", packed: bool = False, pad: int = PAD
+) -> Batch:
+    """A batch of at least one item."""
+    return Batch(**arrange(items, {"input_ids": pad, "pool_mask": False}, packed)).to(device)
+
+
+def arrange(sequences: Sequence[Encoded], fill: Mapping[str, int | bool], packed: bool) -> dict[str, Any]:
+    """The fields of `Sequences`, on the CPU, and one for each other name in `fill`: an array that sequences have.
+
+    Args:
+        fill: what stands on padding, by array.
+    """
+    lengths = [sequence.length for sequence in sequences]
+    longest, bounds, mask = max(lengths), None, None
+    if packed:
+        bounds = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+        arrays = {name: np.concatenate([getattr(s, name) for s in sequences])[None] for name in fill}
+        positions = np.concatenate([s.positions for s in sequences], axis=1)[:, None]
+    else:
+        shape = (len(sequences), longest)
+        mask = torch.from_numpy((np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64))
+        arrays = {name: np.full(shape, value) for name, value in fill.items()}
+        positions = np.zeros((3, *shape), dtype=np.int64)
+        for row, sequence in enumerate(sequences):
+            for name, array in arrays.items():
+                array[row, : sequence.length] = getattr(sequence, name)
+            positions[:, row, : sequence.length] = sequence.positions
+    return {
+        **{
+            name: torch.from_numpy(array.astype(bool if fill[name] is False else np.int64))
+            for name, array in arrays.items()
+        },
+        "positions": torch.from_numpy(positions.astype(np.int64)),
+        "attention_mask": mask,
+        "bounds": bounds,
+        "longest": longest,
+        "pictures": tuple(picture for sequence in sequences for picture in sequence.pictures),
+    }

@@ -17,6 +17,7 @@ from umarvel_ray.model.checkpoint import load_settings
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.items import EncodedItem, Item, ItemEncoder
 from umarvel_ray.model.losses import truncate
+from umarvel_ray.model.packing import is_packed
 from umarvel_ray.recipe import ModelSettings
 
 WINDOW = 512  # items decoded at once; the pictures of two windows are held in memory
@@ -43,6 +44,7 @@ class Embedder:
         self.model = model.to(device).eval()
         self.encoder = encoder
         self.device = torch.device(device)
+        self.packed = is_packed("auto", device)
 
     @classmethod
     def from_pretrained(
@@ -95,11 +97,11 @@ class Embedder:
 
     @torch.inference_mode()
     def encode(self, encoded: Sequence[EncodedItem], token_budget: int | None = None) -> np.ndarray:
-        """Embed items that are tokenised already, in batches of at most `token_budget` padded tokens."""
+        """Embed items that are tokenised already, in batches of at most `token_budget` tokens, padding included."""
         result = np.empty((len(encoded), self.dimension), dtype=np.float32)
         budget = token_budget or default_budget(self.device)
-        for bucket in token_buckets([item.length for item in encoded], budget):
-            batch = collate([encoded[index] for index in bucket], self.device)
+        for bucket in token_buckets([item.length for item in encoded], budget, self.packed):
+            batch = collate([encoded[index] for index in bucket], self.device, self.packed)
             result[bucket] = truncate(self.model(batch), self.dimension).cpu().numpy()
         return result
 

@@ -17,7 +17,7 @@ from umarvel_ray.model.backbone import load_backbone
 from umarvel_ray.model.batch import Batch
 from umarvel_ray.model.multimodal import distinct, last_hidden_state, read_pictures, tower_features
 from umarvel_ray.model.pictures import Picture, PictureFormat, PixelScale
-from umarvel_ray.model.pooling import pool
+from umarvel_ray.model.pooling import pool, pool_packed
 from umarvel_ray.recipe import ModelSettings
 
 
@@ -59,10 +59,13 @@ class EmbeddingModel(nn.Module):
         Returns:
             float32 (B, D), rows of unit norm.
         """
-        return F.normalize(pool(self.hidden_states(batch, visual), batch.pool_mask), dim=-1)
+        hidden = self.hidden_states(batch, visual)
+        if batch.bounds is None:
+            return F.normalize(pool(hidden, batch.pool_mask), dim=-1)
+        return F.normalize(pool_packed(hidden, batch.pool_mask, batch.bounds), dim=-1)
 
     def hidden_states(self, batch: Batch, visual: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """The last layer's normed hidden states (B, L, D)."""
+        """The last layer's normed hidden states (B, L, D), or (1, L, D) of a packed batch."""
         if visual is None:
             visual = read_pictures(self.backbone, batch.pictures, self.scale)
         return last_hidden_state(self.backbone, batch, visual)

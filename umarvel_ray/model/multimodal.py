@@ -7,23 +7,15 @@ DeepStack features that Qwen3-VL adds after its first k layers (arXiv 2406.04334
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from umarvel_ray.model.batch import Sequences
+from umarvel_ray.model.packing import packed_arguments
 from umarvel_ray.model.pictures import Picture, PixelScale
-
-
-class Readable(Protocol):
-    """A padded batch of token sequences: int64 (B, L), (B, L), (3, B, L), and their pictures in order."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    positions: torch.Tensor
-    pictures: tuple[Picture, ...]
 
 
 def tower_features(visual: nn.Module, pictures: Sequence[Picture], scale: PixelScale) -> tuple[torch.Tensor, ...]:
@@ -64,13 +56,13 @@ def _blank(merge: int, patch: int) -> Picture:
 
 def last_hidden_state(
     backbone: PreTrainedModel,
-    batch: Readable,
+    batch: Sequences,
     features: Mapping[str, torch.Tensor],
     positions: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     cache: Cache | None = None,
 ) -> torch.Tensor:
-    """The last layer's normed hidden states (B, L, D).
+    """The last layer's normed hidden states (B, L, D), or (1, L, D) of a packed batch.
 
     Args:
         features: by picture key, of every picture in the batch; of a batch without any they count for nothing, but
@@ -89,11 +81,15 @@ def last_hidden_state(
             deepstack = {"visual_pos_masks": places, "deepstack_visual_embeds": later}
     elif features:
         embeds = embeds + 0 * sum(feature.sum() for feature in features.values())
+    if batch.bounds is None:
+        attention = {"attention_mask": batch.attention_mask if attention_mask is None else attention_mask}
+    else:
+        attention = packed_arguments(batch.bounds, batch.longest, config.text_config.is_causal)
     return core.language_model(
         inputs_embeds=embeds,
-        attention_mask=batch.attention_mask if attention_mask is None else attention_mask,
         position_ids=batch.positions if positions is None else positions,
         past_key_values=cache,
         use_cache=cache is not None,
+        **attention,
         **deepstack,
     ).last_hidden_state

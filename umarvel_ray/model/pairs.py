@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.batch import PAD, Padded
+from umarvel_ray.model.batch import PAD, Sequences, arrange
 from umarvel_ray.model.items import EMB, Item, ItemEncoder, check_item, picture_parts
 from umarvel_ray.model.pictures import Picture
 from umarvel_ray.recipe import ModelSettings
@@ -151,38 +150,18 @@ def join(parts: Sequence[EncodedPair]) -> EncodedPair:
     )
 
 
-@dataclass(frozen=True)
-class PairTensors(Padded):
-    """B padded sequences.
+@dataclass(frozen=True, kw_only=True)
+class PairTensors(Sequences):
+    """Pairs, or one side of them; labels: int64 (B or 1, L)."""
 
-    input_ids, attention_mask, labels: int64 (B, L); positions: int64 (3, B, L); pictures: of all pairs, in order, on
-    the CPU.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     labels: torch.Tensor
-    positions: torch.Tensor
-    pictures: tuple[Picture, ...]
 
 
-def collate_pairs(pairs: Sequence[EncodedPair], device: torch.device | str = "cpu") -> PairTensors:
-    """Pad at least one pair on the right."""
-    shape = (len(pairs), max(pair.length for pair in pairs))
-    arrays: dict[str, Any] = {
-        "input_ids": np.full(shape, PAD, dtype=np.int64),
-        "attention_mask": np.zeros(shape, dtype=np.int64),
-        "labels": np.full(shape, IGNORED, dtype=np.int64),
-        "positions": np.zeros((3, *shape), dtype=np.int64),
-    }
-    for row, pair in enumerate(pairs):
-        arrays["input_ids"][row, : pair.length] = pair.input_ids
-        arrays["attention_mask"][row, : pair.length] = 1
-        arrays["labels"][row, : pair.length] = pair.labels
-        arrays["positions"][:, row, : pair.length] = pair.positions
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    pictures = tuple(picture for pair in pairs for picture in pair.pictures)
-    return PairTensors(**tensors, pictures=pictures).to(device)
+def collate_pairs(
+    pairs: Sequence[EncodedPair], device: torch.device | str = "cpu", packed: bool = False
+) -> PairTensors:
+    """A batch of at least one pair."""
+    return PairTensors(**arrange(pairs, {"input_ids": PAD, "labels": IGNORED}, packed)).to(device)
 
 
 def _text(text: str) -> dict[str, str]:

@@ -84,8 +84,9 @@ class RerankerModel(nn.Module):
         # The vocabulary is large and the labelled tokens few: logits for those alone.
         logits = self.backbone.lm_head(hidden[rows, places]).float()
         losses = F.cross_entropy(logits, batch.labels[rows, places + 1], reduction="none")
-        sums = torch.zeros(len(batch), device=losses.device).index_add(0, rows, losses)
-        return sums / torch.bincount(rows, minlength=len(batch))
+        pairs = batch.sequence_of(rows, places)
+        sums = torch.zeros(len(batch), device=losses.device).index_add(0, pairs, losses)
+        return sums / torch.bincount(pairs, minlength=len(batch))
 
     @torch.no_grad()
     def read_query(self, query: PairTensors, visual: Visual | None = None) -> ReadQuery:

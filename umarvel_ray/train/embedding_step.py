@@ -30,10 +30,11 @@ LossOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, slice], torch.Tenso
 
 @dataclass(frozen=True)
 class Passes:
-    """How a step is cut up: padded tokens per chunk, and whether to embed twice (cached) or once (uncached)."""
+    """How a step is cut up: tokens per chunk, whether to embed twice (cached) or once, and packed or padded rows."""
 
     token_budget: int
     cached: bool = True
+    packed: bool = False
 
 
 class TemperedEmbedder(torch.nn.Module):
@@ -70,13 +71,13 @@ def embedding_step(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     items = [*queries, *documents]
-    chunks = equal_chunks([item.length for item in items], passes.token_budget, engine.device)
+    chunks = equal_chunks([item.length for item in items], passes, engine.device)
     sizes = _sizes(len(queries), len(documents), engine.device)
 
     def forward(number: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(chunk_seed(seed, rank, number))
         chosen = [items[i] for i in chunks[number] or [0]]
-        batch = collate(chosen, engine.device)
+        batch = collate(chosen, engine.device, passes.packed)
         vectors, log_temperature = engine(batch, visual_of(batch.pictures))
         return vectors[: len(chunks[number])], log_temperature
 
@@ -113,9 +114,9 @@ def embedding_step(
     return total.item(), tau.detach().exp().item()
 
 
-def equal_chunks(lengths: Sequence[int], budget: int, device: torch.device) -> list[list[int]]:
-    """Length buckets, as many on every rank because ZeRO-3 gathers weights in lockstep: short ranks add empty ones."""
-    chunks = token_buckets(lengths, budget)
+def equal_chunks(lengths: Sequence[int], passes: Passes, device: torch.device) -> list[list[int]]:
+    """Token buckets, as many on every rank because ZeRO-3 gathers weights in lockstep: short ranks add empty ones."""
+    chunks = token_buckets(lengths, passes.token_budget, passes.packed)
     most = torch.tensor(len(chunks), device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return chunks + [[] for _ in range(int(most) - len(chunks))]

@@ -21,6 +21,7 @@ from umarvel_ray.data.plan import Tables, read_plan
 from umarvel_ray.data.stream import open_stream
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.embedding_model import EmbeddingModel, VisionCache
+from umarvel_ray.model.packing import is_packed
 from umarvel_ray.model.reranker import RerankerModel
 from umarvel_ray.train.build import build_module, model_of, save_merged
 from umarvel_ray.train.embedding_step import Passes, VisualOf
@@ -68,7 +69,8 @@ def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float) -> None:
     engine = make_engine(module, job.step, job.engine)
     if state:
         restore(engine, state, start)
-    passes = Passes(job.engine.token_budget, job.engine.gradient_cache)
+    packed = is_packed(job.engine.packed, engine.device)
+    passes = Passes(job.engine.token_budget, job.engine.gradient_cache, packed)
     stream = open_stream(plan[start:], tables, rank, world, job.kind == "rerank", tasks, cpus)
     log = StepLog(job.log_path, start) if rank == 0 else None
     clock = time.monotonic()

@@ -21,11 +21,11 @@ def rerank_step(
     seed: int,
 ) -> float:
     """Accumulate the gradient of the mean loss over the `total` pairs of the global batch; returns that loss."""
-    chunks = equal_chunks([pair.length for pair in pairs], passes.token_budget, engine.device)
+    chunks = equal_chunks([pair.length for pair in pairs], passes, engine.device)
     mine = torch.zeros((), device=engine.device)
     for number, chunk in enumerate(chunks):
         torch.manual_seed(chunk_seed(seed, dist.get_rank(), number))
-        batch = collate_pairs([pairs[i] for i in chunk or [0]], engine.device)
+        batch = collate_pairs([pairs[i] for i in chunk or [0]], engine.device, passes.packed)
         losses = engine(batch, visual_of(batch.pictures))
         loss = losses[: len(chunk)].sum() / total
         engine.backward(loss * dist.get_world_size())
