@@ -103,6 +103,8 @@ def reference_batch(golden, rows: slice = slice(None)) -> Batch:
         attention_mask=mask,
         pool_mask=mask.bool(),
         positions=torch.arange(ids.shape[1]).expand(3, *ids.shape),
+        bounds=None,
+        longest=ids.shape[1],
         pictures=tuple(Picture(NO_PIXELS, (1, 1, 1), str(n)) for n in range(pictures)),
     )
 
@@ -168,6 +170,8 @@ def test_an_unpadded_item_equals_its_padded_golden_vector(model, golden):
             attention_mask=batch.attention_mask[row : row + 1, :length],
             pool_mask=batch.pool_mask[row : row + 1, :length],
             positions=batch.positions[:, row : row + 1, :length],
+            bounds=None,
+            longest=length,
             pictures=(),
         )
         expected = golden["io/expected_plain"][row]

@@ -306,7 +306,7 @@ class Recipe(Section):
         contrastive = {f"stage1.{name}": getattr(self.stage1, name) for name in Stage1.model_fields}
         contrastive["stage2.train"] = self.stage2.train
         return [
-            *((name, step, step.temperature) for name, step in contrastive.items()),
+            *((name, step, step.temperature) for name, step in contrastive.items() if step),
             ("reranker.train", self.reranker.train, None),
             ("stage3.train", self.stage3.train, self.stage3.temperature),
         ]
