@@ -45,8 +45,14 @@ $(VENV)/.bench: requirements-bench.lock $(STAMP)
 	@$(BIN)/python -m pip install --disable-pip-version-check -qq --no-deps -r $<
 	@touch $@
 
-bench: demo $(VENV)/.bench
+$(VENV)/speed: requirements-speed.lock $(STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check -qq --no-deps --upgrade --target $@ -r $<
+	@touch $@
+
+bench: demo $(VENV)/.bench $(VENV)/speed
 	@set -e; for script in controls peer seeds; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py; done
+	@set -e; for script in embed train rerank; do echo "== $$script"; \
+		PYTHONPATH=$(VENV)/speed $(BIN)/python benchmarks/$$script.py; done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -14,15 +14,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
+from local_recall import LocalPools
 from PIL import Image
 
 from umarvel_ray import Embedder
 from umarvel_ray.data.images import open_image
 from umarvel_ray.data.tables import item_of, open_dataset
-from umarvel_ray.evaluate.metrics import hit_at_k, mean
-from umarvel_ray.mine.filters import own_pictures, picture_key
-from umarvel_ray.mine.topk import topk
 from umarvel_ray.recipe import load_recipe
 from umarvel_ray.runs import Run
 
@@ -55,32 +52,13 @@ def main(source: str, step: str) -> None:
     run = Run.open(load_recipe(source))
     settings, data = run.recipe.evaluate, open_dataset(run.recipe.data)
     embedder = Embedder.from_pretrained(run.checkpoint(step))
-    ids = data.global_pool(settings.split)
-    rows = data.documents.take([data.row_of[id_] for id_ in ids]).to_pylist()
-    documents = embedder.encode_document([item_of(row) for row in rows])
-    place = {id_: number for number, id_ in enumerate(ids)}
-    with_picture = defaultdict(list)
-    for row in rows:
-        if row["image"] is not None:
-            with_picture[picture_key(row["image"])].append(row["id"])
+    pools = LocalPools(embedder, data, settings)
     table = defaultdict(dict)
     for name, (applies, change) in CONTROLS.items():
-        by_task = defaultdict(list)
-        for query in data.queries(settings.split).to_pylist():
-            if applies(item_of(query)):
-                by_task[query["task"]].append(query)
-        for task, queries in by_task.items():
-            pool = np.sort([place[id_] for id_ in data.pool(task, settings.split)])
-            own = [own_pictures(query, set(query["positive_ids"]), with_picture) for query in queries]
-            exclude = [np.searchsorted(pool, [n for n in map(place.get, dropped) if n in set(pool)]) for dropped in own]
-            vectors = embedder.encode_query([change(item_of(query)) for query in queries])
-            k = settings.k_of.get(task, settings.k)
-            _, found = topk(vectors, documents[pool], k, exclude)
-            hits = [
-                hit_at_k([ids[pool[n]] for n in line if n >= 0], set(query["positive_ids"]), k)
-                for line, query in zip(found, queries, strict=True)
-            ]
-            table[task][name] = mean(hits)
+        for task, rows in pools.queries().items():
+            if queries := [row for row in rows if applies(item_of(row))]:
+                vectors = embedder.encode_query([change(item_of(query)) for query in queries])
+                table[task][name] = pools.recall(task, queries, vectors)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"checkpoint": step, "recall": table}, indent=1) + "\n")
     print(f"| recall, local, {step} | " + " | ".join(CONTROLS) + " |\n|---|" + "---:|" * len(CONTROLS))

@@ -6,7 +6,7 @@ import io
 import os
 import socket
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from umarvel_ray.model.lora import add_lora
 from umarvel_ray.model.losses import info_nce
 from umarvel_ray.recipe import ContrastiveStep, Engine, Lora, ModelSettings
 from umarvel_ray.train.embedding_step import Passes, TemperedEmbedder, embedding_step
-from umarvel_ray.train.engine import capture, load_trainable, make_engine, restore, set_learning_rate
+from umarvel_ray.train.engine import capture, hold_in_fp32, load_trainable, make_engine, restore, start_step, take_step
 from umarvel_ray.train.tower import FrozenTower
 
 SETTINGS = ModelSettings(min_pixels=4096, max_pixels=4096)
@@ -29,6 +29,7 @@ STEP = ContrastiveStep(queries="x", batch_size=6, learning_rate=1e-3, clip_norm=
                        lora=Lora(r=4, alpha=8, dropout=0.0))  # fmt: skip
 BOUNDS = (np.log(0.01), np.log(1.0))
 STEPS = 3
+BUDGET = 120  # several chunks on every rank, not equally many
 
 
 def picture(seed: int) -> bytes:
@@ -38,19 +39,27 @@ def picture(seed: int) -> bytes:
     return out.getvalue()
 
 
-def batches(base: Path) -> list[tuple[list, list, torch.Tensor, torch.Tensor]]:
-    """Per step: encoded queries (N=6) and documents (M=9), targets, relevance with a shared positive; uneven, mixed."""
+@cache
+def batches(base: Path, apart: bool) -> list[tuple[list, list, torch.Tensor, torch.Tensor]]:
+    """Per step: encoded queries (N=6) and documents (M=9), targets, relevance with shared positives; uneven lengths.
+
+    `apart`: the first half of each side is text alone and the second half pictures, which puts a rank without pictures
+    beside ranks full of them; otherwise they are mixed.
+    """
     encoder = ItemEncoder.from_pretrained(base, SETTINGS)
     made = []
     for step in range(STEPS):
         queries = [
-            {"text": "fox " * (1 + (i * 7 + step) % 11), "instruction": "Find an image."}
-            if i % 2
-            else {"image": picture(10 * step + i), "text": "boat"}
+            {"image": picture(10 * step + i), "text": "boat"}
+            if (i >= 3 if apart else i % 2 == 0)
+            else {"text": "fox " * (1 + (i * 7 + step) % 11), "instruction": "Find an image."}
             for i in range(6)
         ]
         documents = [
-            {"image": picture(10 * step + i % 7)} if i < 3 else {"text": f"snow {i} " * (i + step)} for i in range(9)
+            {"image": picture(10 * step + i % 7)}
+            if (i >= 5 if apart else i < 3)
+            else {"text": f"snow {i} " * (1 + i + step)}
+            for i in range(9)
         ]
         targets = torch.tensor([0, 1, 2, 3, 4, 4])
         relevant = torch.zeros(6, 9, dtype=torch.bool)
@@ -63,9 +72,10 @@ def batches(base: Path) -> list[tuple[list, list, torch.Tensor, torch.Tensor]]:
     return made
 
 
-def tempered(base: Path, lora: Lora = STEP.lora) -> TemperedEmbedder:
-    model = EmbeddingModel.from_pretrained(base, SETTINGS, torch.float32, temperature=0.07)
+def tempered(base: Path, dtype: str = "float32", lora: Lora = STEP.lora) -> TemperedEmbedder:
+    model = EmbeddingModel.from_pretrained(base, SETTINGS, dtype, temperature=0.07)
     add_lora(model, lora, seed=3)
+    hold_in_fp32(model)
     # The B matrices start at zero, where half of the gradient vanishes: move them so that everything counts.
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -75,18 +85,23 @@ def tempered(base: Path, lora: Lora = STEP.lora) -> TemperedEmbedder:
     return TemperedEmbedder(model, BOUNDS)
 
 
-def plain_run(base: Path, two_way: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The truth: one process, one graph, the loss as a loop over the formula, torch's own AdamW and clipping."""
-    module = tempered(base)
+def plain_run(base: Path, two_way: bool = False, dtype: str = "float32", apart: bool = False) -> dict:
+    """The truth: one process, one graph, the loss as a loop over the formula, torch's own AdamW and clipping.
+
+    In bfloat16 the forward pass alone is: fp32 parameters under torch's autocast, fp32 similarities and loss.
+    """
+    module = tempered(base, dtype)
     model = module.embedder
     trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
     decayed = [p for n, p in trainable.items() if "temperature" not in n]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": [model.log_temperature], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-6)
-    losses = []
-    for queries, documents, targets, relevant in batches(base):
-        q = torch.cat([model(collate([item])) for item in queries])
-        d = torch.cat([model(collate([item])) for item in documents])
+    losses, norms, taus = [], [], []
+    for queries, documents, targets, relevant in batches(base, apart):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            q = torch.cat([model(collate([item])) for item in queries])
+            d = torch.cat([model(collate([item])) for item in documents])
+        taus.append(model.log_temperature.item())
         similarity = (q @ d.T) / model.log_temperature.exp()
         loss = 0.0
         for i, j in enumerate(targets.tolist()):
@@ -98,15 +113,17 @@ def plain_run(base: Path, two_way: bool) -> tuple[list[float], dict[str, torch.T
         loss = loss / 6
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(trainable.values()), 0.5)
+        norms.append(torch.nn.utils.clip_grad_norm_(list(trainable.values()), 0.5).item())
         optimizer.step()
         losses.append(loss.item())
-    return losses, {n: p.detach().clone() for n, p in trainable.items()}
+    state = {f"param.{n}": p.detach().clone() for n, p in trainable.items()}
+    state |= {f"exp_avg.{n}": optimizer.state[p]["exp_avg"] for n, p in trainable.items()}
+    return {"losses": losses, "norms": norms, "log_temperatures": taus, "state": state}
 
 
-def run_ranks(world: int, base: Path, cases: list[dict], out: Path) -> list[dict]:
+def run_ranks(world: int, cases: list[dict], out: Path) -> list[dict]:
     """Run every case on `world` gloo ranks; returns rank 0's results in order."""
-    spawn(world, _cases, str(base), cases, str(out))
+    spawn(world, _cases, cases, str(out))
     return torch.load(out)
 
 
@@ -127,8 +144,8 @@ def _rank(rank: int, world: int, port: int, work: Callable[..., None], args: tup
     torch.distributed.destroy_process_group()
 
 
-def _cases(rank: int, world: int, base: str, cases: list[dict], out: str) -> None:
-    results = [_case(rank, world, Path(base), **case) for case in cases]
+def _cases(rank: int, world: int, cases: list[dict], out: str) -> None:
+    results = [_case(rank, world, **case) for case in cases]
     if rank == 0:
         torch.save(results, out)
 
@@ -139,32 +156,36 @@ def _case(
     base: Path,
     zero: int = 1,
     cached: bool = True,
-    budget: int = 200,
     packed: bool = False,
     two_way: bool = False,
     cache_vision: bool = False,
+    dtype: str = "float32",
+    apart: bool = False,
     dropout: float = 0.0,
     start: int = 0,
     state: dict | None = None,
     stop: int = STEPS,
+    poisoned: bool = False,
 ) -> dict:
-    module = tempered(base, Lora(r=4, alpha=8, dropout=dropout)).train()
+    """One run of `stop - start` steps. `poisoned`: the last rank's loss is finite, its gradient is not a number."""
+    module = tempered(base, dtype, Lora(r=4, alpha=8, dropout=dropout)).train()
     if state:
         load_trainable(module, state)
     tower = FrozenTower(module.embedder.backbone, module.embedder.scale, "cpu")
-    engine = make_engine(module, STEP, Engine(zero_stage=zero, dtype="float32"))
+    engine = make_engine(module, STEP, Engine(zero_stage=zero, dtype=dtype))
     if state:
         restore(engine, state, start)
     visual_of = partial(VisionCache(2**30 if cache_vision else 0).features, tower)
-    losses = []
-    for number, (queries, documents, targets, relevant) in enumerate(batches(base)[:stop]):
-        if number < start:
-            continue
+    losses, norms, taus = [], [], []
+    for number in range(start, stop):
+        queries, documents, targets, relevant = batches(base, apart)[number]
 
         def loss_of(q, d, tau, rows, targets=targets, relevant=relevant):
-            return info_nce(q, d, targets, relevant, tau, rows, two_way)
+            taus.append(tau.item())
+            loss = info_nce(q, d, targets, relevant, tau, rows, two_way)
+            return loss + (q * 0).sum().sqrt() if poisoned and rank == world - 1 else loss
 
-        set_learning_rate(engine, STEP.learning_rate)
+        start_step(engine, STEP.learning_rate)
         mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
         yours = slice(rank * 9 // world, (rank + 1) * 9 // world)
         loss, _ = embedding_step(
@@ -172,12 +193,12 @@ def _case(
             queries[mine],
             documents[yours],
             loss_of,
-            Passes(budget, cached, packed),
+            Passes(BUDGET, cached, packed),
             visual_of,
             seed=100 + number,
         )
-        engine.step()
+        norms.append(take_step(engine))
         losses.append(loss)
     captured = capture(engine)
     engine.destroy()
-    return {"losses": losses, "state": captured}
+    return {"losses": losses, "norms": norms, "log_temperatures": taus, "state": captured}

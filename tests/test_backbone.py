@@ -24,25 +24,25 @@ def first_state(model, second: int, padding: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding", [0, 2])
-def test_the_setting_decides_whether_a_token_sees_the_next(tiny_base, implementation, padding):
+def test_the_setting_decides_whether_a_token_sees_the_next(family_base, implementation, padding):
     for settings, sees in ((BIDIRECTIONAL, True), (CAUSAL, False)):
-        model, _ = load_backbone(tiny_base, settings)
+        model, _ = load_backbone(family_base, settings)
         model.set_attn_implementation(implementation)
         difference = (first_state(model, 41, padding) - first_state(model, 42, padding)).abs().max()
         assert (difference > 1e-3) if sees else (difference == 0.0)
         probe_attention(model, settings.attention)
 
 
-def test_the_probe_catches_attention_that_did_not_take_effect(tiny_base):
+def test_the_probe_catches_attention_that_did_not_take_effect(family_base):
     for loaded, claimed in ((CAUSAL, "bidirectional"), (BIDIRECTIONAL, "causal")):
-        model, _ = load_backbone(tiny_base, loaded)
+        model, _ = load_backbone(family_base, loaded)
         with pytest.raises(UserError, match=f"attention '{claimed}' did not take effect.*install transformers"):
             probe_attention(model, claimed)
 
 
-def test_the_probe_catches_a_mask_ignored_only_without_padding(tiny_base):
+def test_the_probe_catches_a_mask_ignored_only_without_padding(family_base):
     """Trap T10 as it happened: bidirectional with padding, causal without."""
-    model, _ = load_backbone(tiny_base, BIDIRECTIONAL)
+    model, _ = load_backbone(family_base, BIDIRECTIONAL)
 
     def as_the_reference(_, args, kwargs):
         model.config.text_config.is_causal = bool(kwargs["attention_mask"].all())

@@ -1,4 +1,4 @@
-"""Rule 1: an item's embedding does not depend on its companions, to 1e-5."""
+"""Rule 1: an item's embedding does not depend on its companions, to 1e-5, whatever the backbone's family."""
 
 import itertools
 import random
@@ -28,18 +28,19 @@ ITEMS = [
     {"image": picture(1)},
 ]
 
+# Every two of them meet; each family meets all four.
 SETTINGS = [
-    {"attention": attention, "pooling": pooling, "positions": positions}
-    for attention, pooling, positions in itertools.product(
-        ("bidirectional", "causal"), ("mean", "last"), ("mrope", "sequential")
-    )
+    {"attention": "bidirectional", "pooling": "mean", "positions": "mrope"},
+    {"attention": "bidirectional", "pooling": "last", "positions": "sequential"},
+    {"attention": "causal", "pooling": "mean", "positions": "sequential"},
+    {"attention": "causal", "pooling": "last", "positions": "mrope"},
 ]
 
 
 @pytest.fixture(scope="module", params=SETTINGS, ids=lambda s: "-".join(s.values()))
-def embedder(request, tiny_base) -> Embedder:
+def embedder(request, family_base) -> Embedder:
     return Embedder.from_pretrained(
-        tiny_base, settings=ModelSettings(min_pixels=4096, max_pixels=8192, **request.param)
+        family_base, settings=ModelSettings(min_pixels=4096, max_pixels=8192, **request.param)
     )
 
 

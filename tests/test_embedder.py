@@ -60,6 +60,22 @@ def test_more_items_than_a_window(embedder):
     np.testing.assert_allclose(vectors, np.resize(vectors[:5], vectors.shape), atol=1e-5)
 
 
+def test_truncated_vectors_are_the_first_coordinates_at_unit_norm(tiny_base, embedder):
+    short = Embedder.from_pretrained(tiny_base, settings=SETTINGS, truncate_dim=5)
+    items = ["a red fox", {"text": "boats", "image": Image.new("RGB", (64, 64), "red")}]
+    first = embedder.encode_document(items)[:, :5]
+    assert short.dimension == 5
+    for encode in (short.encode_query, short.encode_document):
+        np.testing.assert_allclose(encode(items), first / np.linalg.norm(first, axis=1, keepdims=True), atol=1e-6)
+    assert short.encode_query([]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dimension", [0, -1, 33])
+def test_a_dimension_that_the_model_lacks_is_refused(tiny_base, dimension):
+    with pytest.raises(UserError, match=f"truncate_dim is {dimension}; give 1 to 32"):
+        Embedder.from_pretrained(tiny_base, settings=SETTINGS, truncate_dim=dimension)
+
+
 def test_nothing_gives_nothing(embedder):
     assert embedder.encode_query([]).shape == (0, embedder.dimension)
     assert embedder.encode([]).shape == (0, embedder.dimension)
@@ -98,3 +114,32 @@ def test_bfloat16_is_close(tiny_base, embedder):
     vectors = half.encode_query(["a red fox", "boats"])
     assert vectors.dtype == np.float32
     assert (vectors * embedder.encode_query(["a red fox", "boats"])).sum(1).min() > 0.99
+
+
+@pytest.mark.parametrize("generation_prompt", [False, True])
+def test_the_reference_preset_embeds_as_the_authors_code(family_base, generation_prompt):
+    """Method 1.1 to 1.5 by hand: their conversation, plain counting for positions, no DeepStack, the masked mean."""
+    embedder = Embedder.from_pretrained(family_base, preset="reference", generation_prompt=generation_prompt)
+    picture = Image.effect_noise((64, 64), 60).convert("RGB")
+    told = "<instruction_start>Find it.<instruction_end> boats."
+    run = "<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"
+    text = f"<|im_start|>user\n{run}{told}<|im_end|>\n<|im_start|>assistant\n<emb>.<|im_end|>\n"
+    text += "<|im_start|>assistant\n" if generation_prompt else ""
+    tokenizer, core = embedder.encoder.tokenizer, embedder.model.backbone.model
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    opened = embedder.encoder.pictures({"image": picture}, "x")
+    with torch.no_grad():
+        seen = core.visual(embedder.model.scale([opened[0].pixels]), grid_thw=torch.tensor([opened[0].grid]))
+        embeds = core.get_input_embeddings()(ids)
+        embeds[ids == core.config.image_token_id] = seen.pooler_output
+        states = core.language_model(inputs_embeds=embeds, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+    tokens = tokenizer.convert_ids_to_tokens(ids[0])
+    start, end = tokens.index("<instruction_start>"), tokens.index("<instruction_end>")
+    mean = torch.cat([states[:start], states[end + 1 :]]).mean(0)
+    ours = embedder.encode_query([{"image": picture, "text": "boats", "instruction": "find it"}])[0]
+    np.testing.assert_allclose(ours, (mean / mean.norm()).numpy(), atol=1e-5)
+
+
+def test_a_preset_that_is_not_known_is_refused(tiny_base):
+    with pytest.raises(UserError, match="preset 'refrence' is not known"):
+        Embedder.from_pretrained(tiny_base, preset="refrence")

@@ -22,12 +22,20 @@ from umarvel_ray.data.tables import DEMO, item_of
 from umarvel_ray.errors import UserError
 from umarvel_ray.estimate.flops import text_backward, text_forward, vision_forward
 from umarvel_ray.estimate.load import loads
-from umarvel_ray.estimate.memory import BUCKET, bucket_bytes, loss_bytes, optimizer_bytes, text_activations
+from umarvel_ray.estimate.memory import (
+    BUCKET,
+    bucket_bytes,
+    loss_bytes,
+    optimizer_bytes,
+    text_activations,
+    trained,
+    trained_tower_activations,
+)
 from umarvel_ray.estimate.shape import PUBLISHED, read_shape, shape_of
 from umarvel_ray.estimate.table import estimate
 from umarvel_ray.model.items import ItemEncoder
 from umarvel_ray.model.lora import TARGETS
-from umarvel_ray.recipe import SHIPPED, load_recipe
+from umarvel_ray.recipe import SHIPPED, Step, load_recipe
 from umarvel_ray.runs import BUILTIN
 
 MODELS = {
@@ -186,16 +194,52 @@ def test_activations_are_what_torch_allocates(form, dtype, dropout, checkpointed
     assert per_token * rows * length == pytest.approx(peak_bytes(model, rows, length), rel=0.1)
 
 
+@pytest.mark.parametrize("form", FAMILIES)
+def test_a_language_model_trained_whole_is_counted_as_torch_does(form):
+    model, text, rows, length = build(tiny(form)).requires_grad_(False), shape_of(tiny(form)).text, 4, 64
+    model.model.language_model.requires_grad_(True).embed_tokens.requires_grad_(False)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    step = Step(queries="x", batch_size=1, learning_rate=1, language_model="full", vision="projector")
+    projector = [p for n, p in model.model.visual.named_parameters() if "merger" in n]
+    counted = [sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in projector)]
+    assert list(trained(shape_of(tiny(form)), step)) == counted
+    per_token = text_activations(text, 0, False, 4, length, checkpointed=False, whole=True)
+    assert per_token * rows * length == pytest.approx(peak_bytes(model.train(), rows, length), rel=0.1)
+
+
+@pytest.mark.parametrize("form", FAMILIES)
+def test_a_tower_that_trains_keeps_what_torch_keeps(form):
+    vision, side = shape_of(tiny(form)).vision, 16
+    tower = build(tiny(form)).model.visual
+    for p in tower.parameters():
+        p.grad = torch.zeros_like(p)
+    patches, grids = torch.randn(2 * side * side, vision.values), torch.tensor([[1, side, side]] * 2)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in tower.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = tower(patches, grid_thw=grids)
+    found = sum(size for place, size in kept.items() if place not in weights)
+    expected = trained_tower_activations(vision, 4, checkpointed=False) * len(patches) / vision.merge**2
+    assert expected == pytest.approx(found, rel=0.2)
+    del output
+
+
 def test_adapters_and_optimizer_are_what_deepspeed_holds(tiny_base, tmp_path):
     spawn(2, weigh, str(tiny_base), str(tmp_path / "found"))
     for (zero, dtype), (trainable, frozen, tower, held) in torch.load(tmp_path / "found").items():
         width = getattr(torch, dtype).itemsize
-        bucket = bucket_bytes(trainable, width, zero, gpu=True)
+        bucket = bucket_bytes(trainable, zero, gpu=True)
         if zero in (1, 3):  # ZeRO-2 has given it back by now
             assert max(held) == bucket
         weights = width * (tower + frozen / (2 if zero == 3 else 1))
-        rest = sum(size for size in held if size != BUCKET * width) - weights
-        assert optimizer_bytes(trainable, width, zero, 2) == pytest.approx(rest, rel=0.06), (zero, dtype)
+        rest = sum(size for size in held if size != BUCKET * 4) - weights
+        assert optimizer_bytes(trainable, zero, 2) == pytest.approx(rest, rel=0.06), (zero, dtype)
 
 
 def test_steps_are_those_that_the_papers_batches_give():
@@ -258,6 +302,23 @@ def test_memory_falls_with_zero_and_checkpointing():
     assert activations_and_optimizer("engine.activation_checkpointing=false")[2] > 8 * stages[1][2]
 
 
+def test_memory_follows_what_trains():
+    def row(*changes: str) -> list[float]:
+        overrides = [f"stage1.instruction.{change}" for change in changes]
+        lines = estimate(load_recipe("qwen2vl-7b", overrides)).splitlines()
+        cells = [line.split() for line in lines if line.startswith("stage1.instruction")]
+        return [float(cell.replace(",", "")) for cell in cells[1][1:]]
+
+    adapters, four, whole, all_ = row(), row("language_model=qlora"), row("language_model=full"), row("vision=full")
+    assert four[0] < adapters[0] / 2
+    assert four[1:6] == adapters[1:6]
+    assert whole[0] == pytest.approx(2 * 2 * 152064 * 3584 / 2**30, rel=0.02)  # two tables in bf16
+    assert whole[2] > 6.5e9 * 4 / 2**30  # weights and gradients in bf16, spread or not
+    assert all_[1] == 0
+    assert all_[2] > adapters[2] + 675_759_104 * 4 / 2**30
+    assert all_[4] > adapters[4]
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 def test_every_shipped_recipe_is_estimated(name):
     text = estimate(load_recipe(name))
@@ -275,3 +336,11 @@ def test_an_unknown_base_or_table_says_so():
     assert estimate(load_recipe("demo", ["base=/nowhere"])).startswith("No estimate: base /nowhere")
     text = estimate(load_recipe("demo", ["data.root=/nowhere", "stage1.text.max_steps=null"]))
     assert re.search(r"stage1.text +.* \? +unknown +\? ", text)
+
+
+def test_a_step_that_is_left_out_is_not_estimated():
+    recipe = load_recipe("demo", ["stage1.text=null"])
+    assert [load.name for load in loads(recipe, read_shape(recipe.base))][:2] == [
+        "stage1.image_text",
+        "stage1.instruction",
+    ]

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -168,6 +169,31 @@ def test_sizes_are_those_of_transformers(height, width, pixels):
         assert form.size(height, width) == expected
 
 
+def test_the_reference_resizes_twice(tmp_path):
+    """Trap T9: to multiples of 28 within its own budget, then as the checkpoint's processor asks (Qwen3-VL's, here)."""
+    config = {
+        "patch_size": 16,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    config["size"] = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    form = PictureFormat.from_pretrained(tmp_path, ModelSettings.reference())
+    shown = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 200, 3), dtype=np.uint8))
+    first = smart_resize(90, 200, 28, 3136, 235_200)
+    second = smart_resize(*first, 32, 65_536, 16_777_216)
+    assert first != second
+    twice = np.asarray(
+        shown.resize(first[::-1], Image.Resampling.BICUBIC).resize(second[::-1], Image.Resampling.BICUBIC)
+    )
+    ours = read_picture(shown, form, "x")
+    assert ours.grid == (1, second[0] // 16, second[1] // 16)
+    corner = ours.pixels[0].reshape(3, 16, 16).transpose(1, 2, 0)
+    assert np.array_equal(corner, twice[:16, :16])
+
+
 @pytest.mark.parametrize("text", [None, "[]", "{", "{}"])
 def test_a_checkpoint_without_a_usable_picture_config_is_a_users_error(tiny_base, tmp_path, text):
     folder = shutil.copytree(tiny_base, tmp_path / "broken")
@@ -181,3 +207,14 @@ def test_picture_keys_tell_pictures_and_shapes_apart():
     keys = [read_picture(picture, form_of((256, 65_536)), "x").key for picture in grey]
     assert len(set(keys)) == 3
     assert keys[2] == keys[3]
+
+
+def test_a_picture_given_to_many_items_is_read_once():
+    """PIL reads a file when it is asked for pixels: threads that ask together break each other's stream."""
+    pixels = np.random.default_rng(0).integers(0, 255, (900, 700, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(pixels))
+    for _ in range(3):
+        shared = Image.open(io.BytesIO(data))
+        with ThreadPoolExecutor(8) as threads:
+            opened = list(threads.map(open_image, [shared] * 8, ["item"] * 8))
+        assert all(np.array_equal(np.asarray(picture), pixels) for picture in opened)

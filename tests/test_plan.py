@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from umarvel_ray.data.plan import (
     QueryRows,
+    continue_hard_plan,
     contrastive_plan,
     distil_plan,
     rank_slice,
@@ -128,6 +129,16 @@ def test_distillation_keeps_each_querys_own_candidates():
             assert batch.arrays["teacher"][i][: len(candidates[row])] == pytest.approx(teacher[row])
 
 
+def test_continue_hard_sets_each_query_against_its_own_candidates():
+    rows = QueryRows(["x", "y", "z"], ["t"] * 3, [["a", "e"], ["d"], ["g"]])
+    candidates = {"x": ["a", "b", "e", "c"], "y": ["b", "d"], "z": ["e", "a", "f"]}
+    for batch in continue_hard_plan(rows, candidates, step(2, max_steps=4), seed=1):
+        for i, query in enumerate(batch.query_ids):
+            own = {batch.document_ids[j] for row, j in batch.arrays["own"] if row == i}
+            assert own == {"x": {"b", "c"}, "y": {"b"}, "z": {"e", "a", "f"}}[query]
+            assert batch.document_ids[batch.arrays["targets"][i]] in rows.positives["xyz".index(query)]
+
+
 def test_reranker_pairs_come_as_one_yes_and_one_no():
     rows = QueryRows(["a", "b", "c"], ["t"] * 3, [["p"], ["q", "r"], ["s"]])
     negatives = {"a": ["n1", "n2"], "b": ["n3"], "c": []}
@@ -142,7 +153,7 @@ def test_reranker_pairs_come_as_one_yes_and_one_no():
 
 def test_a_plan_survives_the_disk(tmp_path):
     rows = QueryRows([f"q{i}" for i in range(20)], ["t"] * 20, [[f"d{i}", f"d{i + 1}"] for i in range(20)])
-    plan = contrastive_plan(rows, step(4, max_steps=3), seed=0)
+    plan = contrastive_plan(rows, step(4, max_steps=3), 0, {"q3": ["n"]}, per_query=1, in_batch=False)
     write_plan(plan, tmp_path / "plan.parquet")
     for old, new in zip(plan, read_plan(tmp_path / "plan.parquet"), strict=True):
         assert (old.step, old.query_ids, old.document_ids) == (new.step, new.query_ids, new.document_ids)

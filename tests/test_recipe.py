@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.recipe import SHIPPED, dump_recipe, load_recipe
+from umarvel_ray.recipe import SHIPPED, Step, dump_recipe, load_recipe
+from umarvel_ray.runs import Run
+from umarvel_ray.train.engine import learning_rate
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
@@ -136,6 +138,12 @@ def test_overrides_win_over_the_file_which_wins_over_its_parent(tmp_path):
         ("name.x=1", "'name' is a value"),
         ("seed", "key.sub=value"),
         ("model={a: [}", "not valid YAML"),
+        ("stage1.text.lr_scaling=sqrt", "reference_batch"),
+        ("stage1.text.in_batch_negatives=false", "hard_negatives"),
+        ("stage2.train={in_batch_negatives: false, hard_negatives: 2, two_way: true}", "stage2.train"),
+        ("stage1.instruction=null", "stage1.instruction"),
+        ("stage2.mining.random_mix_of={a: 2}", "random_mix_of.a"),
+        ("stage3.objective=both", "stage3.objective"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_the_key(override, said):
@@ -158,6 +166,24 @@ def test_a_broken_file_is_one_line_that_names_it(text, said, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("scaling", "rate"), [("none", 1e-4), ("sqrt", 2.828427e-4), ("linear", 8e-4)])
+def test_the_learning_rate_grows_with_the_batch(scaling, rate):
+    """Paper Table 4: 480 queries at 1e-4; eight times as many at 2.8e-4 by the square root."""
+    step = Step(queries="train", batch_size=3840, learning_rate=1e-4, lr_scaling=scaling, reference_batch=480)
+    assert [learning_rate(step, number, 100) for number in (0, 1, 2)] == pytest.approx([rate / 3, rate * 2 / 3, rate])
+    assert learning_rate(step, 3 + 97 // 2, 100) == pytest.approx(rate / 2, rel=0.03)
+
+
+def test_a_folder_made_before_a_key_existed_is_the_same_run(tmp_path):
+    recipe = load_recipe("demo", [f"output={tmp_path}"])
+    tree = recipe.model_dump(mode="json")
+    del tree["stage3"]["objective"], tree["stage1"]["text"]["lr_scaling"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert Run.open(recipe).dir == tmp_path
+    with pytest.raises(UserError, match=r"stage3\.objective"):
+        Run.open(load_recipe("demo", [f"output={tmp_path}", "stage3.objective=continue-hard"]))
+
+
 def test_the_demo_file_has_no_key_twice():
     class Strict(yaml.SafeLoader):
         pass
@@ -170,3 +196,45 @@ def test_the_demo_file_has_no_key_twice():
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     for name in NAMES:
         yaml.load((SHIPPED / f"{name}.yaml").read_text(), Strict)
+
+
+def test_a_step_trains_adapters_on_the_language_model_unless_it_says_otherwise():
+    for name in NAMES:
+        recipe = load_recipe(name)
+        for step in (recipe.stage1.text, recipe.stage1.instruction, recipe.stage2.train, recipe.reranker.train):
+            assert (step.language_model, step.vision, step.lora.init) == ("lora", "frozen", None)
+            assert set(step.learning_rates.model_dump().values()) == {None}
+        assert recipe.stage2.train.matryoshka == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["stage2.train.learning_rates.projector=1e-4"], "learning_rates.projector needs vision: projector or full"),
+        (
+            ["stage2.train.vision=projector", "stage2.train.learning_rates.vision=1e-4"],
+            "learning_rates.vision needs vision: full",
+        ),
+        (["stage3.train.lora.init=x", "stage3.train.language_model=full"], "lora.init needs language_model: lora"),
+        (["stage2.train.language_model=qlora", "engine.zero_stage=3"], "stage2.train: ZeRO-3 cannot spread 4-bit"),
+        (["stage1.text.learning_rates.temperature=1e-4"], "stage1.text.learning_rates.temperature needs a temperature"),
+        (["reranker.train.learning_rates.temperature=1e-4"], "reranker.train.learning_rates.temperature needs"),
+        (["stage2.train.matryoshka=[0]"], "stage2.train.matryoshka.0"),
+    ],
+)
+def test_what_cannot_train_together_is_one_line(overrides, line):
+    with pytest.raises(UserError, match=line):
+        load_recipe("demo", overrides)
+
+
+def test_what_can_train_together_is_taken():
+    step = "stage2.train"
+    changes = [
+        "vision=full",
+        "learning_rates={projector: 1e-4, vision: 1e-5, temperature: 1e-3}",
+        "matryoshka=[64, 32]",
+    ]
+    recipe = load_recipe("demo", [f"{step}.{change}" for change in changes] + ["engine.zero_stage=3"])
+    assert recipe.stage2.train.learning_rates.vision == 1e-5
+    assert recipe.stage2.train.matryoshka == (64, 32)
+    assert load_recipe("demo", ["stage3.train.learning_rates.temperature=1e-3"]).stage3.temperature.learn

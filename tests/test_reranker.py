@@ -1,11 +1,11 @@
-"""The reranker against the stock Qwen2-VL: each pair alone, the whole prompt, the whole vocabulary."""
+"""The reranker against the stock model: each pair alone, the whole prompt, the whole vocabulary."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from tests.tiny import CHAT_TEMPLATE
 from umarvel_ray.errors import UserError
@@ -16,7 +16,7 @@ from umarvel_ray.model.lora import add_lora, merge_lora
 from umarvel_ray.model.pairs import PairEncoder, collate_pairs
 from umarvel_ray.model.reranker import Reranker, RerankerModel
 from umarvel_ray.recipe import Engine, Lora, ModelSettings, Step, Temperature
-from umarvel_ray.train.build import backbone_of, build_module
+from umarvel_ray.train.build import build_module, model_of
 from umarvel_ray.train.jobs import TrainJob
 
 SETTINGS = ModelSettings(min_pixels=4096, max_pixels=16384)
@@ -52,16 +52,19 @@ def make_reranker(path, settings=SETTINGS) -> Reranker:
 
 def stock_logits(path, encoder: PairEncoder, pair, positions: str) -> torch.Tensor:
     """Every position's logits of one pair alone, by transformers' own forward and its own M-RoPE."""
-    model = Qwen2VLForConditionalGeneration.from_pretrained(path).eval()
+    model = AutoModelForImageTextToText.from_pretrained(path).eval()
     ids = torch.from_numpy(pair.input_ids).long()[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if positions == "sequential":
         inputs["position_ids"] = torch.arange(ids.shape[1]).expand(3, 1, -1)
+    image, video = encoder.items.picture_token_ids
+    names = {False: ("pixel_values", "image_grid_thw"), True: ("pixel_values_videos", "video_grid_thw")}
+    for moving, (pixels, grids) in names.items():
+        if shown := [picture for picture in pair.pictures if (picture.seconds is not None) == moving]:
+            inputs[pixels] = encoder.items.picture_format.scale([picture.pixels for picture in shown])
+            inputs[grids] = torch.tensor([picture.grid for picture in shown])
     if pair.pictures:
-        pixels = encoder.items.picture_format.scale([picture.pixels for picture in pair.pictures])
-        grids = torch.tensor([picture.grid for picture in pair.pictures])
-        inputs |= {"pixel_values": pixels, "image_grid_thw": grids}
-        inputs["mm_token_type_ids"] = torch.isin(ids, torch.tensor(encoder.items.picture_token_ids)).int()
+        inputs["mm_token_type_ids"] = (ids == image).int() + 2 * (ids == video).int()
     with torch.inference_mode():
         return model(**inputs, use_cache=False).logits[0]
 
@@ -111,6 +114,16 @@ def test_shared_query_scores_equal_each_pair_alone(tiny_base, positions, budget)
         assert scores.dtype == np.float32
         np.testing.assert_allclose(scores, expected, atol=1e-5)
         np.testing.assert_allclose(reranker.score(query, DOCUMENTS[::-1], budget), expected[::-1], atol=1e-5)
+
+
+def test_every_family_scores_as_its_stock_model(family_base):
+    """DeepStack and videos behind a query that was read before."""
+    settings = SETTINGS.model_copy(update={"max_pixels": 4096})
+    reranker = make_reranker(family_base, settings)
+    documents = [*DOCUMENTS[:3], {"video": [picture(seed, 48, 32) for seed in (7, 8)], "text": "boats"}]
+    expected = [stock_p_yes(family_base, reranker.encoder, QUERIES[2], document) for document in documents]
+    assert np.ptp(expected) > 1e-2
+    np.testing.assert_allclose(reranker.score(QUERIES[2], documents), expected, atol=1e-5)
 
 
 def test_the_query_is_read_once_and_each_picture_once(tiny_base):
@@ -191,7 +204,7 @@ def test_activation_checkpointing_is_for_both_models(tiny_base, kind, wanted):
                    Engine(dtype="float32", activation_checkpointing=wanted), 0, {})  # fmt: skip
     module = build_module(job)
     assert module.training
-    assert backbone_of(module).is_gradient_checkpointing == wanted
+    assert model_of(module).backbone.is_gradient_checkpointing == wanted
 
 
 def test_started_from_a_bidirectional_embedder_it_is_causal(tiny_base, tmp_path):

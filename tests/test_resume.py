@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from tests import faulty
 from tests.conftest import REPO
 from tests.mini_data import make_mini_data
 
@@ -68,6 +71,9 @@ def test_a_killed_worker_changes_no_loss(command, undisturbed, tmp_path):
     random.choice(workers).send_signal(signal.SIGKILL)
     assert process.wait() == 0
     assert losses(tmp_path) == undisturbed
+    [failure] = map(json.loads, (tmp_path / "train" / "text" / "failures.jsonl").read_text().splitlines())
+    assert failure["step"] >= 2
+    assert len(failure["query_ids"]) == 8
 
 
 def test_a_killed_driver_changes_no_loss(command, undisturbed, tmp_path):
@@ -82,10 +88,44 @@ def test_a_killed_driver_changes_no_loss(command, undisturbed, tmp_path):
     assert losses(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
+def test_steps_that_fail_once_are_tried_again_and_change_no_loss(command, undisturbed, tmp_path):
+    assert start([sys.executable, "-m", "tests.faulty", *command[1:]], tmp_path).wait() == 0
+    assert losses(tmp_path) == undisturbed
+    first, second = map(json.loads, (tmp_path / "train" / "text" / "failures.jsonl").read_text().splitlines())
+    assert (first["step"], second["step"]) == (faulty.NAN_AT, faulty.MEMORY_AT)
+    assert first["error"].startswith("text: loss is nan at step 3 (queries ")
+    assert second["error"].startswith("text: rank 1 is out of memory at step 5, with up to ")
+    assert first["query_ids"] != second["query_ids"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_workers(command, tmp_path):
+    """Rule 4 through Ray Train, and rule 5's other half: two workers, then one, are two workers all the way."""
+    exact = [*command, "stage1.text.lora.dropout=0.0"]  # masks are drawn per rank
+    assert start(exact, tmp_path / "whole").wait() == 0
+    process = start(exact, tmp_path / "moved")
+    wait_for_step(tmp_path / "moved", random.randrange(3, 8), process)
+    process.kill()
+    process.wait()
+    assert start([*exact, "cluster.workers=1"], tmp_path / "moved").wait() == 0
+    found, expected = losses(tmp_path / "moved"), losses(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(expected[name]), atol=1e-5, rtol=1e-5)
+
+
 def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(command, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    changes = ["stage1.text.learning_rate=1.0e+30", f"output={tmp_path}"]
+    changes = ["stage1.text.learning_rate=1.0e+30", "cluster.max_failures=1", f"output={tmp_path}"]
     ended = subprocess.run([*command, *changes], cwd=REPO, env=env, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith("umarvel: text: loss is nan at step")
+    last = ended.stderr.splitlines()[-1]
+    assert re.match(
+        r"umarvel: text: (loss|gradient norm) is (nan|inf) at step \d+ \(queries .*lower learning_rate", last
+    )
+    assert "cluster.max_failures is used up" in last
     assert "Traceback" not in ended.stderr
+    failures = [json.loads(line) for line in (tmp_path / "train" / "text" / "failures.jsonl").read_text().splitlines()]
+    assert [failure["step"] for failure in failures] == 2 * [failures[0]["step"]]  # tried again once
+    assert len(failures[0]["query_ids"]) == 8

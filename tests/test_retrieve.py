@@ -193,7 +193,7 @@ def test_pair_scores_are_cosines(pool, result, vectors):
 @pytest.mark.parametrize("scope", ["global", "local"])
 @pytest.mark.parametrize("threshold", ["calibrate", 0.9])
 def test_mined_negatives(pool, dataset, recipe, checkpoint, vectors, tmp_path, scope, threshold, capsys):
-    change = {"pool": scope, "max_similarity": threshold, "margin": 0.01}
+    change = {"pool": scope, "max_similarity": threshold, "margin": 0.01, "random_mix_of": {"pictures_task4": 1.0}}
     mining = recipe.stage2.mining.model_copy(update=change)
     recipe = recipe.model_copy(update={"stage2": recipe.stage2.model_copy(update={"mining": mining})})
     mined = mine(pool, dataset, recipe, checkpoint, tmp_path / "embeddings", tmp_path / "mined").to_pylist()
@@ -202,7 +202,7 @@ def test_mined_negatives(pool, dataset, recipe, checkpoint, vectors, tmp_path, s
     assert [row["query_id"] for row in mined] == [row["id"] for row in queries]
     twin_seen = any(row["query_id"] == "q0" and "twin" in row["document_ids"] for row in mined)
     assert ("true false negatives" in printed) == twin_seen
-    seen = 0
+    seen, hardest = 0, {"words_task1": [], "pictures_task4": []}
     for row, query in zip(mined, queries, strict=True):
         ids = dataset.global_pool("train") if scope == "global" else dataset.pool(query["task"], "train")
         assert_same_ranking(row["document_ids"], expected_ranking(dataset, vectors, query, ids), vectors, query)
@@ -220,6 +220,11 @@ def test_mined_negatives(pool, dataset, recipe, checkpoint, vectors, tmp_path, s
         assert not {gold, own, *(["twin"] if gold == "t0" else [])} & set(row["negative_ids"])
         assert set(row["negative_ids"]) <= set(ids)
         seen += len(row["document_ids"])
+        passed = [id_ for id_, kept in zip(row["document_ids"], row["kept"], strict=True) if kept]
+        best = passed[: recipe.stage2.train.hard_negatives]
+        hardest[row["task"]].append(row["negative_ids"][: len(best)] == best)
+    assert all(hardest["words_task1"])
+    assert not all(hardest["pictures_task4"]), "this task's are drawn at random"
     again = mine(pool, dataset, recipe, checkpoint, tmp_path / "embeddings", tmp_path / "mined").to_pylist()
     assert again == mined
     assert capsys.readouterr().out == ""

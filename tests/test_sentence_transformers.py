@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.tiny import make_tiny_base
 from umarvel_ray.model.checkpoint import save_checkpoint
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.embedding_model import EmbeddingModel
@@ -28,6 +29,10 @@ CASES = {
     "generation prompt": {"generation_prompt": True, "pooling": "last", "positions": "sequential"},
     "short texts": {"max_text_tokens": 12},
     "weights in bfloat16": {},
+    "resized twice": {"resize_twice": True, "min_pixels": 784, "max_pixels": 3136},
+    "qwen2_5_vl": {},
+    "qwen3_vl": {},
+    "qwen3_vl without DeepStack": {"deepstack": False, "positions": "sequential"},
     "small pictures": {"min_pixels": 256, "max_pixels": 1024},
 }
 TOLD = "Find an image that matches the caption"
@@ -52,6 +57,8 @@ for folder in given["folders"]:
     found[f"{folder}/query"] = model.encode_query(given["queries"], batch_size=3)
     found[f"{folder}/document"] = model.encode_document(given["documents"], batch_size=3)
     found[f"{folder}/prompt"] = model.encode_query(given["plain"], prompt=given["told"])
+found["truncated"] = SentenceTransformer(folder, trust_remote_code=True, device="cpu", truncate_dim=7).encode_query(
+    given["queries"], normalize_embeddings=True)
 model.save("resaved")
 again = SentenceTransformer("resaved", trust_remote_code=True, device="cpu")
 found["resaved"] = again.encode_query(given["queries"])
@@ -107,10 +114,12 @@ def items(pictures: dict[str, str]) -> dict[str, list]:
 def opened(tiny_base, tmp_path_factory):
     """What sentence-transformers makes of one checkpoint per case."""
     folder = tmp_path_factory.mktemp("sentence-transformers")
+    bases = {family: make_tiny_base(folder / f"base-{family}", family=family) for family in ("qwen2_5_vl", "qwen3_vl")}
     for name, changes in CASES.items():
         settings = ModelSettings(**SIZES | changes)
         dtype = "bfloat16" if "bfloat16" in name else "float32"
-        model = EmbeddingModel.from_pretrained(tiny_base, settings, dtype)
+        base = bases.get(name.split()[0], tiny_base)
+        model = EmbeddingModel.from_pretrained(base, settings, dtype)
         save_checkpoint(model, folder / name, settings, {"stage": "text"})
     given = items(draw(folder))
     (folder / "given.json").write_text(json.dumps(given | {"folders": list(CASES), "told": TOLD}))
@@ -150,6 +159,13 @@ def test_every_setting_moves_the_vectors(opened):
         assert moved > 1e-3, case
     query = found["as the paper/query"]
     assert np.abs(query[0] - query[1]).max() > 1e-3  # with and without instruction
+
+
+def test_truncated_vectors_are_the_same(opened):
+    folder, given, found = opened
+    short = Embedder.from_pretrained(folder / list(CASES)[-1], truncate_dim=7)
+    assert found["truncated"].shape == (len(given["queries"]), 7)
+    assert np.abs(found["truncated"] - short.encode_query(given["queries"])).max() < 1e-5
 
 
 def test_it_saves_what_it_opened(opened):

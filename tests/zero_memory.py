@@ -17,16 +17,16 @@ CASES = ((0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "
 
 def weigh(rank: int, world: int, base: str, out: str) -> None:
     """After a backward pass of each case: parameters that train, that do not, the tower's, and all storages' bytes."""
-    items = [item for item in batches(base)[0][1] if not len(item.grids)]
+    items = [item for item in batches(base, False)[0][1] if not item.pictures]
     found = {}
     for zero, dtype in CASES:
         gc.collect()
         gc.freeze()  # what is here already does not count, and is not looked at again
-        module = tempered(base, Lora(r=64, alpha=8, dropout=0.0)).train().to(getattr(torch, dtype))
-        tower = FrozenTower(module.embedder.backbone, "cpu")
+        module = tempered(base, dtype, Lora(r=64, alpha=8, dropout=0.0)).train()
+        tower = FrozenTower(module.embedder.backbone, module.embedder.scale, "cpu")
         sizes = [(p.requires_grad, p.numel()) for p in module.parameters()]
         engine = make_engine(module, STEP, Engine(zero_stage=zero, dtype=dtype))
-        vectors, tau = engine(collate(items, module.form), {})
+        vectors, tau = engine(collate(items), {})
         engine.backward(vectors.sum() + tau.sum())
         del vectors, tau
         counts = [sum(n for trains, n in sizes if trains == wanted) for wanted in (True, False)]

@@ -10,14 +10,18 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.ray_session import prepare_environment, start_ray
-from umarvel_ray.recipe import dump_recipe, load_recipe
+from umarvel_ray.recipe import Recipe, dump_recipe, load_recipe
 from umarvel_ray.toolchain import require_compiled_op
+
+if TYPE_CHECKING:
+    from umarvel_ray.runs import Run
 
 # verb: (function of umarvel_ray.pipeline, help)
 STORIES = {
@@ -38,19 +42,21 @@ ENVIRONMENT_ERRORS = {
 INTERRUPTED = 130
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the words of a command in one line."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `umarvel`; returns the exit status."""
-    return _guard(lambda: _main(argv))
+    return guard(lambda: _main(argv))
 
 
 def run_job(function: str) -> NoReturn:
     """Entry point of `jobs/*.py`: `--recipe NAME key=value … [--dry-run]` for one function of the pipeline."""
-    parser = _Parser(prog=f"jobs/{function}.py")
+    parser = Parser(prog=f"jobs/{function}.py")
     parser.add_argument("--recipe", default="demo", help="a YAML file or a shipped recipe's name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     _add_switches(parser)
@@ -59,12 +65,12 @@ def run_job(function: str) -> NoReturn:
         options = parser.parse_intermixed_args()
         _story(function, options.recipe, options.overrides, options)
 
-    sys.exit(_guard(job))
+    sys.exit(guard(job))
 
 
 def _main(argv: list[str] | None) -> None:
-    parser = _Parser(prog="umarvel", description="Train, mine, rerank, distil, evaluate and serve a retriever.")
-    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    parser = Parser(prog="umarvel", description="Train, mine, rerank, distil, evaluate and serve a retriever.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
     for verb, (function, text) in STORIES.items():
         story = verbs.add_parser(verb, help=text, description=text)
         story.add_argument("words", nargs="*", metavar="[RECIPE] key=value", help="default: demo, as it is")
@@ -126,18 +132,24 @@ def _story(function: str, source: str, overrides: list[str], options: argparse.N
 
         print(dump_recipe(recipe), *(f"# {line}".rstrip() for line in estimate(recipe).splitlines()), sep="\n")
         return
+    with open_run(recipe, function in TRAINING, options.verbose) as run:
+        vars(import_module("umarvel_ray.pipeline"))[function](run)
+
+
+@contextmanager
+def open_run(recipe: Recipe, trains: bool, verbose: bool = False) -> Iterator[Run]:
+    """A run folder and the Ray that a driver works on it with."""
     if not recipe.cluster.gpus_per_worker:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
-        if function in TRAINING:
+        if trains:
             require_compiled_op()
     prepare_environment()
     from umarvel_ray.runs import Run
 
     run = Run.open(recipe)
-    with start_ray(verbose=options.verbose):
-        story: Callable[[Run], None] = vars(import_module("umarvel_ray.pipeline"))[function]
+    with start_ray(verbose=verbose):
         try:
-            story(run)
+            yield run
         except SystemExit:  # what Ray Train's own handler of Ctrl-C, in place from its first run on, ends with
             raise KeyboardInterrupt from None
 
@@ -178,7 +190,8 @@ def _run_serve(options: argparse.Namespace) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "ray.serve.scripts", "run", str(options.config)])
 
 
-def _guard(work: Callable[[], None]) -> int:
+def guard(work: Callable[[], None]) -> int:
+    """Do the work of a driver; the exit status, after one line on stderr for what is not a defect of ours."""
     try:
         work()
     except KeyboardInterrupt:

@@ -5,14 +5,23 @@ Each function is one job: it starts from what the run folder holds, skips what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from umarvel_ray.data.plan import PlanStep, QueryRows, contrastive_plan, distil_plan, rerank_plan, write_plan
+from umarvel_ray.data.plan import (
+    PlanStep,
+    QueryRows,
+    continue_hard_plan,
+    contrastive_plan,
+    distil_plan,
+    rerank_plan,
+    write_plan,
+)
 from umarvel_ray.data.quarantine import without_unusable
 from umarvel_ray.data.sample import sample_queries, with_sampled_pools
 from umarvel_ray.data.tables import Dataset, open_dataset
@@ -25,6 +34,7 @@ from umarvel_ray.mine.rank import embed_split, rank
 from umarvel_ray.mine.teacher import RerankerPool, score_table
 from umarvel_ray.model.checkpoint import RERANKER
 from umarvel_ray.model.distill import fuse
+from umarvel_ray.recipe import ModelSettings
 from umarvel_ray.runs import LADDER, STAGE1, STAGE2, STAGE3, Run
 from umarvel_ray.train.jobs import TrainJob, train_job
 from umarvel_ray.train.launch import run_jobs
@@ -35,6 +45,13 @@ class Work(NamedTuple):
 
     job: TrainJob
     queries: pa.Table
+
+
+class Prepared(NamedTuple):
+    """A stage's work, in order, and the data whose documents it is fulfilled from."""
+
+    work: list[Work]
+    data: Dataset
 
 
 class Pools(NamedTuple):
@@ -67,16 +84,24 @@ def pipeline(run: Run) -> None:
 
 def stage1(run: Run) -> None:
     """Progressive transition: text pairs → image-caption pairs → instructions, adapters merged in between."""
+    _train(run, "stage1", prepare_stage1(run))
+
+
+def prepare_stage1(run: Run, pools: Pools | None = None) -> Prepared:
+    """Plan every step of stage 1 that the recipe has; a step that it leaves out hands its parent on."""
     data = open_dataset(run.recipe.data)
     run.parent("base", "stage 1")
     steps = [run.recipe.stage1.text, run.recipe.stage1.image_text, run.recipe.stage1.instruction]
-    work = []
-    for name, parent, step in zip(STAGE1, ["base", *STAGE1[:-1]], steps, strict=True):
+    work, parent = [], "base"
+    for name, step in zip(STAGE1, steps, strict=True):
+        if step is None:
+            continue
         queries = _training_data(run, data, step.queries).queries(step.queries)
         job = train_job(run, name, "contrastive", step, parent, step.temperature, step.two_way)
         _plan_once(job, partial(contrastive_plan, QueryRows.of(queries), step, run.recipe.seed))
         work.append(Work(job, queries))
-    _train(run, "stage1", work, data)
+        parent = name
+    return Prepared(work, data)
 
 
 def mine(run: Run, pools: Pools | None = None) -> tuple[pa.Table, Dataset]:
@@ -100,26 +125,37 @@ def mine(run: Run, pools: Pools | None = None) -> tuple[pa.Table, Dataset]:
 
 def stage2(run: Run, pools: Pools | None = None) -> None:
     """Continue with InfoNCE on in-batch and mined, filtered negatives."""
+    _train(run, "stage2", prepare_stage2(run, pools))
+
+
+def prepare_stage2(run: Run, pools: Pools | None = None) -> Prepared:
+    """Mine, and plan each query beside its negatives."""
     run.parent(STAGE1[-1], "stage 2")
     mined, data = mine(run, pools)
-    _train(run, "stage2", [_hard_negatives(run, mined, data)], data)
+    return Prepared([_hard_negatives(run, mined, data)], data)
 
 
 def reranker(run: Run, pools: Pools | None = None) -> None:
     """Train the Yes/No reranker on positives and mined negatives."""
     run.parent(_reranker_parent(run), "the reranker")
     mined, data = mine(run, pools)
-    _train(run, "reranker", [_reranker(run, mined, data)], data)
+    _train(run, "reranker", Prepared([_reranker(run, mined, data)], data))
 
 
 def stage2_and_reranker(run: Run, pools: Pools | None = None) -> None:
     """Both, one after the other in one worker group: on a laptop another would take longer to start than to train."""
     mined, data = mine(run, pools)
-    _train(run, "stage2+reranker", [_hard_negatives(run, mined, data), _reranker(run, mined, data)], data)
+    work = [_hard_negatives(run, mined, data), _reranker(run, mined, data)]
+    _train(run, "stage2+reranker", Prepared(work, data))
 
 
 def stage3(run: Run, pools: Pools | None = None) -> None:
     """Score a query sample's candidates with the reranker, fuse with recall, distil into the embedder."""
+    _train(run, "stage3", prepare_stage3(run, pools))
+
+
+def prepare_stage3(run: Run, pools: Pools | None = None) -> Prepared:
+    """Recall and score the sample's candidates; plan them as a teacher's, or as the negatives of its control."""
     settings, checkpoint = run.recipe.stage3, run.parent(STAGE2, "stage 3")
     teacher = run.parent(RERANKER, "stage 3")
     name = settings.train.queries
@@ -129,30 +165,43 @@ def stage3(run: Run, pools: Pools | None = None) -> None:
     )
     pool = run.recipe.stage2.mining.max_pool
     data = with_sampled_pools(whole.with_queries(name, sampled), name, pool, run.recipe.seed)
-    job = train_job(run, STAGE3, "distil", settings.train, STAGE2, settings.temperature)
+    kind = "distil" if settings.objective == "distil" else "contrastive"
+    job = train_job(run, STAGE3, kind, settings.train, STAGE2, settings.temperature)
     with open_pools(run, pools) as pools, run.timed("teacher"):
         embedded = embed_split(pools.embedders, data, name, checkpoint, run.dir / "embeddings" / STAGE2)
         recalled = rank(embedded, data, name, "local", settings.top_k)
         scored = score_table(
             pools.rerankers, recalled, sampled, data.documents, run.dir / "scores", teacher, "sampled queries"
         )
+    ids, candidates = scored["query_id"].to_pylist(), scored["document_ids"].to_pylist()
+    if kind == "contrastive":
+        own = dict(zip(ids, candidates, strict=True))
+        _plan_once(job, partial(continue_hard_plan, QueryRows.of(sampled), own, settings.train, run.recipe.seed))
+        return Prepared([Work(job, sampled)], data)
     cosines, answers = scored["scores"].to_pylist(), scored["rerank_scores"].to_pylist()
     fused = [
         [fuse(cosine, p, settings.alpha) for cosine, p in zip(*row, strict=True)]
         for row in zip(cosines, answers, strict=True)
     ]
-    ids, candidates = scored["query_id"].to_pylist(), scored["document_ids"].to_pylist()
     _plan_once(job, partial(distil_plan, ids, candidates, fused, settings.train, run.recipe.seed))
-    _train(run, "stage3", [Work(job, sampled)], data)
+    return Prepared([Work(job, sampled)], data)
 
 
 def embed(run: Run, pools: Pools | None = None) -> None:
-    """Embed every document with the final model: what an index is built from."""
-    checkpoint = run.parent(STAGE3, "embedding")
+    """Embed every document with the final model, or another one: what an index is built from."""
+    wanted = run.recipe.embed
+    checkpoint = Path(wanted.checkpoint) if wanted.checkpoint else run.parent(STAGE3, "embedding")
+    settings = ModelSettings.reference() if wanted.preset else None
     with open_pools(run, pools) as pools, run.timed("embed"):
         documents = open_dataset(run.recipe.data).documents
         embed_table(
-            pools.embedders, documents, "document", run.dir / "embeddings" / "documents", checkpoint, "documents"
+            pools.embedders,
+            documents,
+            "document",
+            run.dir / "embeddings" / "documents",
+            checkpoint,
+            "documents",
+            settings,
         )
 
 
@@ -188,7 +237,8 @@ def _hard_negatives(run: Run, mined: pa.Table, data: Dataset) -> Work:
     queries = data.queries(step.queries)
     job = train_job(run, STAGE2, "contrastive", step, STAGE1[-1], step.temperature, step.two_way)
     rows = QueryRows.of(queries)
-    _plan_once(job, partial(contrastive_plan, rows, step, run.recipe.seed, negatives, step.hard_negatives))
+    given = (rows, step, run.recipe.seed, negatives, step.hard_negatives, step.in_batch_negatives)
+    _plan_once(job, partial(contrastive_plan, *given))
     return Work(job, queries)
 
 
@@ -213,11 +263,12 @@ def _reranker_parent(run: Run) -> str:
     return "base" if run.recipe.reranker.init == "base" else STAGE2
 
 
-def _train(run: Run, stage: str, work: Sequence[Work], data: Dataset) -> None:
+def _train(run: Run, stage: str, prepared: Prepared) -> None:
     """Run jobs in order in one worker group."""
-    queries = {job.name: table for job, table in work}
+    queries = {job.name: table for job, table in prepared.work}
+    jobs = [job for job, _ in prepared.work]
     with run.timed(stage):
-        run_jobs(stage, [job for job, _ in work], queries, data.documents, run.recipe.cluster, run.dir)
+        run_jobs(stage, jobs, queries, prepared.data.documents, run.recipe.cluster, run.dir)
 
 
 def _mining_data(run: Run) -> Dataset:

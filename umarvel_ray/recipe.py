@@ -39,6 +39,7 @@ class ModelSettings(Section):
     deepstack: bool = True
     min_pixels: PositiveInt = 4 * 28 * 28
     max_pixels: PositiveInt = 300 * 28 * 28
+    resize_twice: bool = Field(default=False, description="to multiples of 28 first, as the reference (trap T9)")
     video_frames: PositiveInt = Field(default=12, description="frames of a video, spread evenly over it")
     max_video_pixels: PositiveInt = Field(default=12 * 128 * 28 * 28, description="of all its frames together")
     max_text_tokens: PositiveInt = 480
@@ -50,7 +51,13 @@ class ModelSettings(Section):
         Args:
             generation_prompt: their evaluation appends one, their training does not (trap T4).
         """
-        return cls(positions="sequential", deepstack=False, generation_prompt=generation_prompt, max_text_tokens=1024)
+        return cls(
+            positions="sequential",
+            deepstack=False,
+            generation_prompt=generation_prompt,
+            resize_twice=True,
+            max_text_tokens=1024,
+        )
 
     def for_reranker(self, max_text_tokens: int) -> ModelSettings:
         """The same for a reranker of this embedder: causal, with a text limit of its own."""
@@ -70,6 +77,15 @@ class Lora(Section):
     r: PositiveInt = 128
     alpha: PositiveInt = 256
     dropout: Fraction = 0.05
+    init: str | None = Field(default=None, description="directory of a PEFT adapter to go on from; null starts anew")
+
+
+class Rates(Section):
+    """Learning rates of parts; null is the step's `learning_rate`. All follow its warm-up and decay."""
+
+    projector: Positive | None = None
+    vision: Positive | None = Field(default=None, description="of the tower without its projector")
+    temperature: Positive | None = None
 
 
 class Temperature(Section):
@@ -89,15 +105,46 @@ class Step(Section):
     epochs: Positive = 1.0
     max_steps: PositiveInt | None = None
     learning_rate: Positive
+    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
+        default="none", description="how learning_rate grows with batch_size / reference_batch (paper Table 4)"
+    )
+    reference_batch: PositiveInt | None = Field(default=None, description="the batch that learning_rate is meant for")
     warmup_ratio: Fraction = 0.03
     weight_decay: NonNegative = 0.0
     clip_norm: Positive = 1.0
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     adam_eps: Positive = 1e-8
+    language_model: Literal["lora", "qlora", "full"] = Field(
+        default="lora", description="adapters; adapters on 4-bit weights; all weights but the token tables"
+    )
     lora: Lora = Lora()
+    vision: Literal["frozen", "projector", "full"] = Field(default="frozen", description="what of the tower trains")
+    learning_rates: Rates = Rates()
     max_per_task: PositiveInt | None = Field(default=None, description="queries of a task in an epoch, drawn anew")
     homogeneous: float = Field(default=0.0, ge=0, le=1, description="share of global batches drawn from a single task")
     checkpoint_every: PositiveInt = 50
+
+    @model_validator(mode="after")
+    def _scaling_needs_a_reference(self) -> Step:
+        if self.lr_scaling != "none" and self.reference_batch is None:
+            raise ValueError(f"lr_scaling={self.lr_scaling} needs reference_batch, what learning_rate is meant for")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_have_their_part(self) -> Step:
+        if self.learning_rates.projector and self.vision == "frozen":
+            raise ValueError("learning_rates.projector needs vision: projector or full")
+        if self.learning_rates.vision and self.vision != "full":
+            raise ValueError("learning_rates.vision needs vision: full")
+        if self.lora.init and self.language_model == "full":
+            raise ValueError("lora.init needs language_model: lora or qlora")
+        return self
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate after warm-up: scaled to the batch size by `lr_scaling`."""
+        power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[self.lr_scaling]
+        return self.learning_rate * (self.batch_size / (self.reference_batch or self.batch_size)) ** power
 
 
 class ContrastiveStep(Step):
@@ -106,6 +153,16 @@ class ContrastiveStep(Step):
     two_way: bool = False
     temperature: Temperature = Temperature()
     hard_negatives: int = Field(default=0, ge=0, description="mined documents added per query")
+    in_batch_negatives: bool = Field(default=True, description="false: only a query's own mined ones count")
+    matryoshka: tuple[PositiveInt, ...] = Field(
+        default=(), description="shorter dimensions that are trained as well (arXiv 2205.13147)"
+    )
+
+    @model_validator(mode="after")
+    def _some_negatives(self) -> ContrastiveStep:
+        if not self.in_batch_negatives and (self.two_way or not self.hard_negatives):
+            raise ValueError("in_batch_negatives: false needs hard_negatives above 0 and two_way: false")
+        return self
 
 
 class Mining(Section):
@@ -113,10 +170,13 @@ class Mining(Section):
 
     depth: PositiveInt = Field(default=100, description="candidates kept per query before the filters")
     pool: Literal["local", "global"] = "global"
-    max_similarity: Annotated[float, Field(gt=-1.0, le=1.0)] | Literal["calibrate"] = 0.7
+    max_similarity: Annotated[float, Field(gt=-1.0, le=1.0)] | Literal["calibrate"] = Field(
+        default=0.7, description="drop candidates above this cosine; 1 keeps all"
+    )
     margin: float | None = Field(default=None, description="drop candidates above positive × (1 − margin)")
     min_rank: int = Field(default=0, ge=0, description="skip this many best candidates that passed the filters")
     random_mix: Fraction = Field(default=0.0, description="share of negatives drawn at random from the pool")
+    random_mix_of: dict[str, Fraction] | None = Field(default=None, description="tasks with another random_mix")
     max_queries: PositiveInt | None = Field(default=None, description="mine and train on a sample of this many queries")
     max_pool: PositiveInt | None = Field(
         default=None, description="mine in a sample of this many documents of a pool, positives aside; stage 3 too"
@@ -124,10 +184,10 @@ class Mining(Section):
 
 
 class Stage1(Section):
-    """Progressive transition: text pairs, image-caption pairs, instructions (paper Table 3)."""
+    """Progressive transition: text pairs, image-caption pairs, instructions; null leaves one out (paper Table 3)."""
 
-    text: ContrastiveStep
-    image_text: ContrastiveStep
+    text: ContrastiveStep | None
+    image_text: ContrastiveStep | None
     instruction: ContrastiveStep
 
 
@@ -148,13 +208,24 @@ class RerankerStage(Section):
 
 
 class Stage3(Section):
-    """Distil recall-then-rerank into the embedder: KL on the top-k of a query sample (method section 5)."""
+    """Distil recall-then-rerank into the embedder: KL on the top-k of a query sample (method section 5).
 
+    `continue-hard` is the paper's control: InfoNCE with the same queries, and the same candidates as only negatives.
+    """
+
+    objective: Literal["distil", "continue-hard"] = "distil"
     sample: Fraction = 0.1
     top_k: PositiveInt = 50
     alpha: Fraction = Field(default=0.5, description="S = α·cosine + (1 − α)·P(yes)")
     temperature: Temperature = Temperature(init="parent", learn=True)
     train: Step
+
+
+class Embed(Section):
+    """What `embed` embeds the documents with."""
+
+    checkpoint: str | None = Field(default=None, description="another directory than the run's last embedder")
+    preset: Literal["reference"] | None = Field(default=None, description="'reference': one the authors released")
 
 
 class Evaluate(Section):
@@ -211,6 +282,7 @@ class Recipe(Section):
     stage2: Stage2
     reranker: RerankerStage
     stage3: Stage3
+    embed: Embed = Embed()
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")
@@ -220,6 +292,24 @@ class Recipe(Section):
         if self.reranker.train.queries != self.stage2.train.queries:
             raise ValueError("reranker.train.queries must be stage2.train.queries, whose negatives it learns from")
         return self
+
+    @model_validator(mode="after")
+    def _steps_fit_the_engine(self) -> Recipe:
+        for name, step, temperature in self._steps():
+            if step.language_model == "qlora" and self.engine.zero_stage == 3:
+                raise ValueError(f"{name}: ZeRO-3 cannot spread 4-bit weights; set engine.zero_stage to 0, 1 or 2")
+            if step.learning_rates.temperature and not (temperature and temperature.learn):
+                raise ValueError(f"{name}.learning_rates.temperature needs a temperature with learn: true")
+        return self
+
+    def _steps(self) -> list[tuple[str, Step, Temperature | None]]:
+        contrastive = {f"stage1.{name}": getattr(self.stage1, name) for name in Stage1.model_fields}
+        contrastive["stage2.train"] = self.stage2.train
+        return [
+            *((name, step, step.temperature) for name, step in contrastive.items()),
+            ("reranker.train", self.reranker.train, None),
+            ("stage3.train", self.stage3.train, self.stage3.temperature),
+        ]
 
     @property
     def run_dir(self) -> Path:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import check_files
@@ -19,7 +20,7 @@ STAGE1 = ("text", "image-text", "instruction")
 STAGE2, STAGE3 = "hard-negatives", "distillation"
 LADDER = (*STAGE1, STAGE2, STAGE3)  # the embedder's checkpoints, in order
 BUILTIN = Path(__file__).parent / "demo"
-FREE = ("cluster", "evaluate")  # sections that may change between two runs in one folder: they change no checkpoint
+FREE = ("cluster", "embed", "evaluate")  # sections that may change within a run folder: they change no checkpoint
 
 
 def base_folder(base: str) -> Path:
@@ -97,7 +98,10 @@ class Run:
 
 
 def _fixed(text: str) -> dict:
-    return {key: value for key, value in (yaml.safe_load(text) or {}).items() if key not in FREE}
+    tree = yaml.safe_load(text) or {}
+    with suppress(ValidationError):  # a recipe with keys that are no longer known is compared as it is
+        tree = Recipe.model_validate(tree).model_dump(mode="json")  # keys that came later take their defaults
+    return {key: value for key, value in tree.items() if key not in FREE}
 
 
 def _first_difference(old: dict, new: dict, prefix: str = "") -> str | None:

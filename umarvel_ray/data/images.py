@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from umarvel_ray.errors import UserError
 
 MAX_PIXELS = 100_000_000
+_GIVEN = threading.Lock()  # a PIL picture may stand in several items, and reads its file in no more than one thread
 
 
 class BadImage(UserError):
@@ -32,7 +35,7 @@ def open_image(image: str | Path | bytes | Image.Image, where: str) -> Image.Ima
         BadImage: missing, unreadable, truncated, empty, over `MAX_PIXELS`, or a URL.
     """
     try:
-        with warnings.catch_warnings():
+        with _GIVEN if isinstance(image, Image.Image) else nullcontext(), warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = image if isinstance(image, Image.Image) else Image.open(open_stream(image, where))
             if picture.width * picture.height > MAX_PIXELS:

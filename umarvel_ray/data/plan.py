@@ -27,7 +27,8 @@ class PlanStep:
     """One optimiser step over all ranks.
 
     `arrays` by kind of step, with N queries and M documents:
-      contrastive: `targets` (N,) column of each query's positive; `relevant` (R, 2) row and column of every positive.
+      contrastive: `targets` (N,) column of each query's positive; `relevant` (R, 2) row and column of every positive;
+        `own` (S, 2) row and column of every query's own negatives, where no others count.
       distil: `candidates` (N, K) columns, −1 where padded; `teacher` (N, K) fused scores.
       rerank: `answers` (N,) 1 for yes; queries and documents are aligned pairs, N = M.
     """
@@ -66,9 +67,17 @@ class QueryRows:
 
 
 def contrastive_plan(
-    queries: QueryRows, step: Step, seed: int, negatives: Mapping[str, Sequence[str]] | None = None, per_query: int = 0
+    queries: QueryRows,
+    step: Step,
+    seed: int,
+    negatives: Mapping[str, Sequence[str]] | None = None,
+    per_query: int = 0,
+    in_batch: bool = True,
 ) -> list[PlanStep]:
     """InfoNCE batches; `negatives` adds up to `per_query` mined documents to each query's batch.
+
+    Args:
+        in_batch: whether the documents of the other queries of a batch are negatives too.
 
     Raises:
         UserError: fewer queries with distinct positives than one batch needs.
@@ -76,14 +85,16 @@ def contrastive_plan(
     plan = []
     for number, rows in enumerate(_batches(queries, step, seed)):
         drawn = [row.positive for row in rows]
-        mined = [d for row in rows for d in list((negatives or {}).get(queries.ids[row.index], ()))[:per_query]]
-        documents = list(dict.fromkeys(drawn + mined))
+        mined = [list((negatives or {}).get(queries.ids[row.index], ()))[:per_query] for row in rows]
+        documents = list(dict.fromkeys([*drawn, *(d for own in mined for d in own)]))
         column = {d: j for j, d in enumerate(documents)}
         relevant = [(i, column[d]) for i, row in enumerate(rows) for d in queries.positives[row.index] if d in column]
         arrays = {
             "targets": np.array([column[d] for d in drawn], dtype=np.int32),
-            "relevant": np.array(relevant, dtype=np.int32).reshape(-1, 2),
+            "relevant": _pairs(relevant),
         }
+        if not in_batch:
+            arrays["own"] = _pairs([(i, column[d]) for i, own in enumerate(mined) for d in own])
         plan.append(PlanStep(number, [queries.ids[row.index] for row in rows], documents, arrays))
     return plan
 
@@ -110,6 +121,21 @@ def distil_plan(
             scores[i, : len(candidates[r])] = teacher[r]
         plan.append(PlanStep(number, [query_ids[r] for r in rows], documents, {"candidates": index, "teacher": scores}))
     return plan
+
+
+def continue_hard_plan(
+    queries: QueryRows, candidates: Mapping[str, Sequence[str]], step: Step, seed: int
+) -> list[PlanStep]:
+    """Distillation's control: InfoNCE batches in which a query's own candidates are its only negatives.
+
+    The method's section 5: one positive each; positives among the candidates are taken out.
+    """
+    negatives = {
+        id_: [document for document in candidates.get(id_, ()) if document not in positives]
+        for id_, positives in zip(queries.ids, queries.positives, strict=True)
+    }
+    most = max(map(len, negatives.values()))
+    return contrastive_plan(queries, step, seed, negatives, most, in_batch=False)
 
 
 def rerank_plan(queries: QueryRows, negatives: Mapping[str, Sequence[str]], step: Step, seed: int) -> list[PlanStep]:
@@ -237,4 +263,8 @@ def _epochs(n: int, seed: int) -> Iterator[int]:
 
 def _as_array(name: str, value: list) -> np.ndarray:
     array = np.array(value, dtype=np.float32 if name == "teacher" else np.int32)
-    return array.reshape(-1, 2) if name == "relevant" else array
+    return array.reshape(-1, 2) if name in ("relevant", "own") else array
+
+
+def _pairs(pairs: list[tuple[int, int]]) -> np.ndarray:
+    return np.array(pairs, dtype=np.int32).reshape(-1, 2)

@@ -34,6 +34,11 @@ class RankBatch:
     queries: list[EncodedItem]
     documents: list[EncodedItem]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each item."""
+        return [item.length for item in [*self.queries, *self.documents]]
+
 
 @dataclass(frozen=True)
 class PairBatch:
@@ -41,6 +46,11 @@ class PairBatch:
 
     plan: PlanStep
     pairs: list[EncodedPair]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each pair."""
+        return [pair.length for pair in self.pairs]
 
 
 class Rest(ExecutionCallback):

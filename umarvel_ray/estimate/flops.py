@@ -1,8 +1,8 @@
 """Floating-point operations of a training step: two for every weight a token meets, four for every attended position.
 
 The usual count (Kaplan et al., arXiv 2001.08361, section 2.1), with what LoRA and memory savers change: frozen weights
-need no gradient of their own, so a backward pass costs one forward pass more, not two; activation checkpointing
-repeats the forward pass once, the gradient cache once more.
+need no gradient of their own, so a backward pass costs one forward pass more, not two as where all weights train;
+activation checkpointing repeats the forward pass once, the gradient cache once more.
 """
 
 from __future__ import annotations
@@ -34,10 +34,20 @@ def vision_forward(vision: VisionShape, pictures: float, tokens: int) -> float:
 
 
 def step_flops(shape: Shape, load: Load, engine: Engine, picture: int) -> float:
-    """FLOPs of one worker in one optimiser step; `picture` is the tokens of one. The frozen tower runs once a step."""
-    text, tokens = shape.text, load.tokens
+    """FLOPs of one worker in one optimiser step; `picture` is the tokens of one.
+
+    A frozen tower runs once a step. One that trains runs as often as the language model; its backward pass costs two
+    forward passes, or two of its projector's where that trains alone.
+    """
+    text, tokens, step = shape.text, load.tokens, load.step
     again = engine.activation_checkpointing + (engine.gradient_cache and not load.pairs)
-    adapters = 2 * text.lora_parameters(load.step.lora.r) * tokens
-    forward = text_forward(text, tokens, load.length) + adapters
-    backward = text_backward(text, tokens, load.length) + 2 * adapters
-    return (1 + again) * forward + backward + vision_forward(shape.vision, load.pictures, picture)
+    whole = step.language_model == "full"
+    own = 2 * (text.matrices if whole else text.lora_parameters(step.lora.r)) * tokens  # for what trains
+    forward = text_forward(text, tokens, load.length) + (0 if whole else own)
+    backward = text_backward(text, tokens, load.length) + (own if whole else 2 * own)
+    seen = vision_forward(shape.vision, load.pictures, picture)
+    if step.vision == "full":
+        seen *= 3 + again
+    elif step.vision == "projector":
+        seen = (1 + again) * seen + 2 * 2 * shape.vision.mergers * load.pictures * picture
+    return (1 + again) * forward + backward + seen

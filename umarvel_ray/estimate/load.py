@@ -114,9 +114,9 @@ def loads(recipe: Recipe, shape: Shape) -> list[Load]:
 
     stage1, stage2, stage3 = recipe.stage1, recipe.stage2, recipe.stage3
     mined = stage2.mining.max_queries
+    progressive = {"stage1.text": stage1.text, "stage1.image_text": stage1.image_text}
     return [
-        load("stage1.text", stage1.text),
-        load("stage1.image_text", stage1.image_text),
+        *[load(name, step) for name, step in progressive.items() if step],
         load("stage1.instruction", stage1.instruction),
         load("stage2", stage2.train, 1 + stage2.train.hard_negatives, most=mined),
         _as_pairs(load("reranker", recipe.reranker.train, most=mined), template_tokens(recipe.base, shape)),

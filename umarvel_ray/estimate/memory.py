@@ -1,6 +1,6 @@
 """Memory of one worker in a training step, in bytes.
 
-What is counted: weights, the adapters with their gradient and Adam state as ZeRO spreads them (arXiv 1910.02054,
+What is counted: frozen weights, what trains with its gradient and Adam state as ZeRO spreads them (arXiv 1910.02054,
 section 3), DeepSpeed's reduction bucket, the activations of one forward chunk, the loss. What is not: the device's own
 context, fragments, and the working memory of kernels; leave a tenth free for those. The vision cache is host memory.
 """
@@ -12,17 +12,18 @@ from typing import NamedTuple
 
 from umarvel_ray.estimate.load import Load
 from umarvel_ray.estimate.shape import Shape, TextShape, VisionShape
-from umarvel_ray.recipe import Recipe
+from umarvel_ray.recipe import Recipe, Step
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
 BUCKET = 500_000_000  # numbers: DeepSpeed's default `reduce_bucket_size`
 LIVE = 1_000_000_000  # weights: DeepSpeed's default `stage3_max_live_parameters`
+NF4 = (4 + 0.127) / 8  # bytes of a 4-bit weight with its quantised constants (QLoRA, arXiv 2305.14314, section 3)
 LABELLED = 2  # tokens of a pair that the reranker's loss looks at
 
 
 class Memory(NamedTuple):
-    """Bytes of one worker. `optimizer`: adapters, their gradient, master copy and Adam moments; `bucket`: DeepSpeed's
-    buffer for reducing gradients."""
+    """Bytes of one worker. `language`, `tower`: frozen weights; `optimizer`: what trains, its gradient, master copy and
+    Adam moments; `bucket`: DeepSpeed's buffer for reducing gradients."""
 
     language: float
     tower: float
@@ -38,60 +39,87 @@ def memory(shape: Shape, load: Load, recipe: Recipe) -> Memory:
     width = WIDTH[engine.dtype]
     chunk = min(engine.token_budget, load.tokens)
     kept = 1 if engine.gradient_cache or load.pairs else load.chunks(engine.token_budget)
-    rank, dropout = load.step.lora.r, load.step.lora.dropout > 0
-    adapters = shape.text.lora_parameters(rank)
-    activations = text_activations(shape.text, rank, dropout, width, load.length, engine.activation_checkpointing, kept)
+    step, checkpointed = load.step, engine.activation_checkpointing
+    whole = step.language_model == "full"
+    rank, dropout = (0, False) if whole else (step.lora.r, step.lora.dropout > 0)
+    text, tower = trained(shape, step)
+    frozen = shape.text.tables if whole else shape.text.parameters
+    language = language_bytes(frozen, shape.text.parameters, width, engine.zero_stage, workers)
+    if step.language_model == "qlora":
+        language -= shape.text.matrices * (width - NF4)
+    spread = workers if engine.zero_stage == 3 and step.vision != "frozen" else 1
+    activations = text_activations(shape.text, rank, dropout, width, load.length, checkpointed, kept, whole)
     picture = shape.vision.tokens(recipe.model.max_pixels)
     pictures = min(load.pictures, chunk / picture)
+    seen = tower_activations(shape.vision, width)
+    if step.vision == "full":
+        seen += kept * trained_tower_activations(shape.vision, width, checkpointed)
     return Memory(
-        language=language_bytes(shape.text.parameters, width, engine.zero_stage, workers),
-        tower=shape.vision.parameters * width,
-        optimizer=optimizer_bytes(adapters, width, engine.zero_stage, workers),
-        bucket=bucket_bytes(adapters, width, engine.zero_stage, recipe.cluster.gpus_per_worker > 0),
-        activations=chunk * activations + pictures * picture * tower_activations(shape.vision, width),
+        language=language,
+        tower=(shape.vision.parameters - tower) * width / spread,
+        optimizer=optimizer_bytes(text + tower, engine.zero_stage, workers),
+        bucket=bucket_bytes(text + tower, engine.zero_stage, recipe.cluster.gpus_per_worker > 0),
+        activations=chunk * activations + pictures * picture * seen,
         loss=loss_bytes(shape, load, recipe),
     )
 
 
-def language_bytes(parameters: int, width: int, zero: int, workers: int) -> float:
-    """Frozen weights: whole on every worker, or spread by ZeRO-3, which gathers up to LIVE of them at a time."""
+def trained(shape: Shape, step: Step) -> tuple[int, int]:
+    """Parameters that a step trains: adapters or the language model without its tables, and of the tower."""
+    text = shape.text
+    whole = step.language_model == "full"
+    tower = {"frozen": 0, "projector": shape.vision.projector, "full": shape.vision.parameters}
+    return text.parameters - text.tables if whole else text.lora_parameters(step.lora.r), tower[step.vision]
+
+
+def language_bytes(frozen: int, parameters: int, width: int, zero: int, workers: int) -> float:
+    """Frozen weights: whole on every worker, or spread by ZeRO-3, which gathers up to LIVE of all at a time."""
     if zero < 3:
-        return parameters * width
-    return width * (parameters / workers + min(parameters, LIVE))
+        return frozen * width
+    return width * (frozen / workers + min(parameters, LIVE))
 
 
-def optimizer_bytes(trainable: int, width: int, zero: int, workers: int) -> float:
-    """Adapters in the model's precision, their gradient alike, and 12 bytes of fp32 master copy and Adam moments.
+def optimizer_bytes(trainable: int, zero: int, workers: int) -> float:
+    """What trains and its gradient, always in fp32, and 12 bytes of ZeRO's own copy and Adam moments.
 
-    ZeRO-1 spreads the 12 over the workers, ZeRO-2 the gradient too, ZeRO-3 the adapters too. Without ZeRO, in fp32, the
-    adapters are their own master copy.
+    ZeRO-1 spreads the 12 over the workers, ZeRO-2 the gradient too, ZeRO-3 the weights too. Without ZeRO there is no
+    copy.
     """
     if zero == 0:
-        return trainable * (2 * width + (8 if width == 4 else 12))
-    weights = width / (workers if zero == 3 else 1)
-    gradient = width / (workers if zero >= 2 else 1)
+        return trainable * 16
+    weights = 4 / (workers if zero == 3 else 1)
+    gradient = 4 / (workers if zero >= 2 else 1)
     return trainable * (weights + gradient + 12 / workers)
 
 
-def bucket_bytes(trainable: int, width: int, zero: int, gpu: bool) -> float:
-    """The reduction bucket: a GPU gives all of it, a CPU only the pages that are written."""
-    return width * (BUCKET if gpu else min(BUCKET, trainable)) if zero else 0
+def bucket_bytes(trainable: int, zero: int, gpu: bool) -> float:
+    """The reduction bucket, fp32: a GPU gives all of it, a CPU only the pages that are written."""
+    return 4 * (BUCKET if gpu else min(BUCKET, trainable)) if zero else 0
 
 
 def text_activations(
-    text: TextShape, rank: int, dropout: bool, width: int, length: float, checkpointed: bool, chunks: int = 1
+    text: TextShape,
+    rank: int,
+    dropout: bool,
+    width: int,
+    length: float,
+    checkpointed: bool,
+    chunks: int = 1,
+    whole: bool = False,
 ) -> float:
-    """Bytes per token at the peak of a forward and backward pass of the language model with adapters.
+    """Bytes per token at the peak of a forward and backward pass of the language model, with adapters or trained whole.
 
     What autograd keeps of a layer: the fp32 inputs of both norms; queries, keys and values of all heads, the output,
     row sums and mask of attention; gate, its activation, up, and their product; the input of each adapter and its
-    low-rank output. Adapters on one input share it; with dropout each has its own, and a mask of that size. On top: the
-    gradients of one MLP. Checkpointing keeps each layer's input, and all of this for one layer only.
+    low-rank output. Adapters on one input share it; with dropout each has its own, and a mask of that size. Where all
+    weights train: each linear layer's input, and each norm's output before its scale. On top: the gradients of one MLP.
+    Checkpointing keeps each layer's input, and all of this for one layer only.
     """
     h, ff, q, kv = text.hidden, text.intermediate, text.heads * text.head, text.key_heads * text.head
     inputs = 2 * (5 * h + q + ff) if dropout else 2 * h + ff
     numbers = inputs + 4 * q + 3 * ff + 7 * rank + length
-    layer = width * numbers + 4 * (2 * h + text.heads + text.normed * (q + kv))
+    norms = 2 * h + text.normed * (q + kv)
+    layer = width * (numbers + whole * norms) + 4 * (norms + text.heads)
     mlp = 3 * ff * width
     if checkpointed:
         return chunks * text.layers * h * width + layer + mlp
@@ -102,6 +130,18 @@ def tower_activations(vision: VisionShape, width: int) -> float:
     """Bytes per merged token in the frozen tower: fp32 pixels, their copy, and the widest block, nothing kept."""
     gates = 3 if vision.form == "qwen2_5_vl" else 2
     return vision.merge**2 * ((4 + width) * vision.values + width * (2 * vision.width + gates * vision.intermediate))
+
+
+def trained_tower_activations(vision: VisionShape, width: int, checkpointed: bool) -> float:
+    """Bytes per merged token that autograd keeps of a tower that trains.
+
+    Of a block and patch: inputs and outputs of both norms, queries, keys and values before and after rotation,
+    attention's output, and the MLP between its layers (gate, its activation, up, product where it is gated).
+    """
+    gates = 4 if vision.form == "qwen2_5_vl" else 2
+    block = width * (10 * vision.width + gates * vision.intermediate)
+    kept = vision.depth * vision.width * width + block if checkpointed else vision.depth * block
+    return vision.merge**2 * kept
 
 
 def loss_bytes(shape: Shape, load: Load, recipe: Recipe) -> float:

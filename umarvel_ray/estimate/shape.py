@@ -54,12 +54,20 @@ class TextShape:
         return [*attention, *[(self.hidden, self.intermediate)] * 2, (self.intermediate, self.hidden)]
 
     @property
+    def matrices(self) -> int:
+        """Weights of all layers' matrices."""
+        return self.layers * sum(i * o for i, o in self.linears)
+
+    @property
+    def tables(self) -> int:
+        """Weights of the embeddings and of the head over the vocabulary, one table where they are tied."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
     def parameters(self) -> int:
         biases = self.biased * (self.heads + 2 * self.key_heads) * self.head
         norms = 2 * self.hidden + self.normed * 2 * self.head
-        layer = sum(i * o for i, o in self.linears) + biases + norms
-        tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return tables + self.layers * layer + self.hidden
+        return self.tables + self.matrices + self.layers * (biases + norms) + self.hidden
 
     def lora_parameters(self, rank: int) -> int:
         """Of adapters on every layer's matrices: rank × (in + out) each (LoRA, arXiv 2106.09685, section 4)."""
@@ -98,15 +106,24 @@ class VisionShape:
         return (1 + self.deepstack) * (wide * wide + wide * self.out)
 
     @property
-    def parameters(self) -> int:
+    def norm(self) -> int:
+        """Numbers a norm has for each of its width: RMSNorm a scale, LayerNorm a shift as well."""
+        return 1 if self.form == "qwen2_5_vl" else 2
+
+    @property
+    def projector(self) -> int:
+        """Parameters of the mergers, with biases and norms."""
         wide = self.width * self.merge**2
+        biases = (1 + self.deepstack) * (wide + self.out)
+        return self.mergers + biases + self.norm * (self.width + self.deepstack * wide)
+
+    @property
+    def parameters(self) -> int:
         gated, qwen3 = self.form == "qwen2_5_vl", self.form == "qwen3_vl"
-        norm = 1 if gated else 2  # RMSNorm has a scale, LayerNorm a shift as well
         biases = 4 * self.width + (2 if gated else 1) * self.intermediate + self.width
-        blocks = self.depth * (self.block + biases + norm * 2 * self.width)
-        merger_biases = (1 + self.deepstack) * (wide + self.out) + norm * (self.width + self.deepstack * wide)
+        blocks = self.depth * (self.block + biases + self.norm * 2 * self.width)
         patches = self.values * self.width + qwen3 * self.width + self.positions * self.width
-        return patches + blocks + self.mergers + merger_biases
+        return patches + blocks + self.projector
 
     def tokens(self, pixels: int) -> int:
         """Tokens of a picture of so many pixels."""

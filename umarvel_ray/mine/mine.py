@@ -142,7 +142,7 @@ def _choose(
             [id_ for id_, keep in zip(ids, kept, strict=True) if keep],
             count,
             mining.min_rank,
-            mining.random_mix,
+            (mining.random_mix_of or {}).get(row["task"], mining.random_mix),
             pools[row["task"]],
             refused,
             np.random.default_rng([recipe.seed, number]),

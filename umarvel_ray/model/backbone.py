@@ -6,11 +6,12 @@ included, load too: transformers renames `model.` and `visual.` itself, and thei
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from umarvel_ray.errors import UserError
@@ -24,12 +25,16 @@ NEW_ROWS_SEED = 0
 
 
 def load_backbone(
-    path: str | Path, settings: ModelSettings, dtype: torch.dtype | str = torch.float32
+    path: str | Path, settings: ModelSettings, dtype: torch.dtype | str = torch.float32, quantised: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load weights and tokenizer on the CPU, in eval mode.
 
+    Args:
+        quantised: the language model's linear layers in 4 bits, on the GPU where there is one (see `four_bit`).
+
     Raises:
-        UserError: missing or truncated files, another architecture, attention that does not obey the settings.
+        UserError: missing or truncated files, another architecture, attention that does not obey the settings; no
+            bitsandbytes to quantise with.
     """
     check_files(path)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -39,7 +44,12 @@ def load_backbone(
     if not settings.deepstack:
         without_deepstack(config)
     model, report = AutoModelForImageTextToText.from_pretrained(
-        str(path), config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        str(path),
+        config=config,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        quantization_config=four_bit(dtype) if quantised else None,
     )
     # transformers would go on with random values in their place.
     if bad := sorted(report["missing_keys"]) or [name for name, *_ in report["mismatched_keys"]]:
@@ -50,6 +60,23 @@ def load_backbone(
     use_packed_attention(model)
     probe_attention(model, settings.attention)
     return model, tokenizer
+
+
+def four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with quantised constants (QLoRA, arXiv 2305.14314, section 3), of the language model's linear layers alone.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("language_model: qlora needs bitsandbytes; pip install bitsandbytes, or train with lora")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )
 
 
 @torch.no_grad()
@@ -93,4 +120,4 @@ def _make_room(model: PreTrainedModel, tokens: int) -> None:
     noise = torch.randn(tokens - old, table.shape[1], generator=torch.Generator().manual_seed(NEW_ROWS_SEED))
     model.resize_token_embeddings(tokens, mean_resizing=False)
     with torch.no_grad():
-        model.get_input_embeddings().weight[old:] = (mean + std * noise).to(table.dtype)
+        model.get_input_embeddings().weight[old:] = (mean + std * noise.to(mean)).to(table.dtype)

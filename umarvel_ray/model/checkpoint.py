@@ -128,7 +128,8 @@ def _save_processor(source: str, target: Path, settings: ModelSettings) -> None:
 
     load_tokenizer(source).save_pretrained(target)
     size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
-    (target / CONFIG).write_text(json.dumps(read_config(source) | {"size": size}, indent=2) + "\n")
+    changes = {} if settings.resize_twice else {"size": size}
+    (target / CONFIG).write_text(json.dumps(read_config(source) | changes, indent=2) + "\n")
 
 
 def _replace(fresh: Path, path: Path) -> None:

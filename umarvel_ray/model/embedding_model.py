@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from umarvel_ray.model.backbone import load_backbone
 from umarvel_ray.model.batch import Batch
-from umarvel_ray.model.multimodal import distinct, last_hidden_state, tower_features
+from umarvel_ray.model.multimodal import distinct, last_hidden_state, read_pictures, tower_features
 from umarvel_ray.model.pictures import Picture, PictureFormat, PixelScale
 from umarvel_ray.model.pooling import pool, pool_packed
 from umarvel_ray.recipe import ModelSettings
@@ -40,9 +40,10 @@ class EmbeddingModel(nn.Module):
         settings: ModelSettings,
         dtype: torch.dtype | str = torch.float32,
         temperature: float = 0.05,
+        quantised: bool = False,
     ) -> EmbeddingModel:
-        """Load a base or a checkpoint. Raises: see `load_backbone`."""
-        backbone, _ = load_backbone(path, settings, dtype)
+        """Load a base or a checkpoint. `quantised`, raises: see `load_backbone`."""
+        backbone, _ = load_backbone(path, settings, dtype, quantised)
         return cls(backbone, settings, PictureFormat.from_pretrained(path, settings).scale, temperature)
 
     @property
@@ -66,8 +67,7 @@ class EmbeddingModel(nn.Module):
     def hidden_states(self, batch: Batch, visual: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """The last layer's normed hidden states (B, L, D), or (1, L, D) of a packed batch."""
         if visual is None:
-            shown = distinct(batch.pictures)
-            visual = dict(zip(shown, self.run_tower(list(shown.values())), strict=True)) if shown else {}
+            visual = read_pictures(self.backbone, batch.pictures, self.scale)
         return last_hidden_state(self.backbone, batch, visual)
 
     def run_tower(self, pictures: Sequence[Picture]) -> tuple[torch.Tensor, ...]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from umarvel_ray.errors import UserError
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.recipe import Lora
 
 ADAPTER = "default"
 TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # keys of PEFT's that change what r and α mean
 
 
 def lora_config(lora: Lora) -> LoraConfig:
@@ -21,14 +26,22 @@ def lora_config(lora: Lora) -> LoraConfig:
 
 
 def add_lora(model: EmbeddingModel, lora: Lora, seed: int) -> None:
-    """Freeze the backbone and put fresh adapters into it, in place. Same seed, same adapters.
+    """Freeze the backbone and put adapters into it, in place: fresh ones by the seed, or those of `lora.init`.
 
     `log_temperature` keeps its own `requires_grad`.
+
+    Raises:
+        UserError: `lora.init` is no adapter of these layers with this r and alpha.
     """
     model.backbone.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(lora_config(lora), model.backbone, adapter_name=ADAPTER)
+    if lora.init:
+        _load_adapter(model, lora)
+    for layer in model.backbone.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False  # autocast casts the adapter, which is smaller
 
 
 def merge_lora(model: EmbeddingModel) -> None:
@@ -44,10 +57,36 @@ def save_adapter(model: EmbeddingModel, lora: Lora, path: str | Path) -> None:
     """Write the adapters as a directory that `peft.PeftModel.from_pretrained(backbone, path)` reads."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value.detach().cpu().contiguous()
+    tensors = {name: value.cpu().contiguous() for name, value in _adapter(model).items()}
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    lora_config(lora).save_pretrained(path)
+
+
+def _adapter(model: EmbeddingModel) -> dict[str, torch.Tensor]:
+    """The adapters' tensors by the names that PEFT gives them in a file."""
+    return {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value.detach()
         for name, value in model.backbone.state_dict().items()
         if ".lora_" in name
     }
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    lora_config(lora).save_pretrained(path)
+
+
+def _load_adapter(model: EmbeddingModel, lora: Lora) -> None:
+    """Layers that the saved adapter leaves out keep their fresh one, which changes nothing yet."""
+    path, own = Path(lora.init), _adapter(model)
+    try:
+        config, saved = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"lora.init {path}: no PEFT adapter that can be read ({error}); give its directory") from None
+    if variant := next((key for key in VARIANTS if config.get(key)), None):
+        raise UserError(
+            f"lora.init {path}: made with {variant}, which is not supported; merge it into the base instead"
+        )
+    if (config["r"], config["lora_alpha"]) != (lora.r, lora.alpha):
+        raise UserError(
+            f"lora.init {path}: made with r: {config['r']}, alpha: {config['lora_alpha']}; set lora to these"
+        )
+    for name, value in saved.items():
+        if name not in own or own[name].shape != value.shape:
+            raise UserError(f"lora.init {path}: '{name}' fits no layer of this model; give an adapter of the same base")
+        own[name].copy_(value)

@@ -26,7 +26,7 @@ def info_nce(
         queries: (N, D) unit vectors of the global batch.
         documents: (M, D) unit vectors, each distinct document once.
         targets: (N,) column of each query's positive.
-        relevant: (N, M) bool, every listed positive: never counted as a negative.
+        relevant: (N, M) bool, every listed positive, or other document that is never counted as a negative.
         log_temperature: scalar, log τ.
         rows: the queries whose terms this rank computes.
         two_way: add the document → query direction for the same positives.
@@ -44,6 +44,11 @@ def info_nce(
         excused[torch.arange(len(own)), position] = False
         loss = loss + F.cross_entropy(back.masked_fill(excused, -torch.inf), position, reduction="sum")
     return loss / len(queries)
+
+
+def truncate(vectors: torch.Tensor, dimension: int) -> torch.Tensor:
+    """The first coordinates of (N, D) unit vectors, as unit vectors again: (N, `dimension`), float32 when shorter."""
+    return vectors if dimension == vectors.shape[1] else F.normalize(vectors[:, :dimension].float(), dim=-1)
 
 
 class _GatherRows(torch.autograd.Function):

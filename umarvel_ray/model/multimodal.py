@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
@@ -36,6 +37,23 @@ def distinct(pictures: Sequence[Picture]) -> dict[str, Picture]:
     return {picture.key: picture for picture in pictures}
 
 
+def read_pictures(backbone: PreTrainedModel, pictures: Sequence[Picture], scale: PixelScale) -> dict[str, torch.Tensor]:
+    """The tower's features of each distinct picture by its key.
+
+    A tower that trains reads a blank picture where there is none: ranks reduce its gradients, and gather its weights
+    under ZeRO-3, in lockstep, whatever each one's texts and pictures are.
+    """
+    visual, shown = backbone.model.visual, distinct(pictures)
+    if not shown and visual.training and any(parameter.requires_grad for parameter in visual.parameters()):
+        shown = distinct([_blank(visual.spatial_merge_size, scale.patch_size)])
+    return dict(zip(shown, tower_features(visual, list(shown.values()), scale), strict=True)) if shown else {}
+
+
+def _blank(merge: int, patch: int) -> Picture:
+    """A black picture of one token."""
+    return Picture(np.zeros((merge**2, 3 * patch**2), np.uint8), (1, merge, merge), key="blank")
+
+
 def last_hidden_state(
     backbone: PreTrainedModel,
     batch: Sequences,
@@ -47,7 +65,8 @@ def last_hidden_state(
     """The last layer's normed hidden states (B, L, D), or (1, L, D) of a packed batch.
 
     Args:
-        features: by picture key, of every picture in the batch.
+        features: by picture key, of every picture in the batch; of a batch without any they count for nothing, but
+            get their gradient, zero.
         positions, attention_mask: in place of the batch's, where it goes on from what `cache` holds.
     """
     core, config = backbone.model, backbone.config
@@ -60,6 +79,8 @@ def last_hidden_state(
         embeds = embeds.masked_scatter(places.unsqueeze(-1), first)
         if later:
             deepstack = {"visual_pos_masks": places, "deepstack_visual_embeds": later}
+    elif features:
+        embeds = embeds + 0 * sum(feature.sum() for feature in features.values())
     if batch.bounds is None:
         attention = {"attention_mask": batch.attention_mask if attention_mask is None else attention_mask}
     else:

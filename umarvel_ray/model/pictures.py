@@ -25,6 +25,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.recipe import ModelSettings
 
 CONFIG = "preprocessor_config.json"
+REFERENCE_SIDE = 28  # the reference's own resizing knows no other merged patch
 MAX_ASPECT = 200
 
 
@@ -65,7 +66,10 @@ class PixelScale:
 
 @dataclass(frozen=True)
 class PictureFormat:
-    """How a checkpoint reads pictures: the sides of a patch and of a merged patch, the pixel budgets, the scale."""
+    """How a checkpoint reads pictures: the sides of a patch and of a merged patch, the pixel budgets, the scale.
+
+    `before`: pixel budget of a resizing to multiples of 28 that comes first (the reference, trap T9).
+    """
 
     patch_size: int
     merge_size: int
@@ -75,19 +79,26 @@ class PictureFormat:
     max_video_pixels: int
     resample: int
     scale: PixelScale
+    before: tuple[int, int] | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path, settings: ModelSettings) -> PictureFormat:
         """What the directory's `preprocessor_config.json` says, with the settings' picture sizes.
 
+        With `resize_twice` the settings' sizes hold for the first resizing, the directory's own for the second.
+
         Raises: see `read_config`.
         """
         config = read_config(path)
+        budget = settings.min_pixels, settings.max_pixels
+        own = config.get("size", {})
+        least = own.get("shortest_edge", config.get("min_pixels", budget[0]))
+        most = own.get("longest_edge", config.get("max_pixels", budget[1]))
         return cls(
             patch_size=config["patch_size"],
             merge_size=config["merge_size"],
-            min_pixels=settings.min_pixels,
-            max_pixels=settings.max_pixels,
+            min_pixels=least if settings.resize_twice else budget[0],
+            max_pixels=most if settings.resize_twice else budget[1],
             video_frames=settings.video_frames,
             max_video_pixels=settings.max_video_pixels,
             resample=config.get("resample", Image.Resampling.BICUBIC),
@@ -98,6 +109,7 @@ class PictureFormat:
                 patch_size=config["patch_size"],
                 times=config["temporal_patch_size"],
             ),
+            before=budget if settings.resize_twice else None,
         )
 
     def size(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
@@ -107,19 +119,21 @@ class PictureFormat:
         Raises:
             ValueError: one side over 200 times the other.
         """
-        if max(height, width) > MAX_ASPECT * min(height, width):
-            raise ValueError(f"aspect ratio over {MAX_ASPECT}: {width} × {height} pixels")
         most = self.max_pixels if frames == 1 else min(self.max_pixels, self.max_video_pixels // frames)
-        least = min(self.min_pixels, most)
-        side = self.patch_size * self.merge_size
-        high, wide = round(height / side) * side, round(width / side) * side
-        if high * wide > most:
-            shrink = math.sqrt(height * width / most)
-            return max(side, int(height / shrink / side) * side), max(side, int(width / shrink / side) * side)
-        if high * wide < least:
-            grow = math.sqrt(least / (height * width))
-            return math.ceil(height * grow / side) * side, math.ceil(width * grow / side) * side
-        return high, wide
+        return _smart_resize(height, width, self.patch_size * self.merge_size, min(self.min_pixels, most), most)
+
+
+def _smart_resize(height: int, width: int, side: int, least: int, most: int) -> tuple[int, int]:
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"aspect ratio over {MAX_ASPECT}: {width} × {height} pixels")
+    high, wide = round(height / side) * side, round(width / side) * side
+    if high * wide > most:
+        shrink = math.sqrt(height * width / most)
+        return max(side, int(height / shrink / side) * side), max(side, int(width / shrink / side) * side)
+    if high * wide < least:
+        grow = math.sqrt(least / (height * width))
+        return math.ceil(height * grow / side) * side, math.ceil(width * grow / side) * side
+    return high, wide
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -145,9 +159,7 @@ def read_picture(image: Any, form: PictureFormat, where: str) -> Picture:
     Raises:
         BadImage: naming `where`.
     """
-    picture = open_image(image, where)
-    frame = _resize(picture, _size(picture, form, where), form)
-    return _picture(frame[None], 1, form)
+    return _picture(_resize(open_image(image, where), form, where)[None], 1, form)
 
 
 def read_video(video: Any, form: PictureFormat, where: str) -> Picture:
@@ -161,23 +173,21 @@ def read_video(video: Any, form: PictureFormat, where: str) -> Picture:
     short = -len(shown.frames) % times
     frames = [*shown.frames, *[shown.frames[-1]] * short]
     seconds = [*shown.seconds, *[shown.seconds[-1]] * short]
-    size = _size(frames[0], form, where, len(frames))
-    resized = np.stack([_resize(frame, size, form) for frame in frames])
+    resized = np.stack([_resize(frame, form, where, len(frames)) for frame in frames])
     # A step of several frames is shown midway between its first and its last.
     steps = tuple((seconds[i] + seconds[i + times - 1]) / 2 for i in range(0, len(seconds), times))
     return _picture(resized, times, form, steps)
 
 
-def _size(picture: Image.Image, form: PictureFormat, where: str, frames: int = 1) -> tuple[int, int]:
+def _resize(picture: Image.Image, form: PictureFormat, where: str, frames: int = 1) -> np.ndarray:
+    """uint8 (height, width, 3), both sides multiples of a merged patch."""
     try:
-        return form.size(picture.height, picture.width, frames)
+        if form.before:
+            first = _smart_resize(picture.height, picture.width, REFERENCE_SIDE, *form.before)
+            picture = picture.resize(first[::-1], form.resample)
+        return np.asarray(picture.resize(form.size(picture.height, picture.width, frames)[::-1], form.resample))
     except ValueError as error:
         raise BadImage(f"{where}: {error}") from None
-
-
-def _resize(picture: Image.Image, size: tuple[int, int], form: PictureFormat) -> np.ndarray:
-    """uint8 (height, width, 3), both sides multiples of a merged patch."""
-    return np.asarray(picture.resize(size[::-1], form.resample))
 
 
 def _picture(frames: np.ndarray, times: int, form: PictureFormat, seconds: tuple[float, ...] | None = None) -> Picture:

@@ -24,7 +24,7 @@ from umarvel_ray.model.batch import token_buckets
 from umarvel_ray.model.checkpoint import PROVENANCE, RERANKER, load_settings, read_provenance
 from umarvel_ray.model.embedding_model import VisionCache
 from umarvel_ray.model.items import Item
-from umarvel_ray.model.multimodal import distinct, last_hidden_state, tower_features
+from umarvel_ray.model.multimodal import last_hidden_state, read_pictures, tower_features
 from umarvel_ray.model.pairs import EncodedPair, PairEncoder, PairTensors, collate_pairs
 from umarvel_ray.model.pictures import Picture, PictureFormat, PixelScale
 from umarvel_ray.recipe import ModelSettings
@@ -57,10 +57,17 @@ class RerankerModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, settings: ModelSettings, dtype: torch.dtype | str = torch.float32
+        cls,
+        path: str | Path,
+        settings: ModelSettings,
+        dtype: torch.dtype | str = torch.float32,
+        quantised: bool = False,
     ) -> RerankerModel:
-        """Load a base, an embedder's checkpoint or a reranker's, with causal attention. Raises: see `load_backbone`."""
-        backbone, _ = load_backbone(path, settings.model_copy(update={"attention": "causal"}), dtype)
+        """Load a base, an embedder's checkpoint or a reranker's, with causal attention.
+
+        `quantised`, raises: see `load_backbone`.
+        """
+        backbone, _ = load_backbone(path, settings.model_copy(update={"attention": "causal"}), dtype, quantised)
         return cls(backbone, PictureFormat.from_pretrained(path, settings).scale)
 
     def forward(self, batch: PairTensors, visual: Visual | None = None) -> torch.Tensor:
@@ -119,8 +126,7 @@ class RerankerModel(nn.Module):
         cache: DynamicCache | None = None,
     ) -> torch.Tensor:
         if visual is None:
-            shown = distinct(batch.pictures)
-            visual = dict(zip(shown, self.run_tower(list(shown.values())), strict=True)) if shown else {}
+            visual = read_pictures(self.backbone, batch.pictures, self.scale)
         return last_hidden_state(self.backbone, batch, visual, positions, attention_mask, cache)
 
 

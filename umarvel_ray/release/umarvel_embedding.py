@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.base.modules import InputModule
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 SETTINGS = "umarvel.json"
 EMB, START, END = "<emb>", "<instruction_start>", "<instruction_end>"
@@ -102,7 +103,7 @@ class UMarvelEmbedding(InputModule):
             ValueError: nothing to embed, an unknown key, an instruction on a document.
         """
         items = [_item(given, prompt, task) for given in inputs]
-        pictures = [open_picture(picture) for item in items for picture in item["image"]]
+        pictures = [self._resized(open_picture(picture)) for item in items for picture in item["image"]]
         features = dict(self.image_processor(pictures, return_tensors="pt")) if pictures else {}
         merged = self.image_processor.merge_size**2
         runs = iter([int(grid.prod()) // merged for grid in features.get("image_grid_thw", [])])
@@ -125,6 +126,14 @@ class UMarvelEmbedding(InputModule):
         given = {name: features[name] for name in MODEL_INPUTS if name in features}
         hidden = self.model(**given, use_cache=False).last_hidden_state
         return features | {"token_embeddings": hidden.float(), "attention_mask": features["pool_mask"]}
+
+    def _resized(self, picture: Image.Image) -> Image.Image:
+        """As U-MARVEL's own code does before the processor, where the settings say so: to multiples of 28."""
+        if not self.settings.get("resize_twice"):
+            return picture
+        budget = self.settings["min_pixels"], self.settings["max_pixels"]
+        height, width = smart_resize(picture.height, picture.width, 28, *budget)
+        return picture.resize((width, height), Image.Resampling.BICUBIC)
 
     def _render(self, item: dict[str, Any]) -> str:
         content = [{"type": "image"}] * len(item["image"]) + [{"type": "text", "text": self._text(item)}]

@@ -1,8 +1,9 @@
 """One optimiser step of an embedder over all ranks, with a gradient cache (GradCache, arXiv 2101.06983).
 
-1. Embed every item of this rank without a graph, in chunks under a token budget.
+1. Embed every item of this rank in chunks under a token budget; only the chunk embedded last keeps its graph.
 2. Gather all ranks' embeddings, compute the loss, keep its gradient with respect to this rank's embeddings and τ.
-3. Embed each chunk again with a graph and push its rows of that gradient through.
+3. Push that chunk's rows of this gradient through; then embed each other chunk again, with a graph, and push its rows
+   through. No more than one chunk's graph is alive at a time, and a step of one chunk costs no second pass.
 
 The gradients of all ranks add up to the gradient of the loss on one rank; DeepSpeed averages over ranks, so step 3
 multiplies by their number (rule 4). Dropout is seeded per (step, rank, chunk), so pass 3 sees the masks of pass 1.
@@ -23,7 +24,7 @@ from umarvel_ray.model.items import EncodedItem
 from umarvel_ray.model.losses import gather_rows
 from umarvel_ray.model.pictures import Picture
 
-VisualOf = Callable[[Sequence[Picture]], dict[str, torch.Tensor]]
+VisualOf = Callable[[Sequence[Picture]], dict[str, torch.Tensor] | None]
 LossOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, slice], torch.Tensor]
 
 
@@ -62,7 +63,7 @@ def embedding_step(
     Args:
         queries, documents: this rank's share of the global batch, each distinct document once.
         loss_of: (all queries (N, D), all documents (M, D), log τ, own rows) → this rank's share of the loss.
-        visual_of: pictures → the frozen tower's output by picture key.
+        visual_of: pictures → the frozen tower's output by picture key; None has the model run its own tower.
         seed: of this step, shared by all ranks.
 
     Returns:
@@ -80,15 +81,19 @@ def embedding_step(
         vectors, log_temperature = engine(batch, visual_of(batch.pictures))
         return vectors[: len(chunks[number])], log_temperature
 
+    def rows_of(number: int) -> torch.Tensor:
+        return torch.tensor(chunks[number], dtype=torch.long, device=engine.device)
+
     embeddings: torch.Tensor | None = None
     outputs = []
-    for number, chunk in enumerate(chunks):
-        with torch.set_grad_enabled(not passes.cached):
+    # Backwards, because the first chunk is the fullest: its second pass is the one to save.
+    for number in reversed(range(len(chunks))):
+        with torch.set_grad_enabled(not passes.cached or number == 0):
             vectors, log_temperature = forward(number)
         if embeddings is None:
             embeddings = vectors.new_zeros(len(items), vectors.shape[1])
         outputs.append(vectors)
-        embeddings[torch.tensor(chunk, dtype=torch.long, device=vectors.device)] = vectors.detach()
+        embeddings[rows_of(number)] = vectors.detach()
 
     leaf = embeddings.requires_grad_()
     tau = log_temperature.detach().requires_grad_()
@@ -98,10 +103,10 @@ def embedding_step(
     loss = loss_of(all_queries, all_documents, tau, slice(start, start + len(queries)))
     loss.backward()
 
-    for number, chunk in enumerate(chunks):
-        vectors, log_temperature = forward(number) if passes.cached else (outputs[number], log_temperature)
-        surrogate = (vectors * leaf.grad[torch.tensor(chunk, dtype=torch.long, device=vectors.device)]).sum()
-        if number == len(chunks) - 1:
+    for number in range(len(chunks)):
+        vectors = outputs.pop() if number == 0 or not passes.cached else forward(number)[0]
+        surrogate = (vectors * leaf.grad[rows_of(number)]).sum()
+        if number == 0:
             surrogate = surrogate + (log_temperature * tau.grad).sum()
         engine.backward(surrogate * world)
     total = loss.detach().clone()

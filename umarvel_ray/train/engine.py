@@ -2,6 +2,10 @@
 
 Every DeepSpeed default that matters is set here from the recipe. The learning rate is a pure function of the step, the
 state is per-parameter fp32 tensors, so a checkpoint written by W ranks resumes on any other number (rule 5).
+
+Under `dtype: bfloat16` only frozen weights and the forward pass are bfloat16. What trains is held, accumulated and
+reduced in fp32: DeepSpeed's own bf16 mode rounds log τ in the loss to steps of 1.6 % (trap T15), adds the chunks'
+gradients up in bfloat16, and keeps its master copy where a resume cannot reach it under ZeRO-0.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from deepspeed.utils import (
 )
 from torch.nn import functional as F
 
+from umarvel_ray.model.trainable import PARTS, part_of
 from umarvel_ray.recipe import Engine, Step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,8 +36,8 @@ def learning_rate(step: Step, number: int, total: int) -> float:
     """Linear warm-up over `warmup_ratio` of the run, then cosine to zero (method section 2)."""
     warmup = math.ceil(step.warmup_ratio * total)
     if number < warmup:
-        return step.learning_rate * (number + 1) / warmup
-    return step.learning_rate * 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, total - warmup)))
+        return step.peak_rate * (number + 1) / warmup
+    return step.peak_rate * 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, total - warmup)))
 
 
 def deepspeed_config(step: Step, engine: Engine) -> dict[str, Any]:
@@ -41,48 +46,105 @@ def deepspeed_config(step: Step, engine: Engine) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": step.clip_norm,
+        "gradient_clipping": step.clip_norm if engine.zero_stage else 0.0,  # without ZeRO: `make_engine`
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": engine.dtype == "bfloat16"},
         "zero_optimization": {"stage": engine.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
         "steps_per_print": 10**9,
     }
 
 
+def hold_in_fp32(module: torch.nn.Module) -> None:
+    """What trains is its own fp32 master copy, in place."""
+    for p in module.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
 def make_engine(module: torch.nn.Module, step: Step, engine: Engine) -> deepspeed.DeepSpeedEngine:
-    """Wrap a module whose trainable parameters are its `requires_grad` ones; temperatures carry no weight decay."""
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    decayed = [p for name, p in trainable.items() if not name.endswith("log_temperature")]
-    plain = [p for name, p in trainable.items() if name.endswith("log_temperature")]
-    groups = [{"params": decayed, "weight_decay": step.weight_decay}]
-    if plain:
-        groups.append({"params": plain, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=step.learning_rate, betas=step.adam_betas, eps=step.adam_eps)
+    """Wrap a module whose trainable parameters are its `requires_grad` ones."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, step), lr=step.peak_rate, betas=step.adam_betas, eps=step.adam_eps
+    )
+    if engine.dtype == "bfloat16":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # Without autocast's cache, which would keep a second copy of every weight under ZeRO-3.
+        module.forward = torch.autocast(device, torch.bfloat16, cache_enabled=False)(module.forward)
     wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(step, engine))
+    if not engine.zero_stage:
+        # DeepSpeed would clip here too, but not tell the norm.
+        trainable = [p for _, p in _trainable(wrapped)]
+
+        def clip(*_) -> None:
+            wrapped._global_grad_norm = torch.nn.utils.clip_grad_norm_(trainable, step.clip_norm)
+
+        optimizer.register_step_pre_hook(clip)
     _prime(wrapped, steps=0)
     return wrapped
 
 
+def parameter_groups(module: torch.nn.Module, step: Step) -> list[dict[str, Any]]:
+    """AdamW's groups, the language model's first: matrices decay; biases, norms and the temperature do not.
+
+    `relative_rate` is a part's own learning rate over the step's.
+    """
+    rates = step.learning_rates.model_dump()
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((part_of(name), p.ndim > 1), []).append(p)
+    return [
+        {
+            "params": groups[part, decays],
+            "weight_decay": step.weight_decay if decays else 0.0,
+            "relative_rate": (rates.get(part) or step.learning_rate) / step.learning_rate,
+        }
+        for part in PARTS
+        for decays in (True, False)
+        if (part, decays) in groups
+    ]
+
+
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
-    """The rate of the next optimiser step, for all groups."""
+    """The rate of the next optimiser step; parts with a rate of their own get theirs in proportion."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group["relative_rate"]
+
+
+def start_step(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+    """Set the learning rate and clear the gradients, before a step's first backward pass."""
+    set_learning_rate(engine, rate)
+    if engine.zero_optimization_stage() == 3:
+        # DeepSpeed clears no gradient: the first backward pass after a step overwrites it. So one that a parameter gets
+        # in a later pass alone (log τ) would add to the last step's, and passes without a forward between them would
+        # all overwrite. From zero, and never "first", they add up.
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
+        engine.optimizer.micro_step_id = 1
+
+
+def take_step(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Update the parameters; returns the gradient's norm before clipping, alike on all ranks, NaN if it is not finite.
+
+    ZeRO skips an update that is not finite and goes on: the caller must look at what this returns.
+    """
+    engine.step()
+    return float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.nan
 
 
 def capture(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """Trainable parameters and Adam moments as full fp32 CPU tensors (a collective call under ZeRO).
+    """Trainable parameters and Adam moments as full fp32 CPU tensors, on rank 0 alone (a collective call under ZeRO).
 
-    Keys: `param.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`.
+    Keys: `param.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`; no other rank keeps what may be twelve bytes a parameter.
     """
     state = {}
     for name, p in _trainable(engine):
         if engine.zero_optimization_stage():
-            state[f"param.{name}"] = safe_get_full_fp32_param(p)
-            state |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+            values = [safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, key) for key in MOMENTS)]
         else:
-            state[f"param.{name}"] = p.data
-            state |= {f"{key}.{name}": engine.basic_optimizer.state[p][key] for key in MOMENTS}
-    return {key: value.detach().float().cpu().clone().contiguous() for key, value in state.items()}
+            values = [p.data, *(engine.basic_optimizer.state[p][key] for key in MOMENTS)]
+        if dist.get_rank() == 0:
+            for key, value in zip(("param", *MOMENTS), values, strict=True):
+                state[f"{key}.{name}"] = value.detach().float().cpu().clone().contiguous()
+    return state
 
 
 def restore(engine: deepspeed.DeepSpeedEngine, state: dict[str, torch.Tensor], steps: int) -> None:

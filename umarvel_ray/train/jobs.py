@@ -46,6 +46,10 @@ class TrainJob(NamedTuple):
         return Path(self.folder) / "error.txt"
 
     @property
+    def failures_path(self) -> Path:
+        return Path(self.folder) / "failures.jsonl"
+
+    @property
     def done(self) -> bool:
         return Path(self.output).exists()
 

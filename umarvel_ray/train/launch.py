@@ -10,13 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from umarvel_ray.data.plan import Tables, read_plan
 from umarvel_ray.errors import UserError
 from umarvel_ray.progress import progress
 from umarvel_ray.recipe import Cluster
+from umarvel_ray.train.failures import describe, read_failures, record_failure
 from umarvel_ray.train.jobs import TrainJob
 from umarvel_ray.train.log import read_log
 
@@ -67,6 +68,7 @@ def run_jobs(
             storage_path=str(run_dir / "train_state"),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[_FailureLog(todo)],
         ),
     )
     finished = threading.Event()
@@ -75,7 +77,7 @@ def run_jobs(
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
-        raise UserError(_told(todo) or _first_line(stage, error)) from error
+        raise UserError(_told(todo) or _used_up(stage, todo, error)) from error
     finally:
         finished.set()
         follower.join()
@@ -108,7 +110,17 @@ def _follow(jobs: Sequence[TrainJob], finished: threading.Event) -> None:
             return
 
 
-def _first_line(stage: str, error: ray.train.WorkerGroupError) -> str:
-    cause = next(iter(error.worker_failures.values()))
-    line = next((text for text in reversed(str(cause).splitlines()) if text.strip()), repr(cause))
-    return f"{stage}: a training worker failed and the failure budget is used up: {line.strip()}"
+class _FailureLog(UserCallback):
+    """Writes down every failure of the worker group, from Ray Train's controller: a lost worker cannot tell its own."""
+
+    def __init__(self, jobs: Sequence[TrainJob]) -> None:
+        self.jobs = list(jobs)
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        record_failure(self.jobs, worker_exceptions)
+
+
+def _used_up(stage: str, jobs: Sequence[TrainJob], error: ray.train.WorkerGroupError) -> str:
+    job = next(job for job in jobs if not job.done)
+    where = f"; failures and their items are in {job.failures_path}" if read_failures(job.failures_path) else ""
+    return f"{describe(error.worker_failures)} (stage {stage}: cluster.max_failures is used up{where})"

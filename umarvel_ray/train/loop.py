@@ -6,7 +6,6 @@ merge the adapter and write the checkpoint directory that the next job starts fr
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from functools import partial
@@ -18,14 +17,24 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from umarvel_ray.data.plan import PlanStep, Tables, read_plan
+from umarvel_ray.data.plan import Tables, read_plan
 from umarvel_ray.data.stream import open_stream
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.embedding_model import VisionCache
+from umarvel_ray.model.embedding_model import EmbeddingModel, VisionCache
 from umarvel_ray.model.packing import is_packed
+from umarvel_ray.model.reranker import RerankerModel
 from umarvel_ray.train.build import build_module, model_of, save_merged
-from umarvel_ray.train.embedding_step import Passes
-from umarvel_ray.train.engine import capture, learning_rate, load_trainable, make_engine, restore, set_learning_rate
+from umarvel_ray.train.embedding_step import Passes, VisualOf
+from umarvel_ray.train.engine import (
+    capture,
+    learning_rate,
+    load_trainable,
+    make_engine,
+    restore,
+    start_step,
+    take_step,
+)
+from umarvel_ray.train.failures import check_finite, memory_watched
 from umarvel_ray.train.jobs import VISION_CACHE_BYTES, TrainJob
 from umarvel_ray.train.log import StepLog
 from umarvel_ray.train.steps import run_step
@@ -53,12 +62,10 @@ def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = read_plan(job.plan_path)
     start, state = _resume_point(job.name)
-    module = build_module(job)
+    module = build_module(job, quantised=job.step.language_model == "qlora")
     if state:
         load_trainable(module, state)
-    model = model_of(module)
-    tower = FrozenTower(model.backbone, model.scale, "cuda" if torch.cuda.is_available() else "cpu")
-    cache = VisionCache(VISION_CACHE_BYTES if job.engine.cache_vision else 0)
+    visual_of = _visual_of(job, model_of(module))
     engine = make_engine(module, job.step, job.engine)
     if state:
         restore(engine, state, start)
@@ -70,18 +77,19 @@ def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float) -> None:
     for batch in stream:
         number = batch.plan.step
         waited = time.monotonic() - clock
-        set_learning_rate(engine, learning_rate(job.step, number, len(plan)))
+        start_step(engine, learning_rate(job.step, number, len(plan)))
         engine.train()
-        loss, temperature, tokens = run_step(engine, job, batch, passes, partial(cache.features, tower))
-        _check_finite(loss, job.name, batch.plan)
-        engine.step()
+        with memory_watched(job, number, rank, batch.lengths):
+            loss, temperature, tokens = run_step(engine, job, batch, passes, visual_of)
+            grad_norm = take_step(engine)
+        check_finite(job.name, batch.plan, loss, grad_norm)
         seconds = time.monotonic() - clock
         clock = time.monotonic()
         metrics = {
             "step": number,
             "loss": loss,
             "temperature": temperature,
-            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+            "grad_norm": grad_norm,
             "learning_rate": engine.optimizer.param_groups[0]["lr"],
             "seconds": seconds,
             "wait_share": waited / seconds,
@@ -98,6 +106,14 @@ def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float) -> None:
         save_merged(job, state, metrics)
     engine.destroy()
     _report(job.name, len(plan), state, metrics)
+
+
+def _visual_of(job: TrainJob, model: EmbeddingModel | RerankerModel) -> VisualOf:
+    """A frozen tower leaves the module and is cached; one that trains, in any part, stays and runs with it."""
+    if job.step.vision != "frozen":
+        return lambda pictures: None
+    tower = FrozenTower(model.backbone, model.scale, "cuda" if torch.cuda.is_available() else "cpu")
+    return partial(VisionCache(VISION_CACHE_BYTES if job.engine.cache_vision else 0).features, tower)
 
 
 def _resume_point(name: str) -> tuple[int, dict[str, torch.Tensor] | None]:
@@ -117,11 +133,3 @@ def _report(name: str, position: int, state: dict[str, torch.Tensor], metrics: d
         save_file(state, Path(folder) / STATE)
         (Path(folder) / POSITION).write_text(f"{name} {position}")
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _check_finite(loss: float, name: str, plan: PlanStep) -> None:
-    if not math.isfinite(loss):
-        shown = ", ".join(plan.query_ids[:3])
-        raise UserError(
-            f"{name}: loss is {loss} at step {plan.step} (queries {shown}, …); lower learning_rate or check those rows"
-        )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from umarvel_ray.data.plan import PlanStep
 from umarvel_ray.data.stream import PairBatch, RankBatch
 from umarvel_ray.model.distill import distillation_loss
-from umarvel_ray.model.losses import info_nce
+from umarvel_ray.model.losses import info_nce, truncate
 from umarvel_ray.train.embedding_step import LossOf, Passes, VisualOf, embedding_step
 from umarvel_ray.train.jobs import TrainJob
 from umarvel_ray.train.rerank_step import rerank_step
@@ -27,28 +27,35 @@ def run_step(
     seed = job.seed + batch.plan.step
     if isinstance(batch, PairBatch):
         loss = rerank_step(engine, batch.pairs, len(batch.plan.query_ids), passes, visual_of, seed)
-        return loss, 0.0, _total(sum(pair.length for pair in batch.pairs), engine.device)
-    loss_of = _contrastive(batch.plan, job.two_way) if job.kind == "contrastive" else _distil(batch.plan)
+        return loss, 0.0, _total(sum(batch.lengths), engine.device)
+    loss_of = _contrastive(batch.plan, job) if job.kind == "contrastive" else _distil(batch.plan)
     loss, temperature = embedding_step(engine, batch.queries, batch.documents, loss_of, passes, visual_of, seed)
-    tokens = sum(item.length for item in [*batch.queries, *batch.documents])
-    return loss, temperature, _total(tokens, engine.device)
+    return loss, temperature, _total(sum(batch.lengths), engine.device)
 
 
-def relevance(plan: PlanStep) -> np.ndarray:
-    """(N, M) bool: the listed positives of each query of a contrastive step."""
-    matrix = np.zeros((len(plan.query_ids), len(plan.document_ids)), dtype=bool)
-    rows, columns = plan.arrays["relevant"].T
-    matrix[rows, columns] = True
+def excused(plan: PlanStep) -> np.ndarray:
+    """(N, M) bool: what is no negative of each query of a contrastive step.
+
+    Its listed positives; and all that is not its own where the plan lists each query's `own` negatives.
+    """
+    matrix = np.full((len(plan.query_ids), len(plan.document_ids)), "own" in plan.arrays)
+    for name, value in (("own", False), ("relevant", True)):
+        if name in plan.arrays:
+            matrix[tuple(plan.arrays[name].T)] = value
     return matrix
 
 
-def _contrastive(plan: PlanStep, two_way: bool) -> LossOf:
+def _contrastive(plan: PlanStep, job: TrainJob) -> LossOf:
+    """InfoNCE, or its mean over the dimensions that the step trains, the whole included (arXiv 2205.13147, eq. 1)."""
+    shorter = getattr(job.step, "matryoshka", ())
     targets = torch.from_numpy(plan.arrays["targets"]).long()
-    relevant = torch.from_numpy(relevance(plan))
+    relevant = torch.from_numpy(excused(plan))
 
     def loss_of(queries, documents, log_temperature, rows):
         device = queries.device
-        return info_nce(queries, documents, targets.to(device), relevant.to(device), log_temperature, rows, two_way)
+        given = (targets.to(device), relevant.to(device), log_temperature, rows, job.two_way)
+        dimensions = sorted({*shorter, queries.shape[1]})
+        return sum(info_nce(truncate(queries, d), truncate(documents, d), *given) for d in dimensions) / len(dimensions)
 
     return loss_of
 

@@ -1,0 +1,41 @@
+"""Which parameters of a backbone a step trains, and which part of the model a parameter belongs to."""
+
+from __future__ import annotations
+
+from umarvel_ray.model.checkpoint import HasBackbone
+from umarvel_ray.model.lora import add_lora
+from umarvel_ray.recipe import Step
+
+PARTS = ("language_model", "projector", "vision", "temperature")
+VISION = {"frozen": (), "projector": ("projector",), "full": ("projector", "vision")}
+
+
+def part_of(name: str) -> str:
+    """The one of `PARTS` that a parameter's name says; 'vision' is the tower without its projector.
+
+    Qwen3-VL's DeepStack mergers belong to the projector.
+    """
+    if ".visual." in name:
+        return "projector" if "merger" in name else "vision"
+    return "temperature" if name.endswith("log_temperature") else "language_model"
+
+
+def make_trainable(model: HasBackbone, step: Step, seed: int) -> None:
+    """Leave `requires_grad` on what the step trains alone, in place; adapters are added where it trains those.
+
+    The token tables (embeddings and lm_head, one tensor in some models) never train: a batch touches few of their rows,
+    and their optimiser state is large. `log_temperature` keeps its own `requires_grad`.
+
+    Raises:
+        UserError: see `add_lora`.
+    """
+    backbone = model.backbone
+    if step.language_model == "full":
+        backbone.requires_grad_(False)
+        backbone.model.language_model.requires_grad_(True)
+        backbone.get_input_embeddings().requires_grad_(False)
+    else:
+        add_lora(model, step.lora, seed)
+    for name, parameter in backbone.named_parameters():
+        if part_of(name) in VISION[step.vision]:
+            parameter.requires_grad_(True)

@@ -1,0 +1,103 @@
+"""What goes wrong in a training step: found on every rank alike, told in one line, logged with the step's items.
+
+A step that fails ends its worker group, which Ray Train starts again from the last checkpoint, `cluster.max_failures`
+times. That mends a flipped bit or a lost machine. What fails every time ends the run with the last failure's line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from umarvel_ray.data.plan import PlanStep, read_plan
+from umarvel_ray.model.batch import token_buckets
+from umarvel_ray.train.jobs import TrainJob
+from umarvel_ray.train.log import read_log
+
+
+class StepError(RuntimeError):
+    """A step that may be tried again. Its message is one line: job, step, what happened, what to do."""
+
+
+def check_finite(name: str, plan: PlanStep, loss: float, grad_norm: float) -> None:
+    """Both numbers are of the whole group, so all ranks raise or none does.
+
+    Raises:
+        StepError: one is NaN or infinite.
+    """
+    for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            shown = ", ".join(plan.query_ids[:3])
+            raise StepError(
+                f"{name}: {what} is {value} at step {plan.step} (queries {shown}, …); "
+                f"lower learning_rate or check those rows"
+            )
+
+
+@contextmanager
+def memory_watched(job: TrainJob, step: int, rank: int, lengths: Sequence[int]) -> Iterator[None]:
+    """Turn an allocation that failed into a line that says what to lower.
+
+    Args:
+        lengths: tokens of each of this rank's items.
+
+    Raises:
+        StepError: this rank is out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        budget = job.engine.token_budget
+        tokens = max(len(bucket) * lengths[bucket[0]] for bucket in token_buckets(lengths, budget))
+        raise StepError(
+            f"{job.name}: rank {rank} is out of memory at step {step}, with up to {tokens} padded tokens in a chunk "
+            f"and {max(lengths)} in an item; lower engine.token_budget ({budget}), or model.max_pixels where an item "
+            f"is larger than that; engine.gradient_cache and engine.activation_checkpointing save memory too"
+        ) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True for Python's, CUDA's and the CPU allocator's way of saying it."""
+    signs = ("out of memory", "DefaultCPUAllocator")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+def describe(errors: Mapping[int, Exception]) -> str:
+    """The line of a failed worker group that says most, from the exceptions by rank.
+
+    A step's own line goes first: other ranks only notice that one is gone.
+    """
+    lines = [line.strip() for _, error in sorted(errors.items()) for line in str(error).splitlines() if line.strip()]
+    mark = f"{StepError.__module__}.{StepError.__qualname__}: "
+    own = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
+    rank, first = min(errors.items())
+    return own[0] if own else f"rank {rank}: {lines[-1] if lines else repr(first)}"
+
+
+def record_failure(jobs: Sequence[TrainJob], errors: Mapping[int, Exception]) -> None:
+    """Append a failed worker group to the `failures.jsonl` of the job that was under way, with its step and items."""
+    job = next(job for job in jobs if not job.done)
+    done = read_log(job.log_path) if job.log_path.exists() else []
+    number = done[-1]["step"] + 1 if done else 0
+    plan = read_plan(job.plan_path)
+    items = plan[number] if number < len(plan) else None  # None: all steps were done, the checkpoint was not
+    line = {
+        "step": number,
+        "ranks": sorted(errors),
+        "error": describe(errors),
+        "query_ids": items.query_ids if items else [],
+        "document_ids": items.document_ids if items else [],
+    }
+    with job.failures_path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_failures(path: Path) -> list[dict[str, Any]]:
+    """All failures of a job, oldest first; none where the file is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
