@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py 2b                        → benchmarks/results/gpu-2b.json
     python benchmarks/gpu.py 7b --only check,train     some of: check embed train memory large
+    python benchmarks/gpu.py 2b --compile --out FILE   the language model's layers compiled
     python benchmarks/gpu.py --tiny --out FILE         every line on a CPU, to see that it runs
 
 - check: the packed kernel against torch's attention item by item; packed vectors against padded ones and each alone;
@@ -365,6 +366,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("size", nargs="?", choices=("2b", "7b"), default="2b")
     parser.add_argument("--tiny", action="store_true", help="a model of no size, float32")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the language model's layers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="the result file")
     given = parser.parse_args(words)
@@ -378,6 +380,9 @@ def main(words: Sequence[str] | None = None) -> None:
     out = given.out or RESULTS / f"gpu-{size}.json"
     one_process_group(device)
     bench = Bench(size, device, given.rounds)
+    if given.compile:
+        for layer in bench.model.backbone.model.language_model.layers:
+            layer.compile(dynamic=True)
     for section in SECTIONS:
         if section in chosen:
             getattr(bench, section)()

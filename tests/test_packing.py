@@ -1,5 +1,6 @@
 """Packed batches: as each item alone through stock transformers, and as one masked softmax over the whole row."""
 
+import io
 import itertools
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from umarvel_ray.mine.cached_embedder import CachedEmbedder
 from umarvel_ray.model import packing
 from umarvel_ray.model.batch import collate, token_buckets
 from umarvel_ray.model.embedder import Embedder
@@ -156,6 +158,25 @@ def test_pairs_packed_as_alone(tiny_base):
         alone = torch.cat([model(collate_pairs([pair])) for pair in pairs])
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
     assert len(set(alone.tolist())) == len(pairs)
+
+
+def test_embedders_pack_where_it_pays(tiny_base, monkeypatch):
+    """As on a GPU: the library's embedder and the bulk one, whose cache holds features without pixels."""
+    settings = ModelSettings(**PICTURES)
+    expected = Embedder.from_pretrained(tiny_base, settings=settings).encode_query(ITEMS)
+    monkeypatch.setattr("umarvel_ray.model.embedder.is_packed", lambda choice, device: True)
+    embedder = Embedder.from_pretrained(tiny_base, settings=settings)
+    for budget in (1, 100, 10_000):
+        np.testing.assert_allclose(embedder.encode_query(ITEMS, token_budget=budget), expected, atol=1e-5, rtol=0)
+    bulk = CachedEmbedder("cpu", "float32", 100, threads=1, cache_bytes=2**20)
+    bulk.load(tiny_base, settings)
+    png = io.BytesIO()
+    picture(0).save(png, "PNG")
+    rows = [{"id": "a", "text": ITEMS[0]["text"]}, {"id": "b", "text": None, "image": png.getvalue()}]
+    wanted = embedder.encode_document([{"text": ITEMS[0]["text"]}, {"image": png.getvalue()}])
+    for _ in range(2):
+        _, vectors, _ = bulk.embed(rows, "document")
+        np.testing.assert_allclose(vectors, wanted, atol=1e-5, rtol=0)
 
 
 def test_packed_buckets_waste_nothing():

@@ -157,7 +157,7 @@ class CachedEmbedder:
                 held[key] = feature
             else:
                 new.append(picture)
-        for bucket in token_buckets([len(picture.pixels) for picture in new], 4 * self._token_budget):
+        for bucket in token_buckets([len(picture.pixels) for picture in new], 4 * self._token_budget, packed=True):
             chosen = [new[index] for index in bucket]
             for picture, feature in zip(chosen, self._embedder.model.run_tower(chosen), strict=True):
                 # A copy: the tower's outputs are views of one tensor, which any of them would keep alive.

@@ -20,16 +20,16 @@ class Sequences:
     """B token sequences: rows padded to L tokens, or, where `bounds` is given, packed in one row of L tokens.
 
     input_ids: int64 (B or 1, L); positions: int64 (3, B or 1, L); attention_mask: int64 (B, L), 0 on padding, None when
-    packed; bounds: int32 (B + 1,), where sequences begin and end; longest: the most tokens of one; pictures: of all
-    sequences, in order, on the CPU.
+    packed; bounds: int32 (B + 1,), where sequences begin and end, and longest: the most tokens of one, where packed;
+    pictures: of all sequences, in order, on the CPU.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     attention_mask: torch.Tensor | None
-    bounds: torch.Tensor | None
-    longest: int
     pictures: tuple[Picture, ...]
+    bounds: torch.Tensor | None = None
+    longest: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids) if self.bounds is None else len(self.bounds) - 1
@@ -100,7 +100,7 @@ def arrange(sequences: Sequence[Encoded], fill: Mapping[str, int | bool], packed
         fill: what stands on padding, by array.
     """
     lengths = [sequence.length for sequence in sequences]
-    longest, bounds, mask = max(lengths), None, None
+    longest, mask, bounds = max(lengths), None, None
     if packed:
         bounds = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
         arrays = {name: np.concatenate([getattr(s, name) for s in sequences])[None] for name in fill}

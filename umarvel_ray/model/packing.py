@@ -38,10 +38,9 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 def packed_arguments(bounds: torch.Tensor, longest: int, causal: bool) -> dict[str, Any]:
     """What a language model's forward is told about a packed row, in transformers' own names."""
+    ready = torch.empty(1, 1, 0, 0, device=bounds.device)  # four axes: passed on as it is, so no (T, T) mask is made
     return {
-        "attention_mask": torch.empty(
-            1, 1, 0, 0, device=bounds.device
-        ),  # 4-D: taken as it is, so no (T, T) mask is made
+        "attention_mask": ready,
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,
