@@ -41,14 +41,14 @@ SETS = {
     "all": ("full", "full", RATES),
 }
 CASES = [
-    {"trained": "all", "zero": 0, "budget": 120},
+    {"trained": "all", "zero": 0, "budget": 200},
     {"trained": "all", "zero": 1, "cached": False},
-    {"trained": "all", "zero": 2, "budget": 120},
-    {"trained": "all", "zero": 3, "budget": 120},
+    {"trained": "all", "zero": 2, "budget": 200},
+    {"trained": "all", "zero": 3, "budget": 200},
     {"trained": "language", "zero": 1},
-    {"trained": "projector", "zero": 1, "budget": 120},
+    {"trained": "projector", "zero": 1, "budget": 200},
 ]
-OTHERS = {"qwen2_5_vl": {"trained": "all", "zero": 1, "budget": 120}, "qwen3_vl": {"trained": "all", "zero": 3}}
+OTHERS = {"qwen2_5_vl": {"trained": "all", "zero": 1, "budget": 200}, "qwen3_vl": {"trained": "all", "zero": 3}}
 HALF = {"trained": "all", "zero": 1, "stop": 1}
 
 
