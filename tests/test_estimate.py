@@ -212,8 +212,6 @@ def test_a_language_model_trained_whole_is_counted_as_torch_does(form):
 def test_a_tower_that_trains_keeps_what_torch_keeps(form):
     vision, side = shape_of(tiny(form)).vision, 16
     tower = build(tiny(form)).model.visual
-    for p in tower.parameters():
-        p.grad = torch.zeros_like(p)
     patches, grids = torch.randn(2 * side * side, vision.values), torch.tensor([[1, side, side]] * 2)
     kept: dict[int, int] = {}
 
@@ -221,15 +219,16 @@ def test_a_tower_that_trains_keeps_what_torch_keeps(form):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    weights = {p.untyped_storage().data_ptr() for p in tower.parameters()}
+    counted_elsewhere = {t.untyped_storage().data_ptr() for t in (patches, *tower.parameters())}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = tower(patches, grid_thw=grids)
-    found = sum(size for place, size in kept.items() if place not in weights)
+    found = sum(size for place, size in kept.items() if place not in counted_elsewhere)
     expected = trained_tower_activations(vision, 4, checkpointed=False) * len(patches) / vision.merge**2
-    assert expected == pytest.approx(found, rel=0.2)
+    assert expected == pytest.approx(found, rel=0.05)
     del output
 
 
+@pytest.mark.slow
 def test_adapters_and_optimizer_are_what_deepspeed_holds(tiny_base, tmp_path):
     spawn(2, weigh, str(tiny_base), str(tmp_path / "found"))
     for (zero, dtype), (trainable, frozen, tower, held) in torch.load(tmp_path / "found").items():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText
 
 from tests.exactness import BOUNDS, SETTINGS, batches, spawn
 from tests.tiny import make_tiny_base
@@ -40,14 +41,14 @@ SETS = {
     "all": ("full", "full", RATES),
 }
 CASES = [
-    {"trained": "all", "zero": 0, "budget": 120},
+    {"trained": "all", "zero": 0, "budget": 200},
     {"trained": "all", "zero": 1, "cached": False},
-    {"trained": "all", "zero": 2, "budget": 120},
-    {"trained": "all", "zero": 3, "budget": 120},
+    {"trained": "all", "zero": 2, "budget": 200},
+    {"trained": "all", "zero": 3, "budget": 200},
     {"trained": "language", "zero": 1},
-    {"trained": "projector", "zero": 1, "budget": 120},
+    {"trained": "projector", "zero": 1, "budget": 200},
 ]
-OTHERS = {"qwen2_5_vl": {"trained": "all", "zero": 1, "budget": 120}, "qwen3_vl": {"trained": "all", "zero": 3}}
+OTHERS = {"qwen2_5_vl": {"trained": "all", "zero": 1, "budget": 200}, "qwen3_vl": {"trained": "all", "zero": 3}}
 HALF = {"trained": "all", "zero": 1, "stop": 1}
 
 
@@ -271,7 +272,8 @@ def test_the_checkpoint_is_the_whole_parent_with_what_was_trained(language_model
     trained = {n: p for n, p in build_module(job).named_parameters() if p.requires_grad}
     state = {f"param.{n}": torch.randn(p.shape, generator=generator) for n, p in trained.items()}
     save_merged(job, state, {})
-    base, saved = (load_file(folder / "model.safetensors") for folder in (tiny_base, Path(job.output)))
+    paths = (tiny_base, Path(job.output))
+    base, saved = (AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in paths)
     assert (tmp_path / "checkpoints/adapters/text").exists() == (language_model == "qlora")
     changed = set()
     for name, value in base.items():
@@ -280,8 +282,8 @@ def test_the_checkpoint_is_the_whole_parent_with_what_was_trained(language_model
             value = value + 2 * state[f"{prefix}.lora_B.default.weight"] @ state[f"{prefix}.lora_A.default.weight"]
         value = state.get(f"param.embedder.backbone.{name}", value)
         torch.testing.assert_close(saved[name][: len(value)], value, atol=1e-6, rtol=1e-5)
-        if not torch.equal(saved[name][: len(base[name])], base[name]):
-            changed.add(part(name) if "visual" in name else "language" if "proj" in name or "norm" in name else name)
+        if not torch.equal(saved[name][: len(value)], base[name]):
+            changed.add(part(name))
     assert changed == {"language"} | ({"projector"} if vision == "projector" else set())
 
 

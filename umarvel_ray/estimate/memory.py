@@ -135,13 +135,14 @@ def tower_activations(vision: VisionShape, width: int) -> float:
 def trained_tower_activations(vision: VisionShape, width: int, checkpointed: bool) -> float:
     """Bytes per merged token that autograd keeps of a tower that trains.
 
-    Of a block and patch: inputs and outputs of both norms, queries, keys and values before and after rotation,
-    attention's output, and the MLP between its layers (gate, its activation, up, product where it is gated).
+    Of a block and patch: what both norms read and give (RMSNorm twice as much), queries, keys and values before and
+    after rotation, attention's output, and the MLP between its layers: the values themselves, and what its activation
+    and gate make of them on the way. Of a merger: what its norm and its two layers read.
     """
-    gates = 4 if vision.form == "qwen2_5_vl" else 2
-    block = width * (10 * vision.width + gates * vision.intermediate)
-    kept = vision.depth * vision.width * width + block if checkpointed else vision.depth * block
-    return vision.merge**2 * kept
+    blocks = {"qwen2_vl": (12, 3), "qwen2_5_vl": (14, 4), "qwen3_vl": (12, 2)}[vision.form]
+    block = blocks[0] * vision.width + blocks[1] * vision.intermediate
+    kept = vision.depth * vision.width + block if checkpointed else vision.depth * block
+    return vision.merge**2 * width * (kept + 3 * (1 + vision.deepstack) * vision.width)
 
 
 def loss_bytes(shape: Shape, load: Load, recipe: Recipe) -> float:
