@@ -13,9 +13,9 @@
 - memory: peak and time of a step by token budget, activation checkpointing and gradient cache;
 - large: one contrastive step of 3,840 queries.
 
-Shares are of the rate of a large matrix product measured in the same run. "useful" counts forward and backward once on
-real tokens (MFU), "done" the repeats for gradient cache and checkpointing too; the tower's work is in both. Items are
-random tokens and pixels, prepared before the clock runs; all ways read them with the same modules.
+Shares are of the rate of a large matrix product measured in the same run: forward and backward counted once on real
+tokens (MFU), the vision tower included, repeats for gradient cache and checkpointing not. Items are random tokens and
+pixels, prepared before the clock runs; all ways read them with the same modules.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from umarvel_ray.model.losses import info_nce
 from umarvel_ray.model.packing import packed_attention
 from umarvel_ray.recipe import ContrastiveStep, Engine, Lora
 from umarvel_ray.train.embedding_step import LossOf, Passes, TemperedEmbedder, VisualOf, embedding_step
-from umarvel_ray.train.engine import make_engine
+from umarvel_ray.train.engine import hold_in_fp32, make_engine
 from umarvel_ray.train.jobs import VISION_CACHE_BYTES
 from umarvel_ray.train.tower import FrozenTower
 
@@ -176,13 +176,13 @@ class Bench:
 
         taken = self._race({name: partial(run, name) for name in ways})
         rows = {}
-        for name, (way, cached) in ways.items():
+        for name, (way, _) in ways.items():
             fastest = min(taken[name])
             rows[name] = {
                 "seconds": taken[name],
                 **found[name],
                 "tokens_per_s": work.tokens / fastest,
-                **self._shares(work, fastest, cached, checkpointed=True),
+                "useful": self._useful(work, fastest),
                 "computed_tokens": way.computed([*queries, *documents], self.budget) / work.tokens,
                 "packed_faster": ratio(taken[name], taken["packed"]),
             }
@@ -191,10 +191,10 @@ class Bench:
         self.figures["train"]["gradient_cache_overhead"] = overhead
         print(f"\none step of {len(queries)} pairs, {work.tokens} tokens, {work.pictures} pictures")
         table(
-            ("train", "loss", "gradient norm", "tokens/s", "useful (MFU)", "done", "tokens computed", "packed faster"),
+            ("train", "loss", "gradient norm", "tokens/s", "useful (MFU)", "tokens computed", "packed faster"),
             [
                 (name, f"{row['loss']:.4f}", f"{row['gradient_norm']:.4f}", f"{row['tokens_per_s']:.0f}",
-                 f"{row['useful']:.1%}", f"{row['done']:.1%}",
+                 f"{row['useful']:.1%}",
                  f"{row['computed_tokens']:.2f}×", f"{row['packed_faster']:.2f}×")
                 for name, row in rows.items()
             ],
@@ -238,15 +238,15 @@ class Bench:
         except torch.OutOfMemoryError:
             self.engine.optimizer.zero_grad()
             return row | {"out_of_memory": True}
-        shares = self._shares(work, taken, cached, checkpointed)
-        return row | {"seconds": taken, "peak_gib": peak_gib(self.device), "loss": self.loss, **shares}
-
-    def _shares(self, work: Work, taken: float, cached: bool, checkpointed: bool) -> dict[str, float]:
-        useful = work.forward + work.backward + work.tower
-        return {
-            "useful": useful / taken / self.rate,
-            "done": (useful + (cached + checkpointed) * work.forward) / taken / self.rate,
+        return row | {
+            "seconds": taken,
+            "peak_gib": peak_gib(self.device),
+            "loss": self.loss,
+            "useful": self._useful(work, taken),
         }
+
+    def _useful(self, work: Work, taken: float) -> float:
+        return (work.forward + work.backward + work.tower) / taken / self.rate
 
     def _race(self, sides: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
         """Seconds of each side in each round, after one round that is not counted; within a round all run in turn."""
@@ -325,6 +325,7 @@ class Bench:
             queries="x", batch_size=1, learning_rate=STILL, lora=Lora(r=self.rank, alpha=2 * self.rank, dropout=0.0)
         )
         add_lora(self.model, step.lora, seed=0)
+        hold_in_fp32(self.model)
         self.model.log_temperature.requires_grad_(False)
         self.tower = FrozenTower(self.model.backbone, self.model.scale, self.device)
         module = TemperedEmbedder(self.model, (-10.0, 10.0)).to(self.device).train()
@@ -348,11 +349,11 @@ def steps_table(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         told = (f"{row['token_budget']}", *("yes" if row[k] else "no" for k in list(row)[1:3]))
         if row.get("out_of_memory"):
-            cells.append((*told, "out of memory", "", "", ""))
+            cells.append((*told, "out of memory", "", ""))
             continue
         peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
-        cells.append((*told, peak, f"{row['seconds']:.2f}", f"{row['useful']:.1%}", f"{row['done']:.1%}"))
-    table(("token budget", "gradient cache", "checkpointing", "peak GiB", "seconds", "useful (MFU)", "done"), cells)
+        cells.append((*told, peak, f"{row['seconds']:.2f}", f"{row['useful']:.1%}"))
+    table(("token budget", "gradient cache", "checkpointing", "peak GiB", "seconds", "useful (MFU)"), cells)
 
 
 def one_process_group(device: torch.device) -> None:

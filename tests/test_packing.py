@@ -79,6 +79,14 @@ def test_the_kernel_is_asked_as_torch_has_it(causal, monkeypatch):
     assert key.grad.shape == key.shape
 
 
+def test_queries_and_keys_follow_the_values_precision():
+    query, key, value = (rows(heads, torch.float32).transpose(0, 1)[None] for heads in (4, 2, 2))
+    output, _ = packing.attention_forward(None, query, key, value.bfloat16(), None, 0.3, False, limits(), max(LENGTHS))
+    assert output.dtype == torch.bfloat16
+    expected = by_one_mask(*(tensor[0].transpose(0, 1) for tensor in (query, key, value)), False)
+    torch.testing.assert_close(output[0].float(), expected, atol=3e-2, rtol=3e-2)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("causal", "dimension"), itertools.product((False, True), (64, 80, 128)))
 def test_the_kernel_computes_the_same(causal, dimension):

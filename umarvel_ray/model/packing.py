@@ -73,7 +73,8 @@ def attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+    # Under autocast a trained norm gives queries and keys in float32; torch's own attention would cast them too.
+    rows = [tensor.to(value.dtype).squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
     return packed_attention(*rows, cu_seq_lens_q, max_length_q, is_causal, scaling).unsqueeze(0), None
 
 
