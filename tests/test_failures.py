@@ -71,6 +71,7 @@ def test_a_step_that_failed_speaks_before_the_ranks_that_lost_it():
     lost = Exception("Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer [127.0.0.1]\n")
     own = Exception("Traceback (most recent call last):\n\numarvel_ray.train.failures.StepError: text: loss is nan\n")
     assert describe({0: lost, 1: own}) == "text: loss is nan"
+    assert describe({0: lost, 2: Exception("The actor died: SIGKILL")}) == "rank 2: The actor died: SIGKILL"
     assert describe({3: lost}) == "rank 3: RuntimeError: Connection closed by peer [127.0.0.1]"
     assert describe({2: Exception()}) == "rank 2: Exception()"
 

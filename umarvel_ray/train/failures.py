@@ -71,13 +71,15 @@ def out_of_memory(error: BaseException) -> bool:
 def describe(errors: Mapping[int, Exception]) -> str:
     """The line of a failed worker group that says most, from the exceptions by rank.
 
-    A step's own line goes first: other ranks only notice that one is gone.
+    A step's own line goes first; a rank that only noticed that another is gone speaks last.
     """
-    lines = [line.strip() for _, error in sorted(errors.items()) for line in str(error).splitlines() if line.strip()]
     mark = f"{StepError.__module__}.{StepError.__qualname__}: "
-    own = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
-    rank, first = min(errors.items())
-    return own[0] if own else f"rank {rank}: {lines[-1] if lines else repr(first)}"
+    lines = {rank: [line.strip() for line in str(error).splitlines() if line.strip()] for rank, error in errors.items()}
+    if own := [line for rank in sorted(lines) for line in lines[rank] if line.startswith(mark)]:
+        return own[0].removeprefix(mark)
+    last = {rank: said[-1] if said else repr(errors[rank]) for rank, said in lines.items()}
+    rank = min(last, key=lambda rank: ("Connection" in last[rank], rank))
+    return f"rank {rank}: {last[rank]}"
 
 
 def record_failure(jobs: Sequence[TrainJob], errors: Mapping[int, Exception]) -> None:
