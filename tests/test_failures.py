@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from umarvel_ray.data.plan import PlanStep, write_plan
 from umarvel_ray.recipe import ContrastiveStep, Engine, ModelSettings, Temperature
@@ -69,7 +70,8 @@ def test_other_errors_pass_as_they_are(job):
 
 def test_a_step_that_failed_speaks_before_the_ranks_that_lost_it():
     lost = Exception("Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer [127.0.0.1]\n")
-    own = Exception("Traceback (most recent call last):\n\numarvel_ray.train.failures.StepError: text: loss is nan\n")
+    own = UserExceptionWithTraceback(StepError("text: loss is nan"), "Traceback …")  # what Ray Train hands over
+    assert describe({0: lost, 1: StepError("text: loss is nan")}) == "text: loss is nan"
     assert describe({0: lost, 1: own}) == "text: loss is nan"
     assert describe({0: lost, 2: Exception("The actor died: SIGKILL")}) == "rank 2: The actor died: SIGKILL"
     assert describe({3: lost}) == "rank 3: RuntimeError: Connection closed by peer [127.0.0.1]"

@@ -73,10 +73,12 @@ def describe(errors: Mapping[int, Exception]) -> str:
 
     A step's own line goes first; a rank that only noticed that another is gone speaks last.
     """
-    mark = f"{StepError.__module__}.{StepError.__qualname__}: "
+    for _, error in sorted(errors.items()):
+        # Ray Train hands over the worker's exception as an argument of its own.
+        for cause in (error, *error.args):
+            if isinstance(cause, StepError):
+                return str(cause)
     lines = {rank: [line.strip() for line in str(error).splitlines() if line.strip()] for rank, error in errors.items()}
-    if own := [line for rank in sorted(lines) for line in lines[rank] if line.startswith(mark)]:
-        return own[0].removeprefix(mark)
     last = {rank: said[-1] if said else repr(errors[rank]) for rank, said in lines.items()}
     rank = min(last, key=lambda rank: ("Connection" in last[rank], rank))
     return f"rank {rank}: {last[rank]}"
