@@ -10,8 +10,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from umarvel_ray.data.plan import PlanStep, read_plan
 from umarvel_ray.model.batch import token_buckets
@@ -84,9 +82,14 @@ def describe(errors: Mapping[int, Exception]) -> str:
     return f"rank {rank}: {last[rank]}"
 
 
+def under_way(jobs: Sequence[TrainJob]) -> TrainJob:
+    """The first that is not done; the last one where only its last report was left."""
+    return next((job for job in jobs if not job.done), jobs[-1])
+
+
 def record_failure(jobs: Sequence[TrainJob], errors: Mapping[int, Exception]) -> None:
     """Append a failed worker group to the `failures.jsonl` of the job that was under way, with its step and items."""
-    job = next(job for job in jobs if not job.done)
+    job = under_way(jobs)
     done = read_log(job.log_path) if job.log_path.exists() else []
     number = done[-1]["step"] + 1 if done else 0
     plan = read_plan(job.plan_path)
@@ -100,8 +103,3 @@ def record_failure(jobs: Sequence[TrainJob], errors: Mapping[int, Exception]) ->
     }
     with job.failures_path.open("a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def read_failures(path: Path) -> list[dict[str, Any]]:
-    """All failures of a job, oldest first; none where the file is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
