@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from umarvel_ray.data.plan import PlanStep, write_plan
 from umarvel_ray.recipe import ContrastiveStep, Engine, ModelSettings, Temperature
@@ -15,10 +16,10 @@ from umarvel_ray.train.failures import (
     check_finite,
     describe,
     memory_watched,
-    read_failures,
     record_failure,
 )
 from umarvel_ray.train.jobs import TrainJob
+from umarvel_ray.train.log import read_log
 
 ALLOCATORS = [
     MemoryError("Unable to allocate 12.0 GiB for an array"),
@@ -69,8 +70,10 @@ def test_other_errors_pass_as_they_are(job):
 
 def test_a_step_that_failed_speaks_before_the_ranks_that_lost_it():
     lost = Exception("Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer [127.0.0.1]\n")
-    own = Exception("Traceback (most recent call last):\n\numarvel_ray.train.failures.StepError: text: loss is nan\n")
+    own = UserExceptionWithTraceback(StepError("text: loss is nan"), "Traceback …")  # what Ray Train hands over
+    assert describe({0: lost, 1: StepError("text: loss is nan")}) == "text: loss is nan"
     assert describe({0: lost, 1: own}) == "text: loss is nan"
+    assert describe({0: lost, 2: Exception("The actor died: SIGKILL")}) == "rank 2: The actor died: SIGKILL"
     assert describe({3: lost}) == "rank 3: RuntimeError: Connection closed by peer [127.0.0.1]"
     assert describe({2: Exception()}) == "rank 2: Exception()"
 
@@ -80,7 +83,7 @@ def test_failures_are_logged_with_the_step_under_way_and_its_items(logged, step,
     job.log_path.write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in logged))
     record_failure([job], {1: RuntimeError("killed")})
     record_failure([job], {0: RuntimeError("again"), 1: RuntimeError("other")})
-    first, second = read_failures(job.failures_path)
+    first, second = read_log(job.failures_path)
     items = {"query_ids": [f"q{step}a", f"q{step}b"], "document_ids": [f"d{step}"]}
     assert first == {"step": step, "ranks": [1], "error": "rank 1: killed"} | items
     assert second["ranks"] == [0, 1]
@@ -89,4 +92,4 @@ def test_failures_are_logged_with_the_step_under_way_and_its_items(logged, step,
 def test_a_failure_after_the_last_step_names_no_items(job):
     job.log_path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(3)))
     record_failure([job], {0: OSError("disk")})
-    assert read_failures(job.failures_path)[0]["query_ids"] == []
+    assert read_log(job.failures_path)[0]["query_ids"] == []

@@ -74,6 +74,7 @@ def test_a_killed_worker_changes_no_loss(command, undisturbed, tmp_path):
     [failure] = map(json.loads, (tmp_path / "train" / "text" / "failures.jsonl").read_text().splitlines())
     assert failure["step"] >= 2
     assert len(failure["query_ids"]) == 8
+    assert [path.parent.name for path in tmp_path.glob("train/*/failures.jsonl")] == ["text"]
 
 
 def test_a_killed_driver_changes_no_loss(command, undisturbed, tmp_path):

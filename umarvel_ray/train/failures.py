@@ -10,8 +10,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from umarvel_ray.data.plan import PlanStep, read_plan
 from umarvel_ray.model.batch import token_buckets
@@ -71,18 +69,27 @@ def out_of_memory(error: BaseException) -> bool:
 def describe(errors: Mapping[int, Exception]) -> str:
     """The line of a failed worker group that says most, from the exceptions by rank.
 
-    A step's own line goes first: other ranks only notice that one is gone.
+    A step's own line goes first; a rank that only noticed that another is gone speaks last.
     """
-    lines = [line.strip() for _, error in sorted(errors.items()) for line in str(error).splitlines() if line.strip()]
-    mark = f"{StepError.__module__}.{StepError.__qualname__}: "
-    own = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
-    rank, first = min(errors.items())
-    return own[0] if own else f"rank {rank}: {lines[-1] if lines else repr(first)}"
+    for _, error in sorted(errors.items()):
+        # Ray Train hands over the worker's exception as an argument of its own.
+        for cause in (error, *error.args):
+            if isinstance(cause, StepError):
+                return str(cause)
+    lines = {rank: [line.strip() for line in str(error).splitlines() if line.strip()] for rank, error in errors.items()}
+    last = {rank: said[-1] if said else repr(errors[rank]) for rank, said in lines.items()}
+    rank = min(last, key=lambda rank: ("Connection" in last[rank], rank))
+    return f"rank {rank}: {last[rank]}"
+
+
+def under_way(jobs: Sequence[TrainJob]) -> TrainJob:
+    """The first that is not done; the last one where only its last report was left."""
+    return next((job for job in jobs if not job.done), jobs[-1])
 
 
 def record_failure(jobs: Sequence[TrainJob], errors: Mapping[int, Exception]) -> None:
     """Append a failed worker group to the `failures.jsonl` of the job that was under way, with its step and items."""
-    job = next(job for job in jobs if not job.done)
+    job = under_way(jobs)
     done = read_log(job.log_path) if job.log_path.exists() else []
     number = done[-1]["step"] + 1 if done else 0
     plan = read_plan(job.plan_path)
@@ -96,8 +103,3 @@ def record_failure(jobs: Sequence[TrainJob], errors: Mapping[int, Exception]) ->
     }
     with job.failures_path.open("a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def read_failures(path: Path) -> list[dict[str, Any]]:
-    """All failures of a job, oldest first; none where the file is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

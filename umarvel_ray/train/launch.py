@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from umarvel_ray.data.plan import Tables, read_plan
 from umarvel_ray.errors import UserError
 from umarvel_ray.progress import progress
 from umarvel_ray.recipe import Cluster
-from umarvel_ray.train.failures import describe, read_failures, record_failure
+from umarvel_ray.train.failures import describe, record_failure, under_way
 from umarvel_ray.train.jobs import TrainJob
 from umarvel_ray.train.log import read_log
 
@@ -117,10 +118,11 @@ class _FailureLog(UserCallback):
         self.jobs = list(jobs)
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        record_failure(self.jobs, worker_exceptions)
+        with suppress(OSError):  # a full disk may be the failure
+            record_failure(self.jobs, worker_exceptions)
 
 
 def _used_up(stage: str, jobs: Sequence[TrainJob], error: ray.train.WorkerGroupError) -> str:
-    job = next(job for job in jobs if not job.done)
-    where = f"; failures and their items are in {job.failures_path}" if read_failures(job.failures_path) else ""
+    path = under_way(jobs).failures_path
+    where = f"; failures and their items are in {path}" if path.exists() else ""
     return f"{describe(error.worker_failures)} (stage {stage}: cluster.max_failures is used up{where})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,26 +43,29 @@ from umarvel_ray.train.tower import FrozenTower
 
 STATE, POSITION = "state.safetensors", "position.txt"
 
+State = dict[str, torch.Tensor]
+
 
 def train_worker(config: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker; `config`: jobs, tables (by job name), tasks, cpus_per_task."""
     torch.set_num_threads(config["threads"])
+    resumed = _resume_point(config["jobs"])
     for job in config["jobs"]:
         if job.error_path.exists():
             return  # a try before this one ended in an error of the user's, which no retry mends
         if not job.done:
             try:
-                _run(job, config["tables"][job.name], config["tasks"], config["cpus_per_task"])
+                start, state = resumed.pop(job.name, (0, None))
+                _run(job, config["tables"][job.name], config["tasks"], config["cpus_per_task"], start, state)
             except UserError as error:
                 job.error_path.write_text(str(error))
                 raise
         dist.barrier()
 
 
-def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float) -> None:
+def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float, start: int, state: State | None) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = read_plan(job.plan_path)
-    start, state = _resume_point(job.name)
     module = build_module(job, quantised=job.step.language_model == "qlora")
     if state:
         load_trainable(module, state)
@@ -116,16 +120,22 @@ def _visual_of(job: TrainJob, model: EmbeddingModel | RerankerModel) -> VisualOf
     return partial(VisionCache(VISION_CACHE_BYTES if job.engine.cache_vision else 0).features, tower)
 
 
-def _resume_point(name: str) -> tuple[int, dict[str, torch.Tensor] | None]:
+def _resume_point(jobs: Sequence[TrainJob]) -> dict[str, tuple[int, State]]:
+    """Where the job that was under way stands, by its name.
+
+    Asked once, as the group starts: all ranks but the first are told of no later checkpoint, and this one goes.
+    """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0, None
+        return {}
     with checkpoint.as_directory() as folder:
-        job, position = (Path(folder) / POSITION).read_text().split()
-        return (int(position), load_file(Path(folder) / STATE)) if job == name else (0, None)
+        name, position = (Path(folder) / POSITION).read_text().split()
+        if all(job.done or job.name != name for job in jobs):
+            return {}
+        return {name: (int(position), load_file(Path(folder) / STATE))}
 
 
-def _report(name: str, position: int, state: dict[str, torch.Tensor], metrics: dict[str, float]) -> None:
+def _report(name: str, position: int, state: State, metrics: dict[str, float]) -> None:
     if dist.get_rank():
         ray.train.report(metrics)
         return
