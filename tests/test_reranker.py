@@ -248,7 +248,7 @@ def test_long_texts_are_cut(tiny_base):
         ({"instruction": "Find it."}, "snow", "pair: nothing to embed"),
         ("fox", {"text": "snow", "instruction": "Find it."}, "pair: a document carries no instruction"),
         ("fox", {"image": b"not a picture"}, "pair"),
-        ("fox", {"video": "film.mp4"}, "pair: unknown key 'video'"),  # refused, never read without its frames (T27)
+        ("fox", {"video": "film.mp4"}, "pair: video film.mp4 not found"),  # never read without its frames (T27)
     ],
 )
 def test_bad_items_are_one_clear_line(tiny_base, query, document, message):
@@ -266,4 +266,4 @@ def test_a_tokenizer_that_confuses_yes_and_no_is_refused(tiny_base):
     )
     items = ItemEncoder.from_pretrained(tiny_base, SETTINGS)
     with pytest.raises(UserError, match="'Yes' and 'No'"):
-        PairEncoder(ItemEncoder(tokenizer, items.picture_format, SETTINGS), 64)
+        PairEncoder(ItemEncoder(tokenizer, items.picture_format, items.family, SETTINGS), 64)
