@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import socket
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -141,7 +142,10 @@ def _rank(rank: int, world: int, port: int, work: Callable[..., None], args: tup
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     work(rank, world, *args)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads that DeepSpeed leaves behind abort an orderly exit now and then
 
 
 def _cases(rank: int, world: int, cases: list[dict], out: str) -> None:

@@ -118,7 +118,7 @@ def test_a_run_goes_on_with_another_number_of_workers(command, tmp_path):
 
 def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(command, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    changes = ["stage1.text.learning_rate=1.0e+30", "cluster.max_failures=1", f"output={tmp_path}"]
+    changes = ["stage1.text.learning_rate=1.0e+30", "cluster.max_failures=0", f"output={tmp_path}"]
     ended = subprocess.run([*command, *changes], cwd=REPO, env=env, capture_output=True, text=True)
     assert ended.returncode == 2
     last = ended.stderr.splitlines()[-1]
@@ -128,5 +128,5 @@ def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(command, tmp_path)
     assert "cluster.max_failures is used up" in last
     assert "Traceback" not in ended.stderr
     failures = [json.loads(line) for line in (tmp_path / "train" / "text" / "failures.jsonl").read_text().splitlines()]
-    assert [failure["step"] for failure in failures] == 2 * [failures[0]["step"]]  # tried again once
+    assert len(failures) == 1
     assert len(failures[0]["query_ids"]) == 8

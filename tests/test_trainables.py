@@ -95,7 +95,7 @@ def plain_run(base: Path, trained: str) -> dict:
     groups = [{"params": [p], "weight_decay": 0.1 * decays[n]} for n, p in parameters.items()]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-4)
     losses = []
-    for number, (queries, documents, targets, relevant) in enumerate(batches(base)[:STEPS]):
+    for number, (queries, documents, targets, relevant) in enumerate(batches(base, apart=False)[:STEPS]):
         q = torch.cat([model(collate([item])) for item in queries])
         d = torch.cat([model(collate([item])) for item in documents])
         similarity = (q @ d.T) / model.log_temperature.exp()
@@ -131,7 +131,7 @@ def _case(rank, world, base, trained, zero, budget=400, cached=True, stop=STEPS,
     if state:
         restore(engine, state, start)
     losses = []
-    for number, (queries, documents, targets, relevant) in enumerate(batches(base)[:stop]):
+    for number, (queries, documents, targets, relevant) in enumerate(batches(base, apart=False)[:stop]):
         if number < start:
             continue
         # Pictures first: of two ranks the second has none.
@@ -306,7 +306,7 @@ def test_four_bit_weights_are_read_as_their_dequantised_values(tmp_path):
         weight = plain.backbone.get_submodule(name).weight.data
         assert 0.01 < (value - weight).abs().mean() / weight.abs().mean() < 0.15
         weight.copy_(value)
-    queries, documents, *_ = batches(base)[0]
+    queries, documents, *_ = batches(base, apart=False)[0]
     batch, grads = collate([*queries, *documents]), []
     for model in (four, plain):
         add_lora(model, LORA, seed=0)
