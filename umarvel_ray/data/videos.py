@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ def _decode(stream: Any, most: int, where: str) -> Video:
     wanted = set(spread(count, most))
     frames, seconds = [], []
     with _container(stream) as container:
-        for number, frame in enumerate(container.decode(video=0)):
+        for number, frame in enumerate(islice(container.decode(video=0), max(wanted) + 1)):
             if number in wanted:
                 frames.append(frame.to_image().rotate(frame.rotation, expand=True))
                 seconds.append(float(frame.time) if frame.time is not None else float(number))

@@ -151,7 +151,7 @@ class ItemEncoder:
     def _written(self, picture: Picture) -> str:
         steps, rows, columns = picture.grid
         run = rows * columns // self.picture_format.merge_size**2
-        if picture.seconds is None:
+        if not picture.is_video:
             return IMAGE * run
         if not self.family.timestamps:
             return VIDEO * steps * run
@@ -160,10 +160,10 @@ class ItemEncoder:
     def _spans(self, picture: Picture) -> list[Span]:
         steps, rows, columns = picture.grid
         merge = self.picture_format.merge_size
-        if picture.seconds is not None and self.family.timestamps:
+        if picture.is_video and self.family.timestamps:
             return [Span((1, rows // merge, columns // merge))] * steps
         apart = 1.0
-        if self.family.tokens_per_second and picture.seconds is not None and steps > 1:
+        if self.family.tokens_per_second and picture.is_video and steps > 1:
             apart = self.family.tokens_per_second * (picture.seconds[1] - picture.seconds[0])
         return [Span((steps, rows // merge, columns // merge), apart)]
 
@@ -182,7 +182,7 @@ class ItemEncoder:
 
     def _frame(self, pictures: Sequence[Picture]) -> tuple[str, str]:
         """The rendered conversation before and after the user's text; rendering anew takes longer than the rest."""
-        moving = tuple(picture.seconds is not None for picture in pictures)
+        moving = tuple(picture.is_video for picture in pictures)
         if moving not in self._frames:
             rendered = self.tokenizer.apply_chat_template(
                 [user_turn(TEXT_SLOT, pictures), {"role": "assistant", "content": [_text_part(f"{EMB}.")]}],
@@ -246,7 +246,7 @@ def user_turn(text: str, pictures: Sequence[Picture]) -> dict:
 
 def picture_parts(pictures: Sequence[Picture]) -> list[dict[str, str]]:
     """The pictures' places in a message."""
-    return [{"type": "image" if picture.seconds is None else "video"} for picture in pictures]
+    return [{"type": "video" if picture.is_video else "image"} for picture in pictures]
 
 
 def _text_part(text: str) -> dict[str, str]:

@@ -43,6 +43,10 @@ class Picture:
     key: str
     seconds: tuple[float, ...] | None = None
 
+    @property
+    def is_video(self) -> bool:
+        return self.seconds is not None
+
 
 @dataclass(frozen=True)
 class PixelScale:
