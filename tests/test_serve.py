@@ -18,7 +18,10 @@ import numpy as np
 import pytest
 from ray import serve
 
-from serve.app import SLOT_TOKENS, SLOTS, EmbedderDeployment, Ingress, Service, batch_slots, build
+from serve.app import build
+from serve.ingress import Ingress
+from serve.replicas import SLOT_TOKENS, SLOTS, EmbedderDeployment, batch_slots
+from serve.settings import Service
 from tests.tiny_run import TEXTS, make_run, picture
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.embedder import Embedder

@@ -1,0 +1,212 @@
+"""What the routes ask for: clients' items in; vectors, scores and hits out. Each ingress replica has one.
+
+Items become token ids and patches here, on a CPU, so that model replicas only run models. What is wrong with an item
+stands in its place as a `BadItem`: whether the others are answered is the client's choice (`good`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from ray.serve.handle import DeploymentHandle
+from ray.serve.metrics import Counter
+
+from serve.cache import Embedded, EmbeddingCache, content_key
+from serve.errors import BadItem, NotServed
+from serve.items import Item, library_item, place
+from serve.remote_model import Held, RemoteModel, RetryBudget, ask
+from serve.replicas import Checkpoint
+from serve.settings import Service
+from umarvel_ray.errors import UserError
+from umarvel_ray.model.items import EncodedItem, ItemEncoder
+from umarvel_ray.model.pairs import PairEncoder
+from umarvel_ray.search import RERANK_DEPTH, Hit, fuse
+
+Made = TypeVar("Made")
+
+
+class Read(NamedTuple):
+    """A library's item and its place in the client's body."""
+
+    item: dict[str, Any]
+    where: str
+    index: int | None
+
+
+class Backend:
+    """The deployments behind the routes.
+
+    Args:
+        checkpoints: of the "embedder" and, where there is one, of the "reranker".
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        checkpoints: dict[str, Checkpoint],
+        embedder: DeploymentHandle,
+        reranker: DeploymentHandle | None,
+        search: DeploymentHandle | None,
+    ) -> None:
+        self.limits = service.limits
+        self.embedder = RemoteModel(embedder, checkpoints["embedder"], _item_encoder)
+        self._reranker = RemoteModel(reranker, checkpoints["reranker"], _pair_encoder) if reranker else None
+        self._search, self._search_budget = search, RetryBudget()
+        self._rerank_weight = service.rerank_weight
+        self._cache = EmbeddingCache(service.cache_mb * 2**20)
+        self._items = Counter("umarvel_items", "items embedded, by where the vector came from", ("source",))
+
+    @property
+    def reranker(self) -> RemoteModel[PairEncoder]:
+        """Raises: NotServed."""
+        return _part(self._reranker, "reranker")
+
+    @property
+    def models(self) -> list[RemoteModel]:
+        return [model for model in (self.embedder, self._reranker) if model]
+
+    async def read(self, given: str | Item | Sequence[str | Item], name: str) -> list[Read | BadItem]:
+        """The library's item for a client's, or for each of a list; `name` is its key in the body.
+
+        Raises:
+            BadItem: too many items.
+        """
+        many = isinstance(given, list)
+        if many and len(given) > self.limits.max_items:
+            raise BadItem(f"{name}: {len(given)} items; send at most {self.limits.max_items} at a time", name)
+
+        def read_one(index: int | None, item: str | Item) -> Read:
+            where = place(name, index)
+            return Read(library_item(item, where, index, self.limits), where, index)
+
+        places = list(enumerate(given)) if many else [(None, given)]
+        return await asyncio.to_thread(lambda: [_caught(read_one, *one) for one in places])
+
+    async def embed(self, items: Sequence[Read | BadItem], side: str) -> list[Embedded | BadItem]:
+        """A vector for each item; from the cache where it has been asked before."""
+
+        async def work(held: Held[ItemEncoder]) -> list[Embedded | BadItem]:
+            return await self._embed(held, items, side)
+
+        return await self.embedder.through_updates(work)
+
+    async def score(self, query: Read, documents: Sequence[Read | BadItem]) -> list[float | BadItem]:
+        """P(yes) for each document.
+
+        Raises:
+            BadItem: the query.
+            NotServed: without a reranker.
+        """
+        model = self.reranker
+
+        async def work(held: Held[PairEncoder]) -> list[float | BadItem]:
+            def prepare() -> list:
+                sides = [_made(held.encoder.encode_document, document) for document in documents]
+                return [_made(held.encoder.encode_query, query), *sides]
+
+            prompt, *sides = await asyncio.to_thread(prepare)
+            good([prompt])
+            asked = [side for side in sides if not isinstance(side, BadItem)]
+            scores = iter(await model.ask(lambda handle: handle.score.remote(held.identity, prompt, asked)))
+            return [side if isinstance(side, BadItem) else float(next(scores)) for side in sides]
+
+        return await model.through_updates(work)
+
+    async def search(
+        self, query: Read | BadItem, top_k: int, rerank: bool, filters: dict[str, list[str]]
+    ) -> tuple[list[Hit], dict[str, float]]:
+        """The corpus' best documents, best first, and the milliseconds that each step took.
+
+        Raises:
+            BadItem: the query.
+            NotServed: without an index, or a reranker to `rerank` with.
+        """
+        search = _part(self._search, "index")
+        reranker = self.reranker if rerank else None
+        depth = max(top_k, RERANK_DEPTH) if reranker else top_k
+
+        async def work(held: Held[ItemEncoder]) -> tuple[list[Hit], list[float]]:
+            start = time.perf_counter()
+            [embedded] = good(await self._embed(held, [query], "query"))
+            encoded = time.perf_counter()
+            asked = held.identity, embedded.vector, depth, filters
+            hits = await ask(lambda: search.search.remote(*asked), self._search_budget)
+            return hits, [start, encoded, time.perf_counter()]
+
+        hits, clock = await self.embedder.through_updates(work)
+        if reranker:
+            candidates = [Read(hit.item, f"document {hit.document['id']}", None) for hit in hits]
+            hits = fuse(hits, np.asarray(good(await self.score(query, candidates))), self._rerank_weight)
+        took = 1000 * np.diff([*clock, time.perf_counter()])
+        return hits[:top_k], dict(zip(("encode_ms", "retrieve_ms", "rerank_ms"), took.tolist(), strict=True))
+
+    async def _embed(
+        self, held: Held[ItemEncoder], items: Sequence[Read | BadItem], side: str
+    ) -> list[Embedded | BadItem]:
+        keys = [None if isinstance(read, BadItem) else content_key(held.identity, side, read.item) for read in items]
+        known = [read if key is None else self._cache.get(key) for key, read in zip(keys, items, strict=True)]
+
+        def encode(item: dict[str, Any], where: str) -> EncodedItem:
+            return held.encoder.encode(item, side, where)
+
+        def prepare() -> list[Embedded | EncodedItem | BadItem]:
+            return [one or _made(encode, read) for one, read in zip(known, items, strict=True)]
+
+        prepared = await asyncio.to_thread(prepare)
+        new = [one for one in prepared if isinstance(one, EncodedItem)]
+        for source, count in (("model", len(new)), ("cache", sum(isinstance(one, Embedded) for one in prepared))):
+            if count:
+                self._items.inc(count, {"source": source})
+        vectors = iter(await self.embedder.ask(lambda handle: handle.encode.remote(held.identity, new)) if new else ())
+        for at, one in enumerate(prepared):
+            if isinstance(one, EncodedItem):
+                prepared[at] = Embedded(next(vectors), one.length)
+                self._cache.put(keys[at], prepared[at])
+        return prepared
+
+
+def good(items: Sequence[Made | BadItem]) -> list[Made]:
+    """The items, of which none may be bad.
+
+    Raises:
+        BadItem: the first that is.
+    """
+    for item in items:
+        if isinstance(item, BadItem):
+            raise item
+    return list(items)
+
+
+def _made(make: Callable[[dict[str, Any], str], Made], read: Read | BadItem) -> Made | BadItem:
+    if isinstance(read, BadItem):
+        return read
+    try:
+        return make(read.item, read.where)
+    except UserError as error:
+        return BadItem(str(error), read.where, read.index)
+
+
+def _caught(make: Callable[..., Made], *given: Any) -> Made | BadItem:
+    try:
+        return make(*given)
+    except BadItem as error:
+        return error
+
+
+def _part(part: Made | None, name: str) -> Made:
+    if part is None:
+        raise NotServed(f"this service runs without a {name}; set UMARVEL_{name.upper()} or `{name}` in config.yaml")
+    return part
+
+
+def _item_encoder(checkpoint: Checkpoint) -> ItemEncoder:
+    return ItemEncoder.from_pretrained(checkpoint["path"], checkpoint["settings"])
+
+
+def _pair_encoder(checkpoint: Checkpoint) -> PairEncoder:
+    settings = checkpoint["settings"]
+    return PairEncoder.from_pretrained(checkpoint["path"], settings, settings.max_text_tokens)

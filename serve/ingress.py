@@ -1,0 +1,51 @@
+"""The routes over HTTP: JSON, limits, pictures and tokens on CPUs, apart from the models."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import BackpressureConfig
+from ray.serve.handle import DeploymentHandle
+
+from serve.backend import Backend
+from serve.errors import RETRY_AFTER_S, add_handlers
+from serve.replicas import Checkpoint
+from serve.routes import cohere, embeddings, rerank, search, system
+from serve.settings import Service
+from umarvel_ray import __version__
+
+
+def make_app(backend: Backend | None) -> FastAPI:
+    """The routes before `backend`; None suffices for the OpenAPI schema."""
+    app = FastAPI(
+        title="umarvel-ray", version=__version__, description="Universal multimodal embeddings, reranking and search."
+    )
+    app.state.backend = backend
+    add_handlers(app)
+    for module in (embeddings, cohere, rerank, search, system):
+        app.include_router(module.router)
+    return app
+
+
+@serve.deployment(
+    max_ongoing_requests=256,
+    max_queued_requests=256,
+    backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
+    ray_actor_options={"num_cpus": 0.25},
+)
+@serve.ingress()
+class Ingress:
+    """One process that reads requests; `args` see `Backend`."""
+
+    def __init__(
+        self,
+        service: Service,
+        checkpoints: dict[str, Checkpoint],
+        embedder: DeploymentHandle,
+        reranker: DeploymentHandle | None,
+        search: DeploymentHandle | None,
+    ) -> None:
+        self._backend = Backend(service, checkpoints, embedder, reranker, search)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_app(self._backend)

@@ -1,0 +1,146 @@
+"""Items as clients send them, and what the library makes of them.
+
+An item is a bare string (text) or `{"text"?, "image"?, "video"?, "instruction"?}`; chat messages and Cohere's content
+parts say the same in other words. Pictures arrive as data URIs or bare base64, or as URLs where the service allows a
+host; they become bytes here, so nothing behind this module ever sees a path chosen by a client.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from serve.errors import BadItem
+from serve.settings import Limits
+
+URL = ("http://", "https://")
+
+
+class Body(BaseModel):
+    """A request: unknown keys are refused, so a misspelt option is an answer and not a surprise."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Item(Body):
+    """Text, pictures, a video or several of them; an instruction says what to look for (queries only)."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red car", "instruction": "Find a picture."}]})
+
+    text: str | None = None
+    image: str | list[str] | None = Field(default=None, description="data URI, base64, or a URL of an allowed host")
+    video: str | None = Field(default=None, description="data URI or base64")
+    instruction: str | None = None
+
+    @property
+    def images(self) -> list[str]:
+        return [self.image] if isinstance(self.image, str) else self.image or []
+
+
+# The branch is chosen by the JSON type, so a bad item gets one complaint, about the branch that was meant. The tags
+# hold spaces because `validation_error` tells them from keys by that.
+_TAGS = {str: "a string", dict: "an item", Item: "an item", list: "a list"}
+_String, _Item = Annotated[str, Tag("a string")], Annotated[Item, Tag("an item")]
+OneItem = Annotated[
+    _String | _Item,
+    Discriminator(
+        lambda value: _TAGS.get(type(value)),
+        custom_error_type="item",
+        custom_error_message="give a string or an item {text, image, video, instruction}",
+    ),
+]
+Items = Annotated[list[OneItem], Field(min_length=1)]
+OneOrMore = Annotated[
+    _String | _Item | Annotated[Items, Tag("a list")],
+    Discriminator(
+        lambda value: _TAGS.get(type(value)),
+        custom_error_type="items",
+        custom_error_message="give a string, an item {text, image, video, instruction}, or a list of them",
+    ),
+]
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Url(BaseModel):
+    url: str
+    detail: str | None = Field(default=None, description="accepted for OpenAI clients, ignored")
+
+
+class ImagePart(Body):
+    type: Literal["image_url"]
+    image_url: Url
+
+
+class VideoPart(Body):
+    type: Literal["video_url"]
+    video_url: Url
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart, Discriminator("type")]
+
+
+def item_of_parts(parts: Sequence[Part], instruction: str | None = None) -> Item:
+    """The item that content parts describe: texts joined by line breaks, all pictures, the last video."""
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+    videos = [part.video_url.url for part in parts if isinstance(part, VideoPart)]
+    return Item(
+        text="\n".join(texts) or None,
+        image=images or None,
+        video=videos[-1] if videos else None,
+        instruction=instruction,
+    )
+
+
+def place(name: str, index: int | None) -> str:
+    """The place of an item in the body: `query`, or `documents[3]`."""
+    return name if index is None else f"{name}[{index}]"
+
+
+def library_item(item: str | Item, where: str, index: int | None, limits: Limits) -> dict[str, Any]:
+    """The library's item dict for a client's item; pictures and video are bytes, still undecoded.
+
+    Raises:
+        BadItem: nothing in it, over a limit, a URL, a path, or not base64.
+    """
+    item = Item(text=item) if isinstance(item, str) else item
+    for name in ("text", "instruction"):
+        if len(getattr(item, name) or "") > limits.max_text:
+            message = f"{where}.{name}: over {limits.max_text} characters; send less, or several items"
+            raise BadItem(message, f"{where}.{name}", index)
+    if len(item.images) > limits.max_images:
+        raise BadItem(f"{where}.image: over {limits.max_images} pictures in an item", f"{where}.image", index)
+    parts: dict[str, Any] = {"text": item.text, "instruction": item.instruction}
+    parts["image"] = [_content(image, f"{where}.image", index, limits.max_image_bytes) for image in item.images]
+    if item.video:
+        parts["video"] = _content(item.video, f"{where}.video", index, limits.max_video_bytes, "video")
+    parts = {key: value for key, value in parts.items() if value}
+    if not parts.keys() & {"text", "image", "video"}:
+        raise BadItem(f"{where}: an item needs text, image or video", where, index)
+    if len(item.images) == 1:
+        [parts["image"]] = parts["image"]
+    return parts
+
+
+def _content(given: str | bytes, param: str, index: int | None, limit: int, kind: str = "image") -> bytes:
+    if isinstance(given, bytes):  # fetched from an allowed host
+        return given
+    header, comma, payload = given.partition(",")
+    if comma and not (header.startswith(f"data:{kind}/") and header.endswith(";base64")):
+        raise BadItem(f"{param}: a data URI must start with data:{kind}/…;base64,", param, index)
+    payload = payload if comma else given
+    if len(payload) * 3 // 4 > limit:
+        raise BadItem(f"{param}: over {limit / 2**20:g} MiB; send a smaller one", param, index)
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        message = f"{param}: send a data URI or base64; this service reads no paths, and URLs of allowed hosts alone"
+        raise BadItem(message, param, index) from None

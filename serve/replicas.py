@@ -1,0 +1,89 @@
+"""The deployments that hold models. They are told which checkpoint a request was prepared for, and run no other.
+
+Embedding requests that wait share batches of up to `SLOTS` × `SLOT_TOKENS` tokens (pictures count by their tokens); a
+vector does not depend on its companions (DESIGN rule 1), so every answer equals the library's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from ray import serve
+from ray.serve.metrics import Histogram
+
+from umarvel_ray.model.embedder import Embedder
+from umarvel_ray.model.items import EncodedItem
+from umarvel_ray.model.pairs import EncodedPair
+from umarvel_ray.model.reranker import Reranker
+
+SLOT_TOKENS = 64
+SLOTS = 64  # a batch is full at 4,096 tokens; each request takes a slot or more, so a batch is at most 64 requests
+BATCH_WAIT_S = 0.005
+
+Checkpoint = dict[str, Any]  # what `describe` returns: path, settings, identity
+
+
+class OtherModel(Exception):
+    """The replica holds another checkpoint than the request was prepared for: an update is under way."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.checkpoint = checkpoint
+
+
+def batch_slots(requests: list[list[EncodedItem]]) -> int:
+    """How much of a batch these requests fill. A request larger than a batch counts as a full one: it runs alone."""
+    slots = sum(-(-sum(item.length for item in items) // SLOT_TOKENS) for items in requests)
+    return min(slots, SLOTS) if len(requests) == 1 else slots
+
+
+def check_identity(checkpoint: Checkpoint, identity: str) -> None:
+    """Raises: OtherModel."""
+    if identity != checkpoint["identity"]:
+        raise OtherModel(checkpoint)
+
+
+@serve.deployment(max_ongoing_requests=2 * SLOTS, max_queued_requests=4 * SLOTS, ray_actor_options={"num_cpus": 0.5})
+class EmbedderDeployment:
+    """The embedding model; concurrent requests are batched by tokens."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str, dtype: str) -> None:
+        self._checkpoint = checkpoint
+        self._embedder = Embedder.from_pretrained(checkpoint["path"], device, dtype, checkpoint["settings"])
+        self._embedder.encode_query(["warm-up"])
+        sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+        self._requests = Histogram("umarvel_batch_requests", "requests that shared a batch", sizes)
+        self._tokens = Histogram("umarvel_batch_tokens", "tokens of a batch", [SLOT_TOKENS * size for size in sizes])
+
+    async def encode(self, identity: str, items: list[EncodedItem]) -> np.ndarray:
+        """Unit vectors, float32 (n, d). Raises: see `check_identity`."""
+        check_identity(self._checkpoint, identity)
+        return await self._encode_batch(items)
+
+    @serve.batch(max_batch_size=SLOTS, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=batch_slots)
+    async def _encode_batch(self, requests: list[list[EncodedItem]]) -> list[np.ndarray]:
+        everything = [item for items in requests for item in items]
+        self._requests.observe(len(requests))
+        self._tokens.observe(sum(item.length for item in everything))
+        vectors = await asyncio.to_thread(self._embedder.encode, everything)
+        ends = np.cumsum([len(items) for items in requests])
+        return np.split(vectors, ends[:-1])
+
+
+@serve.deployment(max_ongoing_requests=8, max_queued_requests=64, ray_actor_options={"num_cpus": 0.5})
+class RerankerDeployment:
+    """The yes/no model. It batches the candidates of one query, whose prefix is computed once; queries take turns."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str, dtype: str) -> None:
+        self._checkpoint = checkpoint
+        self._reranker = Reranker.from_pretrained(checkpoint["path"], device=device, dtype=dtype)
+        self._reranker.score("warm-up", ["warm-up"])
+        self._turn = asyncio.Lock()
+
+    async def score(self, identity: str, query: EncodedPair, documents: list[EncodedPair]) -> np.ndarray:
+        """P(yes) per document, float32 (n,). Raises: see `check_identity`."""
+        check_identity(self._checkpoint, identity)
+        async with self._turn:
+            return await asyncio.to_thread(self._reranker.score_encoded, query, documents)
