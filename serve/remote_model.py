@@ -1,8 +1,8 @@
 """A model deployment as the ingress sees it: requests are prepared for the checkpoint that its replicas hold.
 
 Two things happen to replicas while requests are under way. They die: the request is asked again, within a budget. They
-are replaced by others with another checkpoint: the request is prepared anew for that one. Neither is an error to a client,
-and no answer mixes two checkpoints.
+are replaced by others with another checkpoint: the request is prepared anew for that one. Neither is an error to a
+client, and no answer mixes two checkpoints.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ UPDATE_TRIES, UPDATE_WAIT_S = 150, 0.2  # while an update goes on
 
 
 class RetryBudget:
-    """Retries may be a fifth of requests, and some at once when a replica takes all its requests with it: a service that
-    fails is not asked thrice as often."""
+    """Retries may be a fifth of requests, and some at once, for a replica takes all its requests with it: a service
+    that goes on failing is not asked several times as often."""
 
     SHARE, AT_ONCE = 0.2, 128.0
 

@@ -35,7 +35,7 @@ class EmbedRequest(Body):
     texts: Annotated[list[str], Field(min_length=1)] | None = None
     images: Annotated[list[str], Field(min_length=1)] | None = None
     inputs: Annotated[list[Input], Field(min_length=1)] | None = None
-    embedding_types: Annotated[list[EmbeddingType], Field(min_length=1)] = ["float"]
+    embedding_types: Annotated[tuple[EmbeddingType, ...], Field(min_length=1)] = ("float",)
     output_dimension: Annotated[int, Field(ge=1)] | None = None
     truncate: Literal["NONE", "START", "END"] = Field(
         default="END", description="accepted; texts over the model's length are cut at the end"
