@@ -22,8 +22,7 @@ def build(args: Service) -> serve.Application:
     """
     service = from_environment(args)
     checkpoints = {name: describe(path) for name in ("embedder", "reranker") if (path := getattr(service, name))}
-    where = service.device, service.dtype
-    embedder = EmbedderDeployment.bind(checkpoints["embedder"], *where)
-    reranker = RerankerDeployment.bind(checkpoints["reranker"], *where) if service.reranker else None
+    embedder = EmbedderDeployment.bind(checkpoints["embedder"], service.runtime)
+    reranker = RerankerDeployment.bind(checkpoints["reranker"], service.runtime) if service.reranker else None
     search = SearchDeployment.bind(checkpoints["embedder"], service.index, service.data) if service.index else None
     return Ingress.bind(service, checkpoints, embedder, reranker, search)

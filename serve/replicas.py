@@ -13,6 +13,7 @@ import numpy as np
 from ray import serve
 from ray.serve.metrics import Histogram
 
+from serve.settings import Runtime
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.items import EncodedItem
 from umarvel_ray.model.pairs import EncodedPair
@@ -49,9 +50,10 @@ def check_identity(checkpoint: Checkpoint, identity: str) -> None:
 class EmbedderDeployment:
     """The embedding model; concurrent requests are batched by tokens."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str, dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, runtime: Runtime) -> None:
+        runtime.set_threads()
         self._checkpoint = checkpoint
-        self._embedder = Embedder.from_pretrained(checkpoint["path"], device, dtype, checkpoint["settings"])
+        self._embedder = Embedder.from_pretrained(checkpoint["path"], runtime.device, runtime.dtype)
         self._embedder.encode_query(["warm-up"])
         sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256]
         self._requests = Histogram("umarvel_batch_requests", "requests that shared a batch", sizes)
@@ -76,9 +78,10 @@ class EmbedderDeployment:
 class RerankerDeployment:
     """The yes/no model. It batches the candidates of one query, whose prefix is computed once; queries take turns."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str, dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, runtime: Runtime) -> None:
+        runtime.set_threads()
         self._checkpoint = checkpoint
-        self._reranker = Reranker.from_pretrained(checkpoint["path"], device=device, dtype=dtype)
+        self._reranker = Reranker.from_pretrained(checkpoint["path"], runtime.device, runtime.dtype)
         self._reranker.score("warm-up", ["warm-up"])
         self._turn = asyncio.Lock()
 

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from umarvel_ray.errors import UserError
+
+
+class Runtime(NamedTuple):
+    """Where and how a model runs."""
+
+    device: str
+    dtype: str
+    threads: int | None
+
+    def set_threads(self) -> None:
+        """Ray gives an actor's PyTorch as many threads as the logical CPUs it asked for, which says little."""
+        torch.set_num_threads(self.threads or os.cpu_count() or 1)
 
 
 class Limits(BaseModel):
@@ -34,9 +48,14 @@ class Service(BaseModel):
     live: str | None = None  # folder of the documents that clients add; without it the index is read-only
     device: str = "cpu"
     dtype: str = "float32"
+    threads: int | None = Field(None, ge=1)  # of each model replica on a CPU; by default all cores
     rerank_weight: float = 1.0  # search score = cosine + weight · P(yes); evaluation prints the one it chose
     cache_mb: int = Field(256, ge=0)  # embeddings of items seen before, in each ingress replica
     limits: Limits = Limits()
+
+    @property
+    def runtime(self) -> Runtime:
+        return Runtime(self.device, self.dtype, self.threads)
 
 
 def from_environment(service: Service) -> Service:

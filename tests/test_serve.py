@@ -24,6 +24,7 @@ from serve.replicas import SLOT_TOKENS, SLOTS, EmbedderDeployment, batch_slots
 from serve.settings import Service
 from tests.tiny_run import TEXTS, make_run, picture
 from umarvel_ray.errors import UserError
+from umarvel_ray.mine.embed import describe
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.search import search_run
@@ -254,9 +255,11 @@ class Late:
 
 def test_starting_overload_and_missing_parts(url, service, embedder, tmp_path):
     """A second application: a late part, no index, and an embedder with room for two requests."""
-    service = service.model_copy(update={"reranker": None, "index": None})
+    reranker, service = service.reranker, service.model_copy(update={"reranker": None, "index": None})
     small = EmbedderDeployment.options(max_ongoing_requests=1, max_queued_requests=1)
-    app = Ingress.bind(service, small.bind(service.embedder, "cpu", "float32"), Late.bind(str(tmp_path / "gate")), None)
+    checkpoints = {"embedder": describe(service.embedder), "reranker": describe(reranker)}
+    model = small.bind(checkpoints["embedder"], service.runtime)
+    app = Ingress.bind(service, checkpoints, model, Late.bind(str(tmp_path / "gate")), None)
     target = serve.RunTarget(target=app, name="small", route_prefix="/small")
     serve.run_many([target], wait_for_applications_running=False)
 

@@ -1,0 +1,197 @@
+"""Serving mixed items over HTTP, side by side on the CPU: our service, a plain deployment, and the library in-process.
+
+- raw: `Embedder.encode_document` in a process without a server, all items in one call;
+- ours: the service of serve/config.yaml without reranker and index, its cache off;
+- plain: a `@serve.deployment` that does the same for one request at a time.
+
+The client is another process (serve_load.py). One round after another: requests of 16 items from 4 clients; single
+items from 32 clients; single items arriving at random at 60 % of the raw rate (open loop); short texts one by one,
+against the model's own time for the same texts.
+
+    python benchmarks/serve.py [items=192] [rounds=2]       → benchmarks/results/serve.json
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+sys.path.append(sys.path.pop(0))  # else `serve` is this file
+
+import numpy as np
+import torch
+from bench_model import RESULTS, SETTINGS, SHAPE, ItemMaker, arguments, machine, make_model
+from ray import serve as ray_serve
+from starlette.requests import Request
+
+from serve.app import build
+from serve.settings import Service
+from umarvel_ray import Embedder
+from umarvel_ray.model.checkpoint import save_checkpoint
+from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.ray_session import start_ray
+
+GROUP, CLIENTS, SINGLES = 16, 4, 32
+OPEN_SHARE = 0.6
+SMALL = 40  # short texts, one by one
+PORT = 8017
+WANTED = {"16 items: ours / raw": 0.8, "single items: ours / raw": 0.5, "single items: ours / plain": 1.5}
+WANTED_OVERHEAD_MS = 10
+
+
+@ray_serve.deployment(max_ongoing_requests=100, ray_actor_options={"num_cpus": 0.5})
+class Plain:
+    """What one writes first: a request is read, embedded and answered before the next."""
+
+    def __init__(self, path: str) -> None:
+        torch.set_num_threads(torch.multiprocessing.cpu_count())
+        self._embedder = Embedder.from_pretrained(path)
+
+    async def __call__(self, request: Request) -> dict[str, Any]:
+        items = (await request.json())["input"]
+        for item in items:
+            if "image" in item:
+                item["image"] = base64.b64decode(item["image"].partition(",")[2])
+        return {"data": [{"embedding": vector.tolist()} for vector in self._embedder.encode_document(items)]}
+
+
+def body(items: list[dict[str, str]]) -> str:
+    """A request as clients send it, pictures as data URIs."""
+    sent = [
+        item | {"image": "data:image/jpeg;base64," + base64.b64encode(Path(item["image"]).read_bytes()).decode()}
+        if "image" in item
+        else item
+        for item in items
+    ]
+    return json.dumps({"input": sent, "input_type": "document"})
+
+
+def load(url: str, bodies: list[str], folder: Path, **how: float) -> dict[str, Any]:
+    """Run the client; its latencies, seconds and refusals."""
+    file = folder / "bodies.json"
+    file.write_text(json.dumps(bodies))
+    asked = json.dumps({"url": url, "bodies": str(file), **how})
+    client = [sys.executable, str(Path(__file__).with_name("serve_load.py"))]
+    return json.loads(subprocess.run(client, input=asked, capture_output=True, text=True, check=True).stdout)
+
+
+def percentiles(latencies: list[float]) -> dict[str, float]:
+    return {f"p{at}_ms": float(1000 * np.percentile(latencies, at)) for at in (50, 99)}
+
+
+def batch_fill(address: str) -> dict[str, float]:
+    """Requests and tokens of a mean batch since the service started, by its /metrics."""
+    page = urllib.request.urlopen(f"{address}/metrics").read().decode().splitlines()
+    sums = {}
+    for line in page:
+        for name in ("requests", "tokens"):
+            for part in ("sum", "count"):
+                if line.startswith(f"ray_umarvel_batch_{name}_{part}"):
+                    sums[name, part] = sums.get((name, part), 0) + float(line.rsplit(" ", 1)[1])
+    return {
+        name: sums[name, "sum"] / sums[name, "count"] for name in ("requests", "tokens") if sums.get((name, "count"))
+    }
+
+
+def main(items: int = 192, rounds: int = 2) -> None:
+    with tempfile.TemporaryDirectory() as name, start_ray():
+        folder = Path(name)
+        maker = ItemMaker(folder / "pictures")
+        given = maker.items(items)
+        checkpoint = folder / "bench"
+        save_checkpoint(EmbeddingModel.from_pretrained(make_model(folder / "base"), SETTINGS), checkpoint, SETTINGS, {})
+        raw = Embedder.from_pretrained(checkpoint)
+        ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+        address = f"http://127.0.0.1:{PORT}"
+        ray_serve.run(build(Service(embedder=str(checkpoint), cache_mb=0)), name="ours", route_prefix="/")
+        ray_serve.run(Plain.bind(str(checkpoint)), name="plain", route_prefix="/plain")
+        ours, plain = f"{address}/v1/embeddings", f"{address}/plain"
+        groups = [body(given[start : start + GROUP]) for start in range(0, items, GROUP)]
+        singles = [body([item]) for item in given]
+        texts = [maker.short_text() for _ in range(SMALL)]
+        check_answers(ours, groups[0], raw.encode_document(given[:GROUP]))
+
+        rates: dict[str, list[float]] = {name: [] for name in ("raw", "ours, 16", "ours, 1", "plain, 1", "plain, 16")}
+        latencies: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            raw.encode_document(given)
+            rates["raw"].append(items / (time.perf_counter() - begin))
+            for side, url, bodies, clients in (
+                ("ours, 16", ours, groups, CLIENTS),
+                ("plain, 16", plain, groups, CLIENTS),
+                ("ours, 1", ours, singles, SINGLES),
+                ("plain, 1", plain, singles, SINGLES),
+            ):
+                done = load(url, bodies, folder, clients=clients)
+                if done["failed"]:
+                    sys.exit(f"{side}: answers {set(done['failed'])}")
+                rates[side].append(items / done["seconds"])
+                latencies.setdefault(side, []).extend(done["latencies"])
+                print(f"  {side}: {rates[side][-1]:.1f} items/s", flush=True)
+        fill = batch_fill(address)
+        rate = OPEN_SHARE * statistics.median(rates["raw"])
+        for side, url in (("ours, open loop", ours), ("plain, open loop", plain)):
+            done = load(url, singles, folder, per_second=rate)
+            latencies[side] = done["latencies"]
+        alone = load(ours, [body([{"text": text}]) for text in texts], folder, clients=1)["latencies"]
+        own = []
+        for text in texts:
+            begin = time.perf_counter()
+            raw.encode_document([text])
+            own.append(time.perf_counter() - begin)
+        overhead = 1000 * (statistics.median(alone) - statistics.median(own))
+        ray_serve.shutdown()
+    report(items, rates, latencies, fill, overhead, 1000 * statistics.median(own))
+
+
+def check_answers(url: str, sent: str, expected: np.ndarray) -> None:
+    request = urllib.request.Request(url, sent.encode(), {"Content-Type": "application/json"})
+    found = [row["embedding"] for row in json.load(urllib.request.urlopen(request))["data"]]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def report(
+    items: int,
+    rates: dict[str, list[float]],
+    latencies: dict[str, list[float]],
+    fill: dict,
+    overhead: float,
+    own: float,
+) -> None:
+    def ratio(side: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(rates[side], rates[other], strict=True))
+
+    ratios = {
+        "16 items: ours / raw": ratio("ours, 16", "raw"),
+        "single items: ours / raw": ratio("ours, 1", "raw"),
+        "single items: ours / plain": ratio("ours, 1", "plain, 1"),
+        "16 items: ours / plain": ratio("ours, 16", "plain, 16"),
+    }
+    took = {side: percentiles(seconds) for side, seconds in latencies.items()}
+    print(f"\n{SHAPE}. {items} items\n{machine()}\n\n| side | items/s | p50 ms | p99 ms |\n|---|---:|---:|---:|")
+    for side in dict.fromkeys([*rates, *took]):
+        cells = [f"{statistics.median(rates[side]):.1f}" if side in rates else ""]
+        cells += [f"{value:.0f}" for value in took.get(side, {}).values()] or ["", ""]
+        print(f"| {side} | " + " | ".join(cells) + " |")
+    for name, value in ratios.items():
+        print(f"{name}: {value:.2f}" + (f" (wanted {WANTED[name]})" if name in WANTED else ""))
+    print(
+        f"a short text alone: {own:.1f} ms in the model, {overhead:.1f} ms more by HTTP (wanted {WANTED_OVERHEAD_MS})"
+    )
+    print(f"a mean batch: {fill}")
+    figures = {"machine": machine(), "setting": SHAPE, "items": items, "rates": rates, "latency": took,
+               "ratios": ratios, "wanted": WANTED, "batch": fill, "overhead_ms": overhead, "model_ms": own}  # fmt: skip
+    (RESULTS / "serve.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(**arguments(sys.argv[1:]))
