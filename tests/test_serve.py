@@ -295,7 +295,7 @@ def test_health_when_ready(url):
         ("embeddings", {"input": [[1, 2, 3]]}, "input[0]", 0),
         ("embeddings", {"input": ["a", {}]}, "input[1]", 1),
         ("embeddings", {"input": [{"text": "a", "instruction": "b"}], "input_type": "document"}, "input[0]", 0),
-        ("embeddings", {"input": "\ud800"}, "input", None),
+        ("embeddings", {"input": "\ud800"}, "input.text", None),
         ("embeddings", {"input": ["a"] * 97}, "input", None),
         ("embeddings", {"input": "a", "dimensionz": 3}, "dimensionz", None),
         ("embeddings", b"{not json", "body", None),
