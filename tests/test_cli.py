@@ -106,7 +106,8 @@ def test_every_job_and_verb_has_its_function():
         (["index", "nowhere", "out"], ["nowhere"]),
         (["export"], ["--to"]),
         (["export", "demo", "output=nowhere", "--to", "out"], ["nowhere", "text"]),
-        (["serve", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["serve", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["serve", "nowhere"], ["nowhere"]),
     ],
     ids=lambda value: " ".join(value),
 )
