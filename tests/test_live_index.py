@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -16,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from umarvel_ray.data.tables import Dataset
 from umarvel_ray.errors import UserError
-from umarvel_ray.index import Add, Corpus, Delete, IndexWriter, LiveIndex, make_index, writer
+from umarvel_ray.index import Add, Corpus, Delete, IndexWriter, LiveIndex, make_index, snapshot, writer
 from umarvel_ray.index.log import Damaged, log_files, log_path
 from umarvel_ray.index.snapshot import snapshots
 
@@ -41,6 +42,7 @@ def added(id_, seed):
     )
 
 
+@cache
 def base_of(factory, size=300):
     rows = [added(f"b{i}", 10**6 + i) for i in range(size)]
     documents = pa.Table.from_pylist([row.document for row in reversed(rows)])  # not in the index's order
@@ -91,8 +93,8 @@ class AnIndexIsADict(RuleBasedStateMachine):
     @initialize()
     def begin(self):
         self.folder = Path(tempfile.mkdtemp())
-        self.base, self.truth = base_of(self.FACTORY) if self.FACTORY else (None, {})
-        self.ids = list(self.truth)
+        self.base, base = base_of(self.FACTORY) if self.FACTORY else (None, {})
+        self.ids, self.truth = list(base), dict(base)
         self.sequence = 0
         self.open_writer()
         self.open_replica()
@@ -164,7 +166,7 @@ TestFlat, TestWithoutABase = AnIndexIsADict.TestCase, WithoutABase.TestCase
 TestIVF, TestHNSW = OnIVF.TestCase, OnHNSW.TestCase
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF20,Flat", "IVF20,SQfp16", "HNSW8", "SQfp16", "PCA8,IVF20,Flat"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF20,Flat", "IVF20,SQfp16", "HNSW8", "SQfp16", "RR8,IVF20,Flat"])
 def test_a_filter_leaves_top_k_full_and_a_narrow_one_is_exact(factory):
     base, truth = base_of(factory, size=2000)
     vectors = np.stack([row.vector for row in truth.values()])
@@ -211,6 +213,26 @@ def test_a_replica_left_behind_by_two_compactions_follows(tmp_path):
     assert log_files(tmp_path) == [21, 31]
     assert late.follow() == 30
     check(late, truth, unit(99), 30)
+
+
+def test_a_snapshot_that_vanishes_while_it_is_opened(tmp_path, monkeypatch):
+    index, listed = IndexWriter.open(tmp_path, "model", D), snapshot.snapshots
+    truth = {f"{seed}": added(f"{seed}", seed) for seed in range(4)}
+    index.commit([truth["0"]])
+    index.compact()
+
+    def stale(folder):
+        monkeypatch.undo()
+        found = listed(folder)
+        for seed in range(1, 4):
+            index.commit([truth[f"{seed}"]])
+            index.compact()
+        return found
+
+    monkeypatch.setattr(snapshot, "snapshots", stale)
+    replica = LiveIndex.open(tmp_path, "model", D)
+    assert snapshots(tmp_path) == [3, 4]
+    check(replica, truth, unit(9), 9)
 
 
 @pytest.fixture
@@ -277,10 +299,10 @@ def test_a_search_sees_whole_commits_only(tmp_path):
     for thread in threads:
         thread.start()
     try:
-        for seed in range(1500):
+        for seed in range(300):
             index.commit([added("b3", seed), added(f"n{seed % 50}", seed)])
             replica.follow()
-            if seed % 500 == 250:
+            if seed % 100 == 50:
                 index.compact()
     finally:
         done.set()
@@ -320,7 +342,7 @@ def test_errors_are_one_line(tmp_path):
     index.commit([added("a", 1)])
     index.close()
     for open_ in (IndexWriter.open, LiveIndex.open):
-        with pytest.raises(UserError, match="embedded with another model.*choose another folder"):
+        with pytest.raises(UserError, match=r"embedded with another model.*choose another folder"):
             open_(tmp_path, "other", D)
         with pytest.raises(UserError, match="dimension 8, not model, 4"):
             open_(tmp_path, "model", 4)
@@ -375,7 +397,7 @@ def truth_after(sequence):
 
 def test_what_a_killed_writer_acknowledged_is_found(tmp_path, processes):
     rng, last, compacted = np.random.default_rng(), 0, 0
-    for _ in range(8):
+    for _ in range(6):
         acknowledged, theirs = processes.Pipe(duplex=False)
         child = processes.Process(target=write_until_killed, args=(tmp_path, theirs))
         child.start()
@@ -393,15 +415,15 @@ def test_what_a_killed_writer_acknowledged_is_found(tmp_path, processes):
         assert replica.sequence in (last, last + 1)  # a commit may be on the disk before it is acknowledged
         truth = truth_after(replica.sequence)
         assert len(replica) == len(truth)
-        for seed in range(3):
-            check(replica, truth, unit(seed), len(truth))
+        check(replica, truth, unit(0), len(truth))
         compacted = max(snapshots(tmp_path), default=0)
-    print(f"{last} commits acknowledged through 8 kills, {compacted} compacted")
+    print(f"{last} commits acknowledged through 6 kills, {compacted} compacted")
     assert compacted > 0
 
 
 def follow_and_report(folder, sequence, reports):
     replica = LiveIndex.open(folder, "model", D)
+    reports.send(replica.sequence)  # ready
     while replica.sequence < sequence:
         before = replica.sequence
         if replica.follow() > before:
@@ -416,6 +438,7 @@ def test_a_replica_in_another_process_follows(tmp_path, processes):
     theirs.close()
     index = IndexWriter.open(tmp_path, "model", D)
     committed, seen = {}, []
+    assert reports.recv() == 0
     for number in range(1, 301):
         index.commit(batch_of(number))
         committed[number] = time.monotonic()

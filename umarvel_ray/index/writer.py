@@ -49,7 +49,7 @@ class IndexWriter:
         self._base_ids = frozenset(base_ids)
         self._committing, self._compacting = Lock(), Lock()
         snapshot = open_snapshot(folder, dimension)
-        self._ids = (self._base_ids - snapshot.deleted) | set(snapshot.documents["id"].to_pylist())
+        self._ids = {*(self._base_ids - snapshot.deleted), *snapshot.documents["id"].to_pylist()}
         end = snapshot.end
         for position, payload in read_log(folder, end):
             for record in decode(payload):
