@@ -1,6 +1,7 @@
 """The live index against a dict and numpy: whatever is added, replaced, deleted, compacted, reopened, or killed."""
 
 import multiprocessing
+import os
 import shutil
 import tempfile
 import threading
@@ -23,6 +24,13 @@ from umarvel_ray.index.snapshot import snapshots
 
 D = 8
 MODALITIES, SOURCES = ["text", "image", "image,text"], ["news", "notes", "shop"]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """Nothing here loses power; which call makes what durable is tested by recording the calls."""
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda handle: None)
 
 
 def unit(seed):
@@ -283,6 +291,24 @@ def test_a_crash_at_any_step_of_compaction_loses_nothing(tmp_path, crashes, monk
         assert replica.follow() == 13
         check(replica, {id_: row for id_, row in truth.items() if id_ != "0"}, unit(99), 20)
         assert {path.name[:4] for path in folder.iterdir()} == {"lock", "inde", "log-", "snap"}
+
+
+def test_a_snapshot_is_on_the_disk_before_what_it_replaces_goes(tmp_path, monkeypatch):
+    index, steps = IndexWriter.open(tmp_path, "model", D), []
+    for seed in range(2):
+        index.commit([added("a", seed)])
+        index.compact()
+    index.commit([added("a", 3)])
+    monkeypatch.setattr(os, "fsync", lambda handle: steps.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+    for name in ("rename", "unlink"):
+        original = getattr(Path, name)
+        monkeypatch.setattr(Path, name, lambda *a, name=name, original=original: steps.append(name) or original(*a))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: steps.append("rmtree"))
+    index.compact()
+    here = tmp_path.name
+    written = ["vectors.npy", "documents.arrow", "snapshot.json", ".snapshot.partial"]
+    assert steps[:3] == ["log-000000000004", here, "rmtree"]
+    assert steps[3:] == [*written, "rename", here, "rmtree", "unlink"]
 
 
 def test_a_search_sees_whole_commits_only(tmp_path):
