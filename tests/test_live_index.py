@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -209,7 +209,7 @@ def test_a_replica_may_start_before_the_writer(tmp_path):
 
 
 def test_a_replica_left_behind_by_two_compactions_follows(tmp_path):
-    index = IndexWriter.open(tmp_path, "model", D)
+    index = IndexWriter.open(tmp_path, "model", D, [])
     late, truth = LiveIndex.open(tmp_path, "model", D), {}
     for number in range(3):
         for seed in range(10 * number, 10 * number + 10):
@@ -224,7 +224,7 @@ def test_a_replica_left_behind_by_two_compactions_follows(tmp_path):
 
 
 def test_a_snapshot_that_vanishes_while_it_is_opened(tmp_path, monkeypatch):
-    index, listed = IndexWriter.open(tmp_path, "model", D), snapshot.snapshots
+    index, listed = IndexWriter.open(tmp_path, "model", D, []), snapshot.snapshots
     truth = {f"{seed}": added(f"{seed}", seed) for seed in range(4)}
     index.commit([truth["0"]])
     index.compact()
@@ -294,7 +294,7 @@ def test_a_crash_at_any_step_of_compaction_loses_nothing(tmp_path, crashes, monk
 
 
 def test_a_snapshot_is_on_the_disk_before_what_it_replaces_goes(tmp_path, monkeypatch):
-    index, steps = IndexWriter.open(tmp_path, "model", D), []
+    index, steps = IndexWriter.open(tmp_path, "model", D, []), []
     for seed in range(2):
         index.commit([added("a", seed)])
         index.compact()
@@ -339,19 +339,19 @@ def test_a_search_sees_whole_commits_only(tmp_path):
 
 
 def test_one_writer(tmp_path):
-    first = IndexWriter.open(tmp_path, "model", D)
+    first = IndexWriter.open(tmp_path, "model", D, [])
     with pytest.raises(UserError, match="another writer"):
-        IndexWriter.open(tmp_path, "model", D, wait_s=0.1)
+        IndexWriter.open(tmp_path, "model", D, [], wait_s=0.1)
     first.commit([added("a", 1)])
     threading.Timer(0.2, first.close).start()
-    second = IndexWriter.open(tmp_path, "model", D, wait_s=60)
+    second = IndexWriter.open(tmp_path, "model", D, [], wait_s=60)
     assert second.commit([Delete("a")]) == (2, [True])
     with pytest.raises(ValueError, match="closed"):
         first.commit([added("a", 1)])
 
 
 def test_errors_are_one_line(tmp_path):
-    index = IndexWriter.open(tmp_path, "model", D)
+    index = IndexWriter.open(tmp_path, "model", D, [])
     for record, message in [
         (Add("a", unit(1)[:4], "text", "news"), "document 'a': expected a unit vector of shape"),
         (Add("a", 2 * unit(1), "text", "news"), "norm 2.000"),
@@ -367,13 +367,28 @@ def test_errors_are_one_line(tmp_path):
         LiveIndex.open(tmp_path, "model", 4, base_of("Flat")[0])
     index.commit([added("a", 1)])
     index.close()
-    for open_ in (IndexWriter.open, LiveIndex.open):
+    for open_ in (partial(IndexWriter.open, base_ids=[]), LiveIndex.open):
         with pytest.raises(UserError, match=r"embedded with another model.*choose another folder"):
             open_(tmp_path, "other", D)
         with pytest.raises(UserError, match="dimension 8, not model, 4"):
             open_(tmp_path, "model", 4)
+    (tmp_path / "index.json").write_text("{")
+    for open_ in (partial(IndexWriter.open, base_ids=[]), LiveIndex.open):
+        with pytest.raises(Damaged, match="index.json: not readable; restore"):
+            open_(tmp_path, "model", D)
+    shutil.rmtree(tmp_path)
+    index = IndexWriter.open(tmp_path, "model", D, [])
+    index.commit([added("a", 1)])
+    index.compact()
+    index.close()
+    (tmp_path / "snapshot-000000000001" / "documents.arrow").write_bytes(b"ARROW1")
+    for open_ in (partial(IndexWriter.open, base_ids=[]), LiveIndex.open):
+        with pytest.raises(Damaged, match="snapshot-000000000001: not readable"):
+            open_(tmp_path, "model", D)
+    shutil.rmtree(tmp_path)
+    IndexWriter.open(tmp_path, "model", D, []).close()
     log_path(tmp_path, 1).unlink()
-    for open_ in (IndexWriter.open, LiveIndex.open):
+    for open_ in (partial(IndexWriter.open, base_ids=[]), LiveIndex.open):
         with pytest.raises(Damaged, match="missing"):
             open_(tmp_path, "model", D)
 
@@ -399,7 +414,7 @@ def batch_of(number):
 
 
 def write_until_killed(folder, acknowledged):
-    index = IndexWriter.open(folder, "model", D, wait_s=10)
+    index = IndexWriter.open(folder, "model", D, [], wait_s=10)
     threading.Thread(target=compact_for_ever, args=(index,), daemon=True).start()
     while True:
         acknowledged.send(index.commit(batch_of(index.sequence + 1)).sequence)
@@ -462,7 +477,7 @@ def test_a_replica_in_another_process_follows(tmp_path, processes):
     child = processes.Process(target=follow_and_report, args=(tmp_path, 300, theirs))
     child.start()
     theirs.close()
-    index = IndexWriter.open(tmp_path, "model", D)
+    index = IndexWriter.open(tmp_path, "model", D, [])
     committed, seen = {}, []
     assert reports.recv() == 0
     for number in range(1, 301):

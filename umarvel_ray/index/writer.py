@@ -25,7 +25,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.index.log import LogWriter, Position, log_files, log_path, read_log, sync_folder
+from umarvel_ray.index.log import RESTORE, Damaged, LogWriter, Position, log_files, log_path, read_log, sync_folder
 from umarvel_ray.index.records import Add, Delete, Record, decode, encode
 from umarvel_ray.index.snapshot import PARTIAL, Snapshot, open_snapshot, snapshot_path, snapshots, write_snapshot
 
@@ -63,14 +63,14 @@ class IndexWriter:
         folder: str | Path,
         identity: str,
         dimension: int,
-        base_ids: Iterable[str] = (),
+        base_ids: Iterable[str],
         wait_s: float = 0.0,
     ) -> IndexWriter:
         """Create a live index or go on with one; a commit that a crash cut short is taken off the log's end.
 
         Args:
             identity: the checkpoint's, as `describe` gives it.
-            base_ids: ids of the documents that the base holds.
+            base_ids: ids of the documents that the base holds, if any: a deletion of these must outlive the log.
             wait_s: how long to wait for another writer to end.
 
         Raises:
@@ -181,7 +181,10 @@ def check_index(folder: Path, identity: str, dimension: int) -> bool:
     path = folder / "index.json"
     if not path.is_file():
         return False
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        raise Damaged(f"{path}: not readable; {RESTORE}") from None
     if found["format"] != FORMAT:
         raise UserError(f"{folder}: a live index of format {found['format']}, not {FORMAT}; start a new folder")
     if (found["identity"], found["dimension"]) != (identity, dimension):
