@@ -34,18 +34,48 @@ class Index:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def dimension(self) -> int:
+        return self._index.d
+
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]]]:
         """Cosines float32 (n, k') and document ids, best first, for queries float32 (n, d); k' = min(k, size).
 
         Raises:
             UserError: the vectors have another dimension than the index.
         """
+        scores, rows = self.search_rows(vectors, k)
+        return scores, [[self.ids[row] for row in line] for line in rows]
+
+    def search_rows(
+        self, vectors: np.ndarray, k: int, among: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines float32 (n, k') and rows int64 (n, k'), best first, for queries float32 (n, d).
+
+        An approximate index reads itself to the end where a part of it does not hold k' of these rows, or where they
+        are so few that this costs no more.
+
+        Args:
+            among: bool (size,), the rows that may be found; None for all. k' = min(k, number of these rows).
+
+        Raises:
+            UserError: the vectors have another dimension than the index; it cannot search among some of its rows.
+        """
         if vectors.ndim != 2 or vectors.shape[1] != self._index.d:
             raise UserError(
                 f"index of dimension {self._index.d}: queries have shape {vectors.shape}; use its own model"
             )
-        scores, rows = self._index.search(np.ascontiguousarray(vectors, np.float32), min(k, len(self.ids)))
-        return scores, [[self.ids[row] for row in line if row >= 0] for line in rows]
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        left = len(self) if among is None else int(np.count_nonzero(among))
+        selector = None if left == len(self) else bitmap_of(among)
+        k = min(k, left)
+        if not k:
+            return np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64)
+        if left * PROBE_SHARE > len(self):
+            scores, rows = _search(self._index, vectors, k, selector, whole=False)
+            if (rows >= 0).all():
+                return scores, rows
+        return _search(self._index, vectors, k, selector, whole=True)
 
     def save(self, folder: str | Path) -> None:
         """Write `index.faiss` and `ids.json`; each atomically.
@@ -62,6 +92,34 @@ class Index:
             os.replace(folder / ".index.partial", folder / "index.faiss")
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot write the index to {folder}: {error}") from None
+
+
+def bitmap_of(among: np.ndarray) -> faiss.IDSelector:
+    """faiss's form of bool (n,): the rows that may be found."""
+    return faiss.IDSelectorBitmap(np.packbits(among, bitorder="little"))
+
+
+def _search(
+    index: faiss.Index, vectors: np.ndarray, k: int, selector: faiss.IDSelector | None, whole: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """faiss's search among the selected rows. `whole` reads every list or vector instead of the most likely ones."""
+    if isinstance(index, faiss.IndexPreTransform):
+        for at in range(index.chain.size()):
+            vectors = faiss.downcast_VectorTransform(index.chain.at(at)).apply(vectors)
+        return _search(faiss.downcast_index(index.index), vectors, k, selector, whole)
+    if isinstance(index, faiss.IndexHNSW) and whole:
+        return _search(faiss.downcast_index(index.storage), vectors, k, selector, whole)
+    if isinstance(index, faiss.IndexHNSW):
+        parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
+    elif isinstance(index, faiss.IndexIVF):
+        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=index.nlist if whole else index.nprobe)
+    else:
+        parameters = selector and faiss.SearchParameters(sel=selector)
+    try:
+        return index.search(vectors, k, params=parameters)
+    except RuntimeError:
+        name = type(index).__name__
+        raise UserError(f"an {name} cannot search among some of its rows; build a Flat, IVF or HNSW index") from None
 
 
 def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None) -> Index:
