@@ -74,14 +74,16 @@ def test_videos_are_read_as_they_are_stored(encoder, checkpoint, tmp_path):
     """Through mteb's own loader, whose decoding would need torchcodec."""
     import datasets
     from mteb._create_dataloaders import create_dataloader
+    from mteb.types import PromptType
 
     (tmp_path / "film.mp4").write_bytes(film(4))
     videos = [film(9), str(tmp_path / "film.mp4")]
     stored = [{"bytes": videos[0], "path": None}, {"bytes": None, "path": videos[1]}]
     rows = datasets.Dataset.from_dict({"id": ["1", "2"], "video": stored}).cast_column("video", datasets.Video())
     loader = create_dataloader(rows, task_metadata=metadata().model_copy(update={"modalities": ["video"]}))
-    found = encoder.encode(loader, task_metadata=metadata(), hf_split="", hf_subset="", prompt_type=None)
-    expected = Embedder.from_pretrained(checkpoint).encode_query([{"video": video} for video in videos])
+    given = {"task_metadata": metadata(), "hf_split": "", "hf_subset": ""}
+    found = encoder.encode(loader, **given, prompt_type=PromptType.document)
+    expected = Embedder.from_pretrained(checkpoint).encode_document([{"video": video} for video in videos])
     assert np.allclose(found, expected, atol=1e-6)
 
 
