@@ -65,8 +65,12 @@ class Corpus:
         return cls(index, dataset)
 
     def search(self, vector: np.ndarray, top_k: int) -> list[Hit]:
-        """The best documents for one unit vector (d,), best first."""
-        [scores], [ids] = self.index.search(vector[None], top_k)
+        """The best documents for one unit vector (d,), best first.
+
+        It is cut to the index's dimension where that is shorter: the documents were (`embed.truncate_dim`).
+        """
+        cut = vector[: self.index.dimension]
+        [scores], [ids] = self.index.search((cut / np.linalg.norm(cut))[None], top_k)
         rows = self.dataset.documents.take([self.dataset.row_of[id_] for id_ in ids]).to_pylist()
         return [Hit(row, float(score)) for row, score in zip(rows, scores, strict=True)]
 

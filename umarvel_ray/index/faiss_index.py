@@ -34,15 +34,19 @@ class Index:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def dimension(self) -> int:
+        return self._index.d
+
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]]]:
         """Cosines float32 (n, k') and document ids, best first, for queries float32 (n, d); k' = min(k, size).
 
         Raises:
             UserError: the vectors have another dimension than the index.
         """
-        if vectors.ndim != 2 or vectors.shape[1] != self._index.d:
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimension:
             raise UserError(
-                f"index of dimension {self._index.d}: queries have shape {vectors.shape}; use its own model"
+                f"index of dimension {self.dimension}: queries have shape {vectors.shape}; use its own model"
             )
         scores, rows = self._index.search(np.ascontiguousarray(vectors, np.float32), min(k, len(self.ids)))
         return scores, [[self.ids[row] for row in line if row >= 0] for line in rows]
