@@ -53,10 +53,15 @@ class Corpus:
         return cls(index, dataset)
 
     def search(self, vector: np.ndarray, top_k: int) -> list[Hit]:
-        """The best documents for one unit vector (d,), best first."""
-        [scores], [ids] = self.index.search(vector[None], top_k)
+        """The best documents for one unit vector (d,), best first; see `cut`."""
+        [scores], [ids] = self.index.search(cut(vector, self.index.dimension)[None], top_k)
         rows = rows_of(self.dataset.documents, [self.dataset.row_of[id_] for id_ in ids])
         return [Hit(row, float(score)) for row, score in zip(rows, scores, strict=True)]
+
+
+def cut(vector: np.ndarray, dimension: int) -> np.ndarray:
+    """A unit vector (d,) in the dimension of an index whose documents were cut (`embed.truncate_dim`)."""
+    return vector if len(vector) <= dimension else vector[:dimension] / np.linalg.norm(vector[:dimension])
 
 
 def rows_of(table: pa.Table, rows: Iterable[int]) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ class Index:
         Raises:
             UserError: the vectors have another dimension than the index.
         """
+<<<<<<< HEAD
         scores, rows = self.search_rows(vectors, k)
         return scores, [[self.ids[row] for row in line] for line in rows]
 
@@ -62,8 +63,11 @@ class Index:
             UserError: the vectors have another dimension than the index; it cannot search among some of its rows.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self._index.d:
+=======
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimension:
+>>>>>>> main
             raise UserError(
-                f"index of dimension {self._index.d}: queries have shape {vectors.shape}; use its own model"
+                f"index of dimension {self.dimension}: queries have shape {vectors.shape}; use its own model"
             )
         vectors = np.ascontiguousarray(vectors, np.float32)
         left = len(self) if among is None else int(np.count_nonzero(among))
