@@ -22,6 +22,8 @@ from serve.remote_model import Held, RemoteModel, RetryBudget, ask
 from serve.replicas import Checkpoint
 from serve.settings import Service
 from umarvel_ray.errors import UserError
+from umarvel_ray.index.records import Add, Delete, Record
+from umarvel_ray.index.writer import Committed
 from umarvel_ray.model.items import EncodedItem, ItemEncoder
 from umarvel_ray.model.pairs import PairEncoder
 from umarvel_ray.search import RERANK_DEPTH, Hit, fuse
@@ -51,11 +53,12 @@ class Backend:
         embedder: DeploymentHandle,
         reranker: DeploymentHandle | None,
         search: DeploymentHandle | None,
+        writer: DeploymentHandle | None,
     ) -> None:
         self.limits = service.limits
         self.embedder = RemoteModel(embedder, checkpoints["embedder"], _item_encoder)
         self._reranker = RemoteModel(reranker, checkpoints["reranker"], _pair_encoder) if reranker else None
-        self._search, self._search_budget = search, RetryBudget()
+        self._search, self._writer, self._index_budget = search, writer, RetryBudget()
         self._rerank_weight = service.rerank_weight
         self._cache = EmbeddingCache(service.cache_mb * 2**20)
         self._items = Counter("umarvel_items", "items embedded, by where the vector came from", ("source",))
@@ -117,7 +120,7 @@ class Backend:
         return await model.through_updates(work)
 
     async def search(
-        self, query: Read | BadItem, top_k: int, rerank: bool, filters: dict[str, list[str]]
+        self, query: Read | BadItem, top_k: int, rerank: bool, filters: dict[str, list[str]], after: int
     ) -> tuple[list[Hit], dict[str, float]]:
         """The corpus' best documents, best first, and the milliseconds that each step took.
 
@@ -133,8 +136,8 @@ class Backend:
             start = time.perf_counter()
             [embedded] = good(await self._embed(held, [query], "query"))
             encoded = time.perf_counter()
-            asked = held.identity, embedded.vector, depth, filters
-            hits = await ask(lambda: search.search.remote(*asked), self._search_budget)
+            asked = held.identity, embedded.vector, depth, filters, after
+            hits = await ask(lambda: search.search.remote(*asked), self._index_budget)
             return hits, [start, encoded, time.perf_counter()]
 
         hits, clock = await self.embedder.through_updates(work)
@@ -143,6 +146,44 @@ class Backend:
             hits = fuse(hits, np.asarray(good(await self.score(query, candidates))), self._rerank_weight)
         took = 1000 * np.diff([*clock, time.perf_counter()])
         return hits[:top_k], dict(zip(("encode_ms", "retrieve_ms", "rerank_ms"), took.tolist(), strict=True))
+
+    async def add(
+        self, documents: Sequence[Read | BadItem], record: Callable[[int, dict[str, Any], np.ndarray], Add], skip: bool
+    ) -> tuple[list[Embedded | BadItem], Committed]:
+        """Embed documents and commit the `record` of each; with `skip`, without the bad ones.
+
+        Raises:
+            BadItem: the first bad one, unless it is to be skipped.
+            NotServed: nothing can be written.
+        """
+
+        async def work(held: Held[ItemEncoder]) -> tuple[list[Embedded | BadItem], Committed]:
+            embedded = await self._embed(held, documents, "document")
+            kept = [
+                (at, one) for at, one in enumerate(embedded if skip else good(embedded)) if isinstance(one, Embedded)
+            ]
+            return embedded, await self._commit(held, [record(at, documents[at].item, one.vector) for at, one in kept])
+
+        _part(self._writer, "live")
+        return await self.embedder.through_updates(work)
+
+    async def delete(self, ids: Sequence[str]) -> Committed:
+        """Raises: NotServed: nothing can be written."""
+        _part(self._writer, "live")
+        return await self.embedder.through_updates(lambda held: self._commit(held, [Delete(id_) for id_ in ids]))
+
+    async def index_size(self) -> tuple[int, int]:
+        """Documents, and the last commit's number, as a replica sees them. Raises: NotServed."""
+        search = _part(self._search, "index")
+        return await ask(lambda: search.size.remote(), self._index_budget)
+
+    @property
+    def writable(self) -> bool:
+        return self._writer is not None
+
+    async def _commit(self, held: Held, records: list[Record]) -> Committed:
+        # A commit that is asked again after its writer died may be there already: then it is there twice, alike.
+        return await ask(lambda: self._writer.commit.remote(held.identity, records), self._index_budget)
 
     async def _embed(
         self, held: Held[ItemEncoder], items: Sequence[Read | BadItem], side: str

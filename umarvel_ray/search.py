@@ -19,6 +19,7 @@ from jinja2 import Environment
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.corpus import Corpus, Hit
 from umarvel_ray.mine.embed import describe
+from umarvel_ray.mine.embeddings import embedder_of
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.recipe import Recipe, load_recipe
@@ -52,15 +53,9 @@ def newest(folder: Path) -> tuple[Path, Path]:
         identity = describe(checkpoint)["identity"]
         evaluated = folder / "evaluation" / step / f"{recipe.evaluate.split}-documents"
         for documents in (folder / "embeddings" / "documents", evaluated):
-            if _made_with(documents, identity):
+            if embedder_of(documents) == identity:
                 return checkpoint, documents
     raise UserError(f"{folder} holds no trained model with embedded documents; run `make demo` first")
-
-
-def _made_with(documents: Path, identity: str) -> bool:
-    path = documents / "manifest.json"
-    manifest = json.loads(path.read_text()) if path.is_file() else {}
-    return bool(manifest.get("complete")) and manifest["plan"]["checkpoint"] == identity
 
 
 def run_recipe(folder: Path) -> Recipe:

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from umarvel_ray.data.tables import Dataset, item_of, open_dataset
 from umarvel_ray.errors import UserError
-from umarvel_ray.index.faiss_index import Index, make_index, open_index
-from umarvel_ray.mine.embeddings import read_embeddings
+from umarvel_ray.index.faiss_index import Index, is_saved, make_index, open_index
+from umarvel_ray.mine.embeddings import embedder_of, read_embeddings
 from umarvel_ray.recipe import Data
 
 
@@ -44,8 +44,7 @@ class Corpus:
         Raises:
             UserError: neither is in `folder`, or it is of other documents than `data` holds.
         """
-        saved = (Path(folder) / "index.faiss").is_file()
-        index = open_index(folder) if saved else make_index(*read_embeddings(folder))
+        index = open_index(folder) if is_saved(folder) else make_index(*read_embeddings(folder))
         dataset = open_dataset(data)
         unknown = next((id_ for id_ in index.ids if id_ not in dataset.row_of), None)
         if unknown is not None:
@@ -57,6 +56,14 @@ class Corpus:
         [scores], [ids] = self.index.search(cut(vector, self.index.dimension)[None], top_k)
         rows = rows_of(self.dataset.documents, [self.dataset.row_of[id_] for id_ in ids])
         return [Hit(row, float(score)) for row, score in zip(rows, scores, strict=True)]
+
+
+def made_with(folder: str | Path) -> str | None:
+    """Identity of the model (see `describe`) that made an index or a folder of embeddings; None where it is not known.
+
+    Raises: see `open_index`.
+    """
+    return open_index(folder).checkpoint if is_saved(folder) else embedder_of(folder)
 
 
 def cut(vector: np.ndarray, dimension: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import faiss
 import numpy as np
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.mine.embeddings import read_embeddings
+from umarvel_ray.mine.embeddings import embedder_of, read_embeddings
 from umarvel_ray.mine.topk import topk
 
 FLAT_UP_TO = 200_000  # exact search over this many vectors still answers in tens of milliseconds
@@ -27,8 +27,9 @@ PROBE_SHARE = 16  # one list in this many is searched
 class Index:
     """Unit vectors behind document ids, searched by cosine."""
 
-    def __init__(self, ids: list[str], index: faiss.Index) -> None:
+    def __init__(self, ids: list[str], index: faiss.Index, checkpoint: str | None = None) -> None:
         self.ids = ids
+        self.checkpoint = checkpoint  # identity of the model that made the vectors, where it is known
         self._index = index
 
     def __len__(self) -> int:
@@ -44,7 +45,6 @@ class Index:
         Raises:
             UserError: the vectors have another dimension than the index.
         """
-<<<<<<< HEAD
         scores, rows = self.search_rows(vectors, k)
         return scores, [[self.ids[row] for row in line] for line in rows]
 
@@ -62,10 +62,7 @@ class Index:
         Raises:
             UserError: the vectors have another dimension than the index; it cannot search among some of its rows.
         """
-        if vectors.ndim != 2 or vectors.shape[1] != self._index.d:
-=======
         if vectors.ndim != 2 or vectors.shape[1] != self.dimension:
->>>>>>> main
             raise UserError(
                 f"index of dimension {self.dimension}: queries have shape {vectors.shape}; use its own model"
             )
@@ -90,7 +87,7 @@ class Index:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".ids.partial").write_text(json.dumps(self.ids))
+            (folder / ".ids.partial").write_text(json.dumps({"checkpoint": self.checkpoint, "ids": self.ids}))
             faiss.write_index(self._index, str(folder / ".index.partial"))
             os.replace(folder / ".ids.partial", folder / "ids.json")
             os.replace(folder / ".index.partial", folder / "index.faiss")
@@ -126,11 +123,12 @@ def _search(
         raise UserError(f"an {name} cannot search among some of its rows; build a Flat, IVF or HNSW index") from None
 
 
-def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None) -> Index:
+def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None, checkpoint: str | None = None) -> Index:
     """Index unit vectors float32 (n, d).
 
     Args:
         factory: a faiss factory string; None takes exact search for small corpora and IVF with fp16 vectors for large.
+        checkpoint: identity of the model that made the vectors.
 
     Raises:
         UserError: no vectors, or faiss does not know the factory string.
@@ -150,7 +148,7 @@ def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None) 
     index.add(np.ascontiguousarray(vectors, np.float32))
     if isinstance(index, faiss.IndexIVF):
         index.nprobe = max(1, index.nlist // PROBE_SHARE)
-    return Index(ids, index)
+    return Index(ids, index, checkpoint)
 
 
 def recall_against_exact(index: Index, vectors: np.ndarray, queries: np.ndarray, k: int = 10) -> float:
@@ -173,13 +171,18 @@ def build_index(
         UserError: no finished embed job; see `make_index` and `Index.save`.
     """
     ids, vectors = read_embeddings(embeddings_dir)
-    index = make_index(ids, vectors, factory)
+    index = make_index(ids, vectors, factory, embedder_of(embeddings_dir))
     if queries is None:
         queries = vectors[np.random.default_rng(0).choice(len(ids), min(len(ids), 256), replace=False)]
     index.save(out_dir)
     recall = recall_against_exact(index, vectors, queries)
     print(f"indexed {len(ids):,} documents in {out_dir}; recall@10 against exact search {recall:.4f}")
     return index
+
+
+def is_saved(folder: str | Path) -> bool:
+    """Whether `Index.save` has written to the folder."""
+    return (Path(folder) / "index.faiss").is_file()
 
 
 def open_index(folder: str | Path) -> Index:
@@ -190,13 +193,14 @@ def open_index(folder: str | Path) -> Index:
     """
     folder = Path(folder)
     try:
-        ids = json.loads((folder / "ids.json").read_text())
+        saved = json.loads((folder / "ids.json").read_text())
+        ids = saved["ids"]
         index = faiss.read_index(str(folder / "index.faiss"))
     except FileNotFoundError:
         raise UserError(f"{folder} holds no index; build it with: umarvel index") from None
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{folder}: the index is damaged ({first}); build it again with: umarvel index") from None
     if len(ids) != index.ntotal:
         raise UserError(f"{folder}: {len(ids)} ids for {index.ntotal} vectors; build it again with: umarvel index")
-    return Index(ids, index)
+    return Index(ids, index, saved["checkpoint"])

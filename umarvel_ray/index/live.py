@@ -39,7 +39,7 @@ Codes = tuple[dict[str, int], dict[str, int]]  # a number for each modality, and
 class LiveIndex:
     """A replica. `follow` and `search` may be called from any threads."""
 
-    def __init__(self, folder: Path, identity: str, dimension: int, base: Corpus | None) -> None:
+    def __init__(self, folder: Path | None, identity: str, dimension: int, base: Corpus | None) -> None:
         self._folder, self._identity, self._dimension = folder, identity, dimension
         self._codes: Codes = ({}, {})
         self._base = [_base_part(base, self._codes)] if base else []
@@ -48,10 +48,11 @@ class LiveIndex:
         self._view = self._rows.view()
 
     @classmethod
-    def open(cls, folder: str | Path, identity: str, dimension: int, base: Corpus | None = None) -> LiveIndex:
+    def open(cls, folder: str | Path | None, identity: str, dimension: int, base: Corpus | None = None) -> LiveIndex:
         """The index as it is now; a folder that does not exist yet is an index without commits.
 
         Args:
+            folder: the writer's; None where nothing is ever added.
             identity: the checkpoint's, as `describe` gives it.
             base: searched too; its own folder stays as it is.
 
@@ -63,7 +64,7 @@ class LiveIndex:
                 raise UserError(f"base index of dimension {base.index.dimension}, model of {dimension}; embed it again")
             # An index that cannot leave rows out says so now, not after the first deletion.
             base.index.search_rows(np.zeros((1, dimension), np.float32), 1, np.arange(len(base.index)) > 0)
-        index = cls(Path(folder), identity, dimension, base)
+        index = cls(Path(folder) if folder else None, identity, dimension, base)
         index.follow()
         return index
 
@@ -83,7 +84,7 @@ class LiveIndex:
             UserError: an index of another model, a damaged log. What was seen before can still be searched.
         """
         with self._following:
-            if check_index(self._folder, self._identity, self._dimension):
+            if self._folder and check_index(self._folder, self._identity, self._dimension):
                 rows = self._rows
                 try:
                     current = rows.snapshot == _last_snapshot(self._folder)
