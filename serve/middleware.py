@@ -33,6 +33,7 @@ REQUEST_ID = "x-request-id"
 _SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 logger = logging.getLogger("umarvel.access")
+_STDERR = logging.StreamHandler()
 
 
 def guard(app: Starlette, limits: Limits, keys: Keys) -> Starlette:
@@ -41,12 +42,9 @@ def guard(app: Starlette, limits: Limits, keys: Keys) -> Starlette:
     app.add_middleware(BodyLimit, most=limits.max_body_bytes)
     app.add_middleware(Admission, keys=keys, per_minute=limits.requests_per_minute)
     app.add_middleware(AccessLog)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    logger.addHandler(_STDERR)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     return app
 
 

@@ -175,7 +175,9 @@ def call(app, method: str, path: str, chunks: Iterable[bytes] = (b"",), query: s
     async def receive() -> dict:
         nonlocal received
         received += 1
-        return coming[received - 1] if received <= len(coming) else {"type": "http.disconnect"}
+        if received > len(coming):
+            await asyncio.Event().wait()  # the client stays
+        return coming[received - 1]
 
     async def send(message: dict) -> None:
         sent.append(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 import threading
 import warnings
 from contextlib import nullcontext
@@ -16,7 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from umarvel_ray.data.limits import OWN_FILES, MediaLimits
 from umarvel_ray.errors import UserError
 
-MAX_SCANS = 100  # a JPEG has a dozen at most; each costs a pass over all its pixels, and only bytes of the file
+MAX_SCANS = 100  # a JPEG has a dozen; each costs a pass over all its pixels, and only bytes of the file
+TILE = 322, 323  # a TIFF's tags for a tile's width and height, which may be larger than the picture
 _GIVEN = threading.Lock()  # a PIL picture may stand in several items, and reads its file in no more than one thread
 
 
@@ -92,6 +94,8 @@ def _identify(image: str | Path | bytes, where: str, limits: MediaLimits) -> Ima
     picture = Image.open(stream, formats=limits.formats)
     if picture.format in ("JPEG", "MPO") and (scans := stream.getvalue().count(b"\xff\xda")) > MAX_SCANS:
         raise BadImage(f"{where}: JPEG of {scans} scans is over {MAX_SCANS}")
+    if picture.format == "TIFF" and (tile := math.prod(picture.tag_v2.get(tag, 0) for tag in TILE)) > limits.pixels:
+        raise BadImage(f"{where}: TIFF tile of {tile} pixels is over {limits.pixels}")
     return picture
 
 

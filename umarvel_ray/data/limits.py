@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# PIL's names. Not among them: formats that start another program (EPS runs Ghostscript) and formats of last resort.
-PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# PIL's names; MPO is opened as JPEG. Not among them: what starts another program (EPS runs Ghostscript), and rarities.
+PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # What strangers may send: decoded by C code whose time and memory the number of pixels bounds. TIFF has tiles larger
 # than the picture, JPEG 2000 is slow, BMP's run lengths are unpacked in Python.
-WEB_FORMATS = ("AVIF", "GIF", "JPEG", "MPO", "PNG", "WEBP")
+WEB_FORMATS = ("AVIF", "GIF", "JPEG", "PNG", "WEBP")
 
 
 @dataclass(frozen=True)
