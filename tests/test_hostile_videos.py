@@ -21,6 +21,21 @@ from umarvel_ray.data.videos import BadVideo, Video, open_video
 CLIENT = Limits().media()
 
 
+def coded(codec: str, container: str) -> bytes:
+    """Five black frames of 64 × 48."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as made:
+        stream = made.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(5):
+            made.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        made.mux(stream.encode())
+    return out.getvalue()
+
+
+FILMS = {"mp4": film(4), "ts": coded("mpeg2video", "mpegts"), "mkv": coded("libx264", "matroska")}
+
+
 @pytest.fixture(scope="module")
 def asked():
     """Paths asked of a server on loopback: (its address, the list)."""
@@ -59,24 +74,13 @@ PLAYLISTS = {
 @pytest.mark.parametrize("limits", [CLIENT, MediaLimits()], ids=["client", "own"])
 def test_a_playlist_opens_nothing(tmp_path, asked, kind, limits, monkeypatch):
     path = tmp_path / "film.ts"
-    path.write_bytes(film_ts())
+    path.write_bytes(FILMS["ts"])
     address, paths = asked
     monkeypatch.chdir(tmp_path)
     for target in (str(path), f"file://{path}", "film.ts", f"{address}/film.ts", f"tcp://{address[7:]}"):
         with pytest.raises(BadVideo, match="cannot be read"):
             open_video(PLAYLISTS[kind].format(target).encode(), 2, "x", limits)
     assert paths == []
-
-
-def film_ts() -> bytes:
-    out = io.BytesIO()
-    with av.open(out, "w", format="mpegts") as container:
-        stream = container.add_stream("mpeg2video", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(5):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
-        container.mux(stream.encode())
-    return out.getvalue()
 
 
 def test_every_limit_is_kept():
@@ -93,6 +97,12 @@ def test_every_limit_is_kept():
     assert len(open_video(data, 4, "x", enough).frames) == 4
 
 
+@pytest.mark.parametrize("name", FILMS)
+def test_a_frame_far_over_the_limit_is_never_decoded(name):
+    with pytest.raises(BadVideo, match=r"over 300 pixels|cannot be read"):
+        open_video(FILMS[name], 4, "x", MediaLimits(pixels=300))
+
+
 def test_stills_count_as_seconds():
     still = film_still()
     assert len(open_video([still] * 3, 2, "x", MediaLimits(video_seconds=3)).frames) == 2
@@ -104,9 +114,6 @@ def film_still() -> bytes:
     stream = io.BytesIO()
     open_video(film(1), 1, "x").frames[0].save(stream, "PNG")
     return stream.getvalue()
-
-
-FILMS = {"mp4": film(4), "ts": film_ts()}
 
 
 @settings(max_examples=100)

@@ -17,6 +17,7 @@ from umarvel_ray.errors import UserError
 # Containers that hold their streams themselves: a playlist (HLS, DASH, concat) would name files and addresses to open.
 CONTAINERS = ("asf", "avi", "flv", "gif", "matroska", "mov", "mpeg", "mpegts", "ogg", "webm")
 
+MAX_STREAMS = 32  # of a container: a frame of each is decoded to learn what it is
 LEAST_FRAME = 16_384  # pixels: what a frame is counted as at least, so that a million tiny ones are over a limit too
 
 
@@ -112,13 +113,17 @@ def _container(stream: Any, limits: MediaLimits) -> Any:
     return av.open(
         stream,
         options=_options(limits),
-        container_options={"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": ""},
+        container_options={
+            "format_whitelist": ",".join(CONTAINERS),
+            "protocol_whitelist": "",
+            "max_streams": str(MAX_STREAMS),
+        },
         io_open=_refuse,
     )
 
 
 def _options(limits: MediaLimits) -> dict[str, str]:
-    return {"max_pixels": str(limits.pixels)}
+    return {"max_pixels": str(2 * limits.pixels + 2**16)}  # decoders count their padding too
 
 
 def _refuse(url: str, flags: int, options: dict[str, str]) -> Any:
