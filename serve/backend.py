@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from serve.items import Item, library_item, place
 from serve.remote_model import Held, RemoteModel, RetryBudget, ask
 from serve.replicas import Checkpoint
 from serve.settings import Service
+from umarvel_ray.data.limits import OWN_FILES, MediaLimits
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.records import Add, Delete, Record
 from umarvel_ray.index.writer import Committed
@@ -37,6 +39,13 @@ class Read(NamedTuple):
     item: dict[str, Any]
     where: str
     index: int | None
+
+
+class PairEncoders(NamedTuple):
+    """The reranker's encoders of what clients send, and of the index's own documents."""
+
+    given: PairEncoder
+    stored: PairEncoder
 
 
 class Backend:
@@ -56,15 +65,17 @@ class Backend:
         writer: DeploymentHandle | None,
     ) -> None:
         self.limits = service.limits
-        self.embedder = RemoteModel(embedder, checkpoints["embedder"], _item_encoder)
-        self._reranker = RemoteModel(reranker, checkpoints["reranker"], _pair_encoder) if reranker else None
+        media = self.limits.media()
+        self.embedder = RemoteModel(embedder, checkpoints["embedder"], partial(_item_encoder, media))
+        pairs = partial(_pair_encoders, media)
+        self._reranker = RemoteModel(reranker, checkpoints["reranker"], pairs) if reranker else None
         self._search, self._writer, self._index_budget = search, writer, RetryBudget()
         self._rerank_weight = service.rerank_weight
         self._cache = EmbeddingCache(service.cache_mb * 2**20)
         self._items = Counter("umarvel_items", "items embedded, by where the vector came from", ("source",))
 
     @property
-    def reranker(self) -> RemoteModel[PairEncoder]:
+    def reranker(self) -> RemoteModel[PairEncoders]:
         """Raises: NotServed."""
         return _part(self._reranker, "reranker")
 
@@ -97,8 +108,13 @@ class Backend:
 
         return await self.embedder.through_updates(work)
 
-    async def score(self, query: Read, documents: Sequence[Read | BadItem]) -> list[float | BadItem]:
+    async def score(
+        self, query: Read, documents: Sequence[Read | BadItem], stored: bool = False
+    ) -> list[float | BadItem]:
         """P(yes) for each document.
+
+        Args:
+            stored: the documents are the index's own: the limits on what clients send do not hold for them.
 
         Raises:
             BadItem: the query.
@@ -106,10 +122,12 @@ class Backend:
         """
         model = self.reranker
 
-        async def work(held: Held[PairEncoder]) -> list[float | BadItem]:
+        async def work(held: Held[PairEncoders]) -> list[float | BadItem]:
+            given, own = held.encoder
+
             def prepare() -> list:
-                sides = [_made(held.encoder.encode_document, document) for document in documents]
-                return [_made(held.encoder.encode_query, query), *sides]
+                sides = [_made((own if stored else given).encode_document, document) for document in documents]
+                return [_made(given.encode_query, query), *sides]
 
             prompt, *sides = await asyncio.to_thread(prepare)
             good([prompt])
@@ -143,7 +161,7 @@ class Backend:
         hits, clock = await self.embedder.through_updates(work)
         if reranker:
             candidates = [Read(hit.item, f"document {hit.document['id']}", None) for hit in hits]
-            hits = fuse(hits, np.asarray(good(await self.score(query, candidates))), self._rerank_weight)
+            hits = fuse(hits, np.asarray(good(await self.score(query, candidates, stored=True))), self._rerank_weight)
         took = 1000 * np.diff([*clock, time.perf_counter()])
         return hits[:top_k], dict(zip(("encode_ms", "retrieve_ms", "rerank_ms"), took.tolist(), strict=True))
 
@@ -244,10 +262,14 @@ def _part(part: Made | None, name: str) -> Made:
     return part
 
 
-def _item_encoder(checkpoint: Checkpoint) -> ItemEncoder:
-    return ItemEncoder.from_pretrained(checkpoint["path"], checkpoint["settings"])
+def _item_encoder(media: MediaLimits, checkpoint: Checkpoint) -> ItemEncoder:
+    return ItemEncoder.from_pretrained(checkpoint["path"], checkpoint["settings"], media)
 
 
-def _pair_encoder(checkpoint: Checkpoint) -> PairEncoder:
+def _pair_encoders(media: MediaLimits, checkpoint: Checkpoint) -> PairEncoders:
     settings = checkpoint["settings"]
-    return PairEncoder.from_pretrained(checkpoint["path"], settings, settings.max_text_tokens)
+    given, stored = (
+        PairEncoder.from_pretrained(checkpoint["path"], settings, settings.max_text_tokens, limits)
+        for limits in (media, OWN_FILES)
+    )
+    return PairEncoders(given, stored)

@@ -7,16 +7,18 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
+from serve.auth import Keys
 from serve.backend import Backend
 from serve.errors import RETRY_AFTER_S, add_handlers
+from serve.middleware import guard
 from serve.replicas import Checkpoint
 from serve.routes import cohere, embeddings, index, rerank, search, system
-from serve.settings import Service
+from serve.settings import Limits, Service
 from umarvel_ray import __version__
 
 
-def make_app(backend: Backend | None) -> FastAPI:
-    """The routes before `backend`; None suffices for the OpenAPI schema."""
+def make_app(backend: Backend | None, limits: Limits, keys: Keys) -> FastAPI:
+    """The routes before `backend`, behind limits and keys; without a backend only the OpenAPI schema is of use."""
     app = FastAPI(
         title="umarvel-ray", version=__version__, description="Universal multimodal embeddings, reranking and search."
     )
@@ -24,6 +26,7 @@ def make_app(backend: Backend | None) -> FastAPI:
     add_handlers(app)
     for module in (embeddings, cohere, rerank, search, index, system):
         app.include_router(module.router)
+    guard(app, limits, keys)
     return app
 
 
@@ -46,7 +49,8 @@ class Ingress:
         search: DeploymentHandle | None,
         writer: DeploymentHandle | None,
     ) -> None:
+        self._limits, self._keys = service.limits, Keys.load(service.keys)
         self._backend = Backend(service, checkpoints, embedder, reranker, search, writer)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self._backend)
+        return make_app(self._backend, self._limits, self._keys)
