@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ray import serve
 
+from serve.auth import Keys
 from serve.corpus import SearchDeployment, WriterDeployment
 from serve.ingress import Ingress
 from serve.replicas import EmbedderDeployment, RerankerDeployment
@@ -20,7 +21,7 @@ def build(args: Service) -> serve.Application:
     """The application.
 
     Raises:
-        UserError: a path does not exist, or an index that another model made.
+        UserError: a path does not exist; an index that another model made; bad API keys.
     """
     service = from_environment(args)
     checkpoints = {name: describe(path) for name in ("embedder", "reranker") if (path := getattr(service, name))}
@@ -31,4 +32,4 @@ def build(args: Service) -> serve.Application:
     where = checkpoints["embedder"], service.index, service.data, service.live
     search = SearchDeployment.bind(*where) if service.index or service.live else None
     writer = WriterDeployment.bind(*where) if service.live else None
-    return Ingress.bind(service, checkpoints, embedder, reranker, search, writer)
+    return Ingress.bind(service, Keys.load(service.keys), checkpoints, embedder, reranker, search, writer)

@@ -43,13 +43,14 @@ class Ingress:
     def __init__(
         self,
         service: Service,
+        keys: Keys,
         checkpoints: dict[str, Checkpoint],
         embedder: DeploymentHandle,
         reranker: DeploymentHandle | None,
         search: DeploymentHandle | None,
         writer: DeploymentHandle | None,
     ) -> None:
-        self._limits, self._keys = service.limits, Keys.load(service.keys)
+        self._limits, self._keys = service.limits, keys
         self._backend = Backend(service, checkpoints, embedder, reranker, search, writer)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -19,6 +19,7 @@ import pytest
 from ray import serve
 
 from serve.app import build
+from serve.auth import Keys
 from serve.ingress import Ingress
 from serve.replicas import SLOT_TOKENS, SLOTS, EmbedderDeployment, batch_slots
 from serve.settings import Service
@@ -367,7 +368,7 @@ def test_starting_overload_and_missing_parts(url, service, embedder, tmp_path):
     small = EmbedderDeployment.options(max_ongoing_requests=1, max_queued_requests=1)
     checkpoints = {"embedder": describe(service.embedder), "reranker": describe(reranker)}
     model = small.bind(checkpoints["embedder"], service.runtime)
-    app = Ingress.bind(service, checkpoints, model, Late.bind(str(tmp_path / "gate")), None, None)
+    app = Ingress.bind(service, Keys(), checkpoints, model, Late.bind(str(tmp_path / "gate")), None, None)
     target = serve.RunTarget(target=app, name="small", route_prefix="/small")
     serve.run_many([target], wait_for_applications_running=False)
 
