@@ -3,8 +3,7 @@
 `serve run serve/config.yaml` builds it from the paths there.
 """
 
-from __future__ import annotations
-
+# Not `from __future__ import annotations`: Serve makes a `Service` of the config's args by the annotation itself.
 from ray import serve
 
 from serve.auth import Keys
