@@ -93,7 +93,7 @@ def replicas(deployment: str) -> int:
     return state.replica_states.get("RUNNING", 0)
 
 
-def wait_until(reached: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(reached: Callable[[], bool], seconds: float = 400) -> None:
     end = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < end, "not reached in time"
