@@ -13,15 +13,6 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["PIL", "umarvel_ray.data"]):
-    import PIL.AvifImagePlugin
-    import PIL.BmpImagePlugin
-    import PIL.GifImagePlugin
-    import PIL.Jpeg2KImagePlugin
-    import PIL.JpegImagePlugin
-    import PIL.PngImagePlugin
-    import PIL.PpmImagePlugin
-    import PIL.TiffImagePlugin
-    import PIL.WebPImagePlugin
 
     from umarvel_ray.data.images import open_image
     from umarvel_ray.data.limits import MediaLimits
