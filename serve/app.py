@@ -9,6 +9,7 @@ from ray import serve
 from serve.auth import Keys
 from serve.corpus import SearchDeployment, WriterDeployment
 from serve.ingress import Ingress
+from serve.remote import RemotePictures
 from serve.replicas import EmbedderDeployment, RerankerDeployment
 from serve.settings import Service, from_environment
 from umarvel_ray.errors import UserError
@@ -23,6 +24,7 @@ def build(args: Service) -> serve.Application:
         UserError: a path does not exist; an index that another model made; bad API keys.
     """
     service = from_environment(args)
+    RemotePictures(service.limits)  # a bad host is told here, before anything is replaced
     checkpoints = {name: describe(path) for name in ("embedder", "reranker") if (path := getattr(service, name))}
     if service.index and made_with(service.index) not in (None, checkpoints["embedder"]["identity"]):
         raise UserError(f"serve: {service.index} was made by another model than {service.embedder}; embed it again")

@@ -18,7 +18,8 @@ from ray.serve.metrics import Counter
 
 from serve.cache import Embedded, EmbeddingCache, content_key
 from serve.errors import BadItem, NotServed
-from serve.items import Item, library_item, place
+from serve.items import Item, library_item, place, remote_images
+from serve.remote import RemotePictures
 from serve.remote_model import Held, RemoteModel, RetryBudget, ask
 from serve.replicas import Checkpoint
 from serve.settings import Service
@@ -72,6 +73,7 @@ class Backend:
         self._search, self._writer, self._index_budget = search, writer, RetryBudget()
         self._rerank_weight = service.rerank_weight
         self._cache = EmbeddingCache(service.cache_mb * 2**20)
+        self._remote = RemotePictures(service.limits)
         self._items = Counter("umarvel_items", "items embedded, by where the vector came from", ("source",))
 
     @property
@@ -95,9 +97,11 @@ class Backend:
 
         def read_one(index: int | None, item: str | Item) -> Read:
             where = place(name, index)
-            return Read(library_item(item, where, index, self.limits), where, index)
+            return Read(library_item(item, where, index, self.limits, fetched), where, index)
 
         places = list(enumerate(given)) if many else [(None, given)]
+        urls = [url for _, item in places for url in remote_images(item)]
+        fetched = dict(zip(urls, await self._remote.fetch(urls), strict=True))
         return await asyncio.to_thread(lambda: [_caught(read_one, *one) for one in places])
 
     async def embed(self, items: Sequence[Read | BadItem], side: str) -> list[Embedded | BadItem]:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 RETRY_AFTER_S = 1
@@ -29,8 +30,32 @@ class NotServed(Exception):
     """A model or a part that this service does not have."""
 
 
+class Refusal(BaseModel):
+    """OpenAI's error; `index` is the offending item's place in its list, `param` the place in the body."""
+
+    message: str
+    type: str
+    param: str | None
+    index: int | None
+    code: None
+
+
+class RefusalBody(BaseModel):
+    error: Refusal
+
+
+REFUSALS = {
+    400: {"model": RefusalBody, "description": "an item or a body that cannot be used"},
+    401: {"model": RefusalBody, "description": "no valid API key"},
+    404: {"model": RefusalBody, "description": "a model or part that is not served"},
+    413: {"model": RefusalBody, "description": "the body is too large"},
+    429: {"model": RefusalBody, "description": "too many requests with this key; see Retry-After"},
+    503: {"model": RefusalBody, "description": "the service is at its limit; see Retry-After"},
+}
+
+
 def error_body(message: str, kind: str, param: str | None = None, index: int | None = None) -> dict[str, Any]:
-    """OpenAI's error object; `index` is the offending item's place in its list."""
+    """A `RefusalBody`."""
     return {"error": {"message": message, "type": kind, "param": param, "index": index, "code": None}}
 
 
@@ -56,7 +81,8 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)  # no such route, or not with this method
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(error.detail, "not_found_error"), error.status_code, error.headers)
+        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+        return JSONResponse(error_body(error.detail, kind), error.status_code, error.headers)
 
 
 def validation_error(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:

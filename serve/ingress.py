@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve.auth import Keys
 from serve.backend import Backend
-from serve.errors import RETRY_AFTER_S, add_handlers
+from serve.errors import REFUSALS, RETRY_AFTER_S, add_handlers
 from serve.middleware import guard
 from serve.replicas import Checkpoint
 from serve.routes import cohere, embeddings, index, rerank, search, system
@@ -25,7 +25,7 @@ def make_app(backend: Backend | None, limits: Limits, keys: Keys) -> FastAPI:
     app.state.backend = backend
     add_handlers(app)
     for module in (embeddings, cohere, rerank, search, index, system):
-        app.include_router(module.router)
+        app.include_router(module.router, responses=REFUSALS)
     guard(app, limits, keys)
     return app
 

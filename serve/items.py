@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from serve.errors import BadItem
+from serve.remote import BadRemote
 from serve.settings import Limits
 
 URL = ("http://", "https://")
@@ -105,8 +106,18 @@ def place(name: str, index: int | None) -> str:
     return name if index is None else f"{name}[{index}]"
 
 
-def library_item(item: str | Item, where: str, index: int | None, limits: Limits) -> dict[str, Any]:
+def remote_images(item: str | Item) -> list[str]:
+    """The item's pictures that are URLs."""
+    return [] if isinstance(item, str) else [image for image in item.images if image.startswith(URL)]
+
+
+def library_item(
+    item: str | Item, where: str, index: int | None, limits: Limits, fetched: Mapping[str, bytes | BadRemote]
+) -> dict[str, Any]:
     """The library's item dict for a client's item; pictures and video are bytes, still undecoded.
+
+    Args:
+        fetched: what is behind its URLs.
 
     Raises:
         BadItem: nothing in it, over a limit, a URL, a path, or not base64.
@@ -117,7 +128,12 @@ def library_item(item: str | Item, where: str, index: int | None, limits: Limits
     if len(item.images) > limits.max_images:
         raise BadItem(f"{where}.image: over {limits.max_images} pictures in an item", f"{where}.image", index)
     parts: dict[str, Any] = {"text": item.text, "instruction": item.instruction}
-    parts["image"] = [_content(image, f"{where}.image", index, limits.max_image_bytes) for image in item.images]
+    parts["image"] = [
+        _fetched(fetched[image], f"{where}.image", index)
+        if image in fetched
+        else _content(image, f"{where}.image", index, limits.max_image_bytes)
+        for image in item.images
+    ]
     if item.video:
         parts["video"] = _content(item.video, f"{where}.video", index, limits.max_video_bytes, "video")
     parts = {key: value for key, value in parts.items() if value}
@@ -137,9 +153,13 @@ def _check_text(text: str, param: str, index: int | None, limit: int) -> None:
         raise BadItem(f"{param}: holds half a surrogate pair, which is no character", param, index) from None
 
 
-def _content(given: str | bytes, param: str, index: int | None, limit: int, kind: str = "image") -> bytes:
-    if isinstance(given, bytes):  # fetched from an allowed host
-        return given
+def _fetched(content: bytes | BadRemote, param: str, index: int | None) -> bytes:
+    if isinstance(content, BadRemote):
+        raise BadItem(f"{param}: {content}", param, index)
+    return content
+
+
+def _content(given: str, param: str, index: int | None, limit: int, kind: str = "image") -> bytes:
     header, comma, payload = given.partition(",")
     if comma and not (header.startswith(f"data:{kind}/") and header.endswith(";base64")):
         raise BadItem(f"{param}: a data URI must start with data:{kind}/…;base64,", param, index)

@@ -31,11 +31,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 class BadRemote(UserError):
-    """A remote picture that may not or cannot be fetched; `index` is its place among those asked for."""
-
-    def __init__(self, message: str, index: int = 0) -> None:
-        super().__init__(message)
-        self.index = index
+    """A remote picture that may not or cannot be fetched."""
 
 
 @dataclass(frozen=True)
@@ -99,31 +95,22 @@ class RemotePictures:
         self._tls = ssl.create_default_context()
         self._turns = asyncio.Semaphore(AT_ONCE)
 
-    async def fetch(self, urls: Sequence[str]) -> list[bytes]:
-        """The bytes behind each URL, in order.
-
-        Raises:
-            BadRemote: the first that may not or cannot be fetched; the others are given up.
-        """
+    async def fetch(self, urls: Sequence[str]) -> list[bytes | BadRemote]:
+        """The bytes behind each URL, in order, or why they may not or cannot be fetched."""
         left = [self._limits.max_remote_bytes]
-        tasks = [asyncio.ensure_future(self._one(url, index, left)) for index, url in enumerate(urls)]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        return await asyncio.gather(*(self._one(url, left) for url in urls))
 
-    async def _one(self, written: str, index: int, left: list[int]) -> bytes:
+    async def _one(self, written: str, left: list[int]) -> bytes | BadRemote:
         try:
             async with asyncio.timeout(self._limits.remote_timeout_s), self._turns:
                 return await self._follow(self._checked(written), left)
         except BadRemote as error:
-            raise BadRemote(str(error), index) from None
+            return error
         except TimeoutError:
-            raise BadRemote(f"took over {self._limits.remote_timeout_s:g} seconds to fetch", index) from None
+            return BadRemote(f"took over {self._limits.remote_timeout_s:g} seconds to fetch")
         # Addresses and local reasons stay here: they would tell a client about this network.
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise BadRemote(f"cannot be fetched ({type(error).__name__})", index) from None
+            return BadRemote(f"cannot be fetched ({type(error).__name__})")
 
     async def _follow(self, url: URL, left: list[int]) -> bytes:
         connector = aiohttp.TCPConnector(resolver=self._resolver, use_dns_cache=False, force_close=True, ssl=self._tls)

@@ -13,8 +13,12 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["PIL", "umarvel_ray.data"]):
+    from PIL import Image
+
     from umarvel_ray.data.images import open_image
     from umarvel_ray.data.limits import MediaLimits
+
+    Image.init()  # every plugin, here, where imports are instrumented
 
 from tests.test_hostile_images import VALID, outcome
 

@@ -44,7 +44,9 @@ def test_bad_rows_are_set_aside_with_their_reason(ray_cluster, tmp_path):
     file = pq.read_table(tmp_path / "quarantine" / "train.parquet").to_pylist()
     reasons = {(row["table"], row["id"]): row["reason"] for row in file}
     assert reasons["documents", bad_document].startswith(f"documents {bad_document}: nothing to embed")
-    assert all(reasons["train", id_] == f"train {id_}: not a picture in a known format" for id_ in bad_queries)
+    assert all(
+        reasons["train", id_].startswith(f"train {id_}: not a picture in a known format (") for id_ in bad_queries
+    )
     lost = {row["id"] for row in file if row["table"] == "train"}
     assert {*bad_queries, alone["id"]} <= lost
     assert clean.queries("train").num_rows + len(lost) == before.num_rows

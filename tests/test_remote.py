@@ -155,7 +155,10 @@ def fetch(
         remote = RemotePictures(Limits(allowed_media_hosts=hosts, **limits), names or Names(), trusted)
         return await remote.fetch(urls)
 
-    return asyncio.run(run())
+    found = asyncio.run(run())
+    for bad in (one for one in found if isinstance(one, BadRemote)):
+        raise bad
+    return found
 
 
 def test_a_picture_of_an_allowed_host(port):
@@ -287,12 +290,9 @@ def test_one_private_address_is_enough_to_refuse(port, answers):
 
 def test_the_systems_own_resolver_is_checked_too(port):
     assert "127.0.0.1" in asyncio.run(resolve("localhost", port))
-    with pytest.raises(BadRemote, match="not public"):
-        asyncio.run(
-            RemotePictures(Limits(allowed_media_hosts=(f"http://localhost:{port}",))).fetch(
-                [f"http://localhost:{port}/a"]
-            )
-        )
+    remote = RemotePictures(Limits(allowed_media_hosts=(f"http://localhost:{port}",)))
+    [refused] = asyncio.run(remote.fetch([f"http://localhost:{port}/a"]))
+    assert "not public" in str(refused)
     assert ASKED == []
 
 
@@ -341,9 +341,8 @@ def test_bytes_time_and_status_are_limited(port):
         fetch(f"{url}/endless", hosts=hosts, max_image_bytes=300_000)
     with pytest.raises(BadRemote, match="request's remote pictures are over 30 bytes"):
         fetch(*[f"{url}/a"] * 3, hosts=hosts, max_remote_bytes=30)
-    with pytest.raises(BadRemote, match=r"over 0\.3 seconds") as error:
-        fetch(f"{url}/a", f"{url}/slow", hosts=hosts, remote_timeout_s=0.3)
-    assert error.value.index == 1
+    with pytest.raises(BadRemote, match=r"over 0\.3 seconds"):
+        fetch(f"{url}/slow", hosts=hosts, remote_timeout_s=0.3)
     with pytest.raises(BadRemote, match="status 404"):
         fetch(f"{url}/gone", hosts=hosts)
     [packed] = fetch(f"{url}/packed", hosts=hosts, max_image_bytes=100_000)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve.items import Body, Item, Part, item_of_parts
-from serve.routes.common import Served, check_model, sorted_out
+from serve.routes.common import Name, Served, check_model, sorted_out
 from serve.routes.embeddings import shorter, wire_vector
 
 router = APIRouter(tags=["embeddings"])
@@ -30,7 +30,7 @@ class EmbedRequest(Body):
         }
     )
 
-    model: str | None = None
+    model: Name | None = None
     input_type: Literal["search_query", "search_document", "classification", "clustering", "image"]
     texts: Annotated[list[str], Field(min_length=1)] | None = None
     images: Annotated[list[str], Field(min_length=1)] | None = None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import Depends, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StringConstraints
 
 from serve.backend import Backend, Made, good
 from serve.errors import BadItem, NotServed
@@ -22,6 +22,7 @@ OnError = Annotated[
     Literal["fail", "skip"],
     Field(description="a bad item fails the request, or is left out and told of in `errors`"),
 ]
+Name = Annotated[str, StringConstraints(max_length=256)]  # constrained strings hold no half surrogate pairs
 InputType = Literal["query", "document"]
 
 

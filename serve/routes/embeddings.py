@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from serve.errors import BadItem
 from serve.items import Body, Item, OneOrMore, Part, item_of_parts
-from serve.routes.common import InputType, ItemError, OnError, Served, Usage, check_model, sorted_out
+from serve.routes.common import InputType, ItemError, Name, OnError, Served, Usage, check_model, sorted_out
 from umarvel_ray.model.losses import truncate
 
 router = APIRouter(tags=["embeddings"])
@@ -43,14 +43,14 @@ class EmbeddingsRequest(Body):
 
     input: OneOrMore | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=2)] | None = None
-    model: str | None = None
+    model: Name | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="keep so many coordinates, scaled to unit norm again (for models trained for it)"
     )
     input_type: InputType = "query"
     on_error: OnError = "fail"
-    user: str | None = Field(default=None, description="accepted for OpenAI clients, ignored")
+    user: Name | None = Field(default=None, description="accepted for OpenAI clients, ignored")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> EmbeddingsRequest:

@@ -12,7 +12,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from serve.backend import good
 from serve.errors import BadItem
 from serve.items import Body, Item, Items, OneItem, OneOrMore
-from serve.routes.common import ItemError, OnError, Served, check_model, sorted_out
+from serve.routes.common import ItemError, Name, OnError, Served, check_model, sorted_out
 
 router = APIRouter(tags=["rerank"])
 
@@ -29,7 +29,7 @@ class RerankRequest(Body):
 
     query: OneItem
     documents: Items
-    model: str | None = None
+    model: Name | None = None
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = False
     on_error: OnError = "fail"
@@ -87,7 +87,7 @@ class ScoreRequest(Body):
         validation_alias=AliasChoices("queries", "text_1"), description="one, or one per document"
     )
     documents: OneOrMore = Field(validation_alias=AliasChoices("documents", "text_2"))
-    model: str | None = None
+    model: Name | None = None
 
 
 class Score(BaseModel):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve.backend import good
 from serve.items import Body, Item, OneItem
-from serve.routes.common import Served
+from serve.routes.common import Name, Served
 from umarvel_ray.search import Hit, picture_uri
 
 router = APIRouter(tags=["search"])
@@ -18,8 +18,8 @@ router = APIRouter(tags=["search"])
 class Filter(Body):
     """What may be found; within a list any of its values, between lists both."""
 
-    modality: Annotated[list[str], Field(min_length=1)] | None = Field(default=None, examples=[["image"]])
-    source: Annotated[list[str], Field(min_length=1)] | None = None
+    modality: Annotated[list[Name], Field(min_length=1)] | None = Field(default=None, examples=[["image"]])
+    source: Annotated[list[Name], Field(min_length=1)] | None = None
 
 
 class SearchRequest(Body):
