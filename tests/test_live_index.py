@@ -374,7 +374,7 @@ def test_errors_are_one_line(tmp_path):
             open_(tmp_path, "model", 4)
     (tmp_path / "index.json").write_text("{")
     for open_ in (partial(IndexWriter.open, base_ids=[]), LiveIndex.open):
-        with pytest.raises(Damaged, match="index.json: not readable; restore"):
+        with pytest.raises(Damaged, match=r"index\.json: not readable; restore"):
             open_(tmp_path, "model", D)
     shutil.rmtree(tmp_path)
     index = IndexWriter.open(tmp_path, "model", D, [])
