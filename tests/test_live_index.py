@@ -1,5 +1,6 @@
 """The live index against a dict and numpy: whatever is added, replaced, deleted, compacted, reopened, or killed."""
 
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -181,13 +182,13 @@ def test_a_filter_leaves_top_k_full_and_a_narrow_one_is_exact(factory):
     rng = np.random.default_rng(0)
     for share in (1.0, 0.5, 0.04, 0.002, 0.0):
         among = rng.random(2000) < share
-        for query in vectors[:5] + np.float32(0.1):
-            scores, rows = base.index.search_rows(query[None], 20, among)
-            assert rows.shape == scores.shape == (1, min(20, among.sum()))
+        for query, k in itertools.product(vectors[:5] + np.float32(0.1), (1, 20)):
+            scores, rows = base.index.search_rows(query[None], k, among)
+            assert rows.shape == scores.shape == (1, min(k, among.sum()))
             assert among[rows[0]].all()
             assert len(set(rows[0])) == len(rows[0])
             if share < 0.05:
-                best = np.sort((vectors @ query)[among])[::-1][:20]
+                best = np.sort((vectors @ query)[among])[::-1][:k]
                 assert np.allclose(scores[0], best, atol=2e-3)
 
 
@@ -221,6 +222,21 @@ def test_a_replica_left_behind_by_two_compactions_follows(tmp_path):
     assert log_files(tmp_path) == [21, 31]
     assert late.follow() == 30
     check(late, truth, unit(99), 30)
+
+
+def test_a_replica_gives_up_what_a_crash_of_the_machine_took_back(tmp_path):
+    index = IndexWriter.open(tmp_path, "model", D, [])
+    index.commit([added("a", 1)])
+    size = log_path(tmp_path, 1).stat().st_size
+    index.commit([added("b", 2)])  # not on the disk yet, but a replica may see it
+    replica = LiveIndex.open(tmp_path, "model", D)
+    index.close()
+    os.truncate(log_path(tmp_path, 1), size)
+    index = IndexWriter.open(tmp_path, "model", D, [])
+    index.commit([added("c", 3)])
+    index.commit([added("d", 4)])
+    assert replica.follow() == 3
+    check(replica, {id_: added(id_, seed) for id_, seed in [("a", 1), ("c", 3), ("d", 4)]}, unit(9), 9)
 
 
 def test_a_snapshot_that_vanishes_while_it_is_opened(tmp_path, monkeypatch):

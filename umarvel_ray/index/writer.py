@@ -160,7 +160,7 @@ class IndexWriter:
         kept = np.array([id_ not in last for id_ in old.documents["id"].to_pylist()], bool)
         added = [record for record in last.values() if isinstance(record, Add)]
         deleted = {record.id for record in last.values() if isinstance(record, Delete)} & self._base_ids
-        write_snapshot(self._folder, old, kept, added, (old.deleted - last.keys()) | deleted, end)
+        write_snapshot(self._folder, old, kept, added, old.deleted | deleted, end)
 
     def _remove_before(self, end: Position) -> None:
         """Remove what nobody needs who has the snapshot of `end`."""
