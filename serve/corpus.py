@@ -23,6 +23,7 @@ from umarvel_ray.recipe import Data
 
 FOLLOW_S = 0.2  # a replica is at most so far behind the writer, and the time it takes to read what is new
 AFTER_S = 10  # how long a search waits for a commit it must see
+COMMIT_SLOTS = 64
 LOCK_WAIT_S = 120  # for the writer before this one, in an update
 
 logger = logging.getLogger("ray.serve")
@@ -90,6 +91,14 @@ class SearchDeployment:
             time.sleep(FOLLOW_S)
 
 
+def commit_slots(requests: list[list[Record]]) -> int:
+    """How much of a commit these requests fill, each a slot and one for every MiB of pictures."""
+    slots = sum(
+        1 + sum(len(one.image or b"") for one in records if isinstance(one, Add)) // 2**20 for records in requests
+    )
+    return min(slots, COMMIT_SLOTS) if len(requests) == 1 else slots
+
+
 @serve.deployment(max_ongoing_requests=256, max_queued_requests=1024, ray_actor_options={"num_cpus": 0.25})
 class WriterDeployment:
     """The index's writer, of which there is one; requests that wait are committed, and synced to disk, together."""
@@ -106,7 +115,7 @@ class WriterDeployment:
         check_identity(self._checkpoint, identity)
         return await self._commit(records)
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.002)
+    @serve.batch(max_batch_size=COMMIT_SLOTS, batch_wait_timeout_s=0.002, batch_size_fn=commit_slots)
     async def _commit(self, requests: list[list[Record]]) -> list[Committed]:
         everything = [self._cut(record) for records in requests for record in records]
         done = await asyncio.to_thread(self._writer.commit, everything)
