@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.backend import Backend
 from serve.errors import RETRY_AFTER_S, add_handlers
 from serve.replicas import Checkpoint
-from serve.routes import cohere, embeddings, rerank, search, system
+from serve.routes import cohere, embeddings, page, rerank, search, system
 from serve.settings import Service
 from umarvel_ray import __version__
 
@@ -22,7 +22,7 @@ def make_app(backend: Backend | None) -> FastAPI:
     )
     app.state.backend = backend
     add_handlers(app)
-    for module in (embeddings, cohere, rerank, search, system):
+    for module in (embeddings, cohere, rerank, search, system, page):
         app.include_router(module.router)
     return app
 
