@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
+import re
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from serve.app import build
 from serve.ingress import Ingress
 from serve.replicas import SLOT_TOKENS, SLOTS, EmbedderDeployment, batch_slots
 from serve.settings import Service
+from tests.served import call, serve_address, service_of
 from tests.tiny_run import TEXTS, make_run, picture
 from umarvel_ray.errors import UserError
 from umarvel_ray.mine.embed import describe
@@ -30,6 +30,7 @@ from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.search import search_run
 
 PNG = base64.b64encode(picture(1)).decode()
+PNG_URI = f"data:image/png;base64,{PNG}"
 INSTRUCTION = "Find an image that matches the caption."
 # One request per form of input: (what the client sends, the library's items, side).
 FORMS = [
@@ -45,8 +46,9 @@ FORMS = [
 ]
 CLIENT = """
 import json, sys
+import cohere
 from openai import OpenAI
-url, forms = json.load(sys.stdin)
+url, forms, texts, image = json.load(sys.stdin)
 client = OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
 answers = []
 for given, _, side in forms:
@@ -54,7 +56,21 @@ for given, _, side in forms:
         answer = client.embeddings.create(model="distillation", input=given, extra_body={"input_type": side}, **form)
         rows = [[row.index, row.embedding] for row in answer.data]
         answers.append([rows, answer.usage.total_tokens])
-print(json.dumps([answers, [model.id for model in client.models.list().data]]))
+shorter = client.embeddings.create(model="distillation", input=texts, dimensions=8).data
+co = cohere.ClientV2(api_key="none", base_url=url)
+kinds = ["float", "ubinary"]
+embedded = co.embed(model="distillation", texts=texts, input_type="search_document", embedding_types=kinds)
+part = {"type": "image_url", "image_url": {"url": image}}
+fused = [{"content": [{"type": "text", "text": texts[0]}, part]}]
+fused = co.embed(model="distillation", inputs=fused, input_type="search_query", embedding_types=["float"])
+best = co.rerank(model="reranker", query=texts[0], documents=texts, top_n=2)
+print(json.dumps({
+    "openai": answers,
+    "models": [model.id for model in client.models.list().data],
+    "shorter": [row.embedding for row in shorter],
+    "cohere": [embedded.embeddings.float_, embedded.embeddings.ubinary, fused.embeddings.float_],
+    "rerank": [[one.index, one.relevance_score] for one in best.results],
+}))
 """
 
 
@@ -65,22 +81,13 @@ def run(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service(run) -> Service:
-    return Service(
-        embedder=str(run / "checkpoints" / "distillation"),
-        reranker=str(run / "checkpoints" / "reranker"),
-        index=str(run / "evaluation" / "distillation" / "test-documents"),
-        data=str(run / "data"),
-    )
+    return service_of(run)
 
 
 @pytest.fixture(scope="module")
 def address(ray_cluster):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    with serve_address() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -94,34 +101,27 @@ def embedder(service):
     return Embedder.from_pretrained(service.embedder)
 
 
-def call(url: str, body: dict | bytes | None = None) -> tuple[int, dict, dict]:
-    """Status, JSON and headers of a GET, or of a POST when there is a body."""
-    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer), answer.headers
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error), error.headers
-
-
 def expected(embedder: Embedder, items: list, side: str) -> np.ndarray:
     return embedder.encode_query(items) if side == "query" else embedder.encode_document(items)
 
 
-def test_openai_client_gets_the_librarys_vectors(url, embedder):
+@pytest.fixture(scope="module")
+def clients(url) -> dict:
+    """What the real clients of OpenAI and Cohere, in another process, get."""
     client = subprocess.run(
         [sys.executable, "-c", CLIENT],
-        input=json.dumps([url, [[given, None, side] for given, _, side in FORMS]]),
+        input=json.dumps([url, [[given, None, side] for given, _, side in FORMS], TEXTS, PNG_URI]),
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert client.returncode == 0, client.stderr
-    answers, models = json.loads(client.stdout)
-    assert models == ["distillation", "reranker"]
-    for number, (rows, tokens) in enumerate(answers):
+    return json.loads(client.stdout)
+
+
+def test_openai_client_gets_the_librarys_vectors(clients, embedder):
+    assert clients["models"] == ["distillation", "reranker"]
+    for number, (rows, tokens) in enumerate(clients["openai"]):
         _, items, side = FORMS[number // 3]
         indices, vectors = zip(*rows, strict=True)
         if number % 3 == 2:  # asked for in so many words, base64 is what the client hands on
@@ -129,6 +129,82 @@ def test_openai_client_gets_the_librarys_vectors(url, embedder):
         np.testing.assert_allclose(vectors, expected(embedder, items, side), atol=1e-5)
         assert indices == tuple(range(len(items)))
         assert tokens == sum(embedder.encoder.encode(item, side).length for item in items)
+    first = embedder.encode_query(TEXTS)[:, :8]
+    np.testing.assert_allclose(clients["shorter"], first / np.linalg.norm(first, axis=1, keepdims=True), atol=1e-5)
+
+
+def test_cohere_client_gets_the_librarys_vectors_and_scores(clients, service, embedder):
+    floats, bits, fused = clients["cohere"]
+    vectors = embedder.encode_document(TEXTS)
+    np.testing.assert_allclose(floats, vectors, atol=1e-5)
+    assert np.array_equal(np.unpackbits(np.array(bits, np.uint8), axis=1)[:, : vectors.shape[1]], vectors > 0)
+    both = {"text": TEXTS[0], "image": picture(1)}
+    np.testing.assert_allclose(fused, embedder.encode_query([both]), atol=1e-5)
+    scores = Reranker.from_pretrained(service.reranker).score(TEXTS[0], TEXTS)
+    order = np.argsort(-scores)[:2].tolist()
+    assert [index for index, _ in clients["rerank"]] == order
+    np.testing.assert_allclose([score for _, score in clients["rerank"]], scores[order], atol=1e-5)
+
+
+def test_chat_messages_are_items(url, embedder):
+    content = [{"type": "text", "text": "at dusk"}, {"type": "image_url", "image_url": {"url": PNG_URI}}]
+    messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}]
+    status, answer, _ = call(f"{url}/v1/embeddings", {"messages": messages})
+    assert status == 200
+    item = {"text": "at dusk", "image": picture(1), "instruction": INSTRUCTION}
+    np.testing.assert_allclose(answer["data"][0]["embedding"], embedder.encode_query([item])[0], atol=1e-5)
+    for bad in ([*messages, messages[1]], messages[:1]):
+        assert call(f"{url}/v1/embeddings", {"messages": bad})[0] == 400
+
+
+def test_several_pictures_and_a_second_time(url, embedder):
+    """An answer from the cache is the first one; another order of pictures is another item."""
+    images = [base64.b64encode(picture(seed)).decode() for seed in (1, 2)]
+    for order in (1, 1, -1, 1):
+        status, answer, _ = call(f"{url}/v1/embeddings", {"input": {"text": "both", "image": images[::order]}})
+        assert status == 200
+        item = {"text": "both", "image": [picture(seed) for seed in (1, 2)[::order]]}
+        np.testing.assert_allclose(answer["data"][0]["embedding"], embedder.encode_query([item])[0], atol=1e-5)
+
+
+def test_a_bad_item_need_not_fail_the_others(url, embedder, service):
+    items = ["a red fox", {"image": "cat.png"}, "two boats", {"image": PNG[:80]}, ""]
+    status, answer, _ = call(f"{url}/v1/embeddings", {"input": items, "on_error": "skip"})
+    assert status == 200
+    assert [row["index"] for row in answer["data"]] == [0, 2]
+    assert [error["index"] for error in answer["errors"]] == [1, 3, 4]
+    vectors = [row["embedding"] for row in answer["data"]]
+    np.testing.assert_allclose(vectors, embedder.encode_query(["a red fox", "two boats"]), atol=1e-5)
+    _, answer, _ = call(f"{url}/v1/rerank", {"query": "a", "documents": items, "on_error": "skip"})
+    scores = Reranker.from_pretrained(service.reranker).score("a", ["a red fox", "two boats"])
+    found = {result["index"]: result["relevance_score"] for result in answer["results"]}
+    np.testing.assert_allclose([found[0], found[2]], scores, atol=1e-5)
+
+
+def test_score_is_p_yes_or_cosine(url, service, embedder):
+    reranker = Reranker.from_pretrained(service.reranker)
+    queries, documents = ["a boat", {"image": PNG}], ["two boats", "a fox"]
+    library = ["a boat", {"image": picture(1)}]
+    _, one, _ = call(f"{url}/v1/score", {"queries": queries[0], "documents": documents})
+    np.testing.assert_allclose([row["score"] for row in one["data"]], reranker.score("a boat", documents), atol=1e-5)
+    _, pairs, _ = call(f"{url}/v1/score", {"text_1": queries, "text_2": documents})
+    wanted = [reranker.score(query, [document])[0] for query, document in zip(library, documents, strict=True)]
+    np.testing.assert_allclose([row["score"] for row in pairs["data"]], wanted, atol=1e-5)
+    body = {"queries": queries, "documents": documents, "model": "distillation"}
+    cosines = (embedder.encode_query(library) * embedder.encode_document(documents)).sum(1)
+    np.testing.assert_allclose([r["score"] for r in call(f"{url}/v1/score", body)[1]["data"]], cosines, atol=1e-5)
+    assert call(f"{url}/v1/score", {"queries": ["a", "b"], "documents": ["a", "b", "c"]})[0] == 400
+
+
+def test_metrics_count_what_was_asked(url):
+    call(f"{url}/v1/embeddings", {"input": "counted once"})
+    for _ in range(60):  # Ray's agents collect now and then
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+            page = answer.read().decode()
+        if "ray_umarvel_items" in page and "ray_umarvel_batch_tokens" in page:
+            break
+        time.sleep(0.5)
+    assert re.search(r'^ray_umarvel_items\S*source="model"\S* \d', page, re.MULTILINE), page[:2000]
 
 
 def test_requests_that_share_a_batch_keep_their_own_answers(url, embedder):
