@@ -11,6 +11,7 @@ const form = at("search");
 const fields = form.elements;
 let picture = null; // {uri, name}: the query's
 let running = null; // the AbortController of the request under way
+let models = null; // settled once it is known what the service has
 
 // The query: in the form, in the address, on the wire.
 
@@ -22,7 +23,7 @@ function readForm() {
     picture,
     modality: chosen("modality"),
     source: chosen("source"),
-    rerank: fields.rerank.checked && !fields.rerank.disabled,
+    rerank: fields.rerank.checked,
     topK: fields.top_k.value,
   };
 }
@@ -74,7 +75,7 @@ function toRequest({ text, instruction, picture, modality, source, rerank, topK 
     query: given({ text, instruction, image: picture?.uri }),
     filter: given({ modality, source }),
     top_k: Number(topK),
-    rerank,
+    rerank: rerank && !fields.rerank.disabled,
     return_documents: true,
   };
 }
@@ -82,7 +83,7 @@ function toRequest({ text, instruction, picture, modality, source, rerank, topK 
 // The service.
 
 async function ask(path, body, signal) {
-  const key = sessionStorage.getItem("key");
+  const key = sessionStorage.getItem("apiKey");
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   const answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal })
     .catch((error) => {
@@ -110,7 +111,9 @@ function askForKey() {
 async function learnModels() {
   const { data } = await ask("v1/models");
   fields.rerank.disabled = data.length < 2; // the embedder comes first, then the reranker if there is one
-  if (fields.rerank.disabled) at("rerank-hint").textContent = "this service has no reranker";
+  if (!fields.rerank.disabled) return;
+  fields.rerank.checked = false;
+  at("rerank-hint").textContent = "this service has no reranker";
 }
 
 // Searching.
@@ -121,15 +124,16 @@ function submit() {
 }
 
 async function search() {
+  running?.abort();
+  const mine = (running = new AbortController());
   const query = readForm();
   document.title = `${query.text || (query.picture ? "picture" : "umarvel")} · search`;
-  running?.abort();
   complain("");
   if (!query.text && !query.picture) return clear(true);
-  const mine = (running = new AbortController());
   const waiting = setTimeout(showWaiting, PATIENCE_MS, query);
-  const start = performance.now();
   try {
+    await models;
+    const start = performance.now();
     const answer = await ask("v1/search", toRequest(query), mine.signal);
     showAnswer(answer, performance.now() - start);
   } catch (error) {
@@ -141,13 +145,13 @@ async function search() {
   }
 }
 
-async function begin() {
-  await learnModels().catch(() => {}); // what is wrong, the first search tells
-  restore();
-}
-
 function restore() {
   writeForm(fromAddress());
+  search();
+}
+
+function begin() {
+  models = learnModels().catch(() => {}); // what is wrong, the first search tells
   search();
 }
 
@@ -177,8 +181,10 @@ function showAnswer({ results, timings }, total) {
   clear(false);
   offerSources(results.map((result) => result.source));
   const took = Object.entries(STEPS).filter(([, name]) => timings[name] >= 0.05);
-  const steps = took.map(([step, name]) => element("span", `${step} ${milliseconds(timings[name])}`, step));
-  at("status").replaceChildren(`${counted(results.length)} in `, element("b", milliseconds(total)), ...steps);
+  const steps = took.map(([step, name]) => element("span", `${step} ${duration(timings[name])}`, step));
+  const whole = element("span", `${counted(results.length)} in `);
+  whole.append(element("b", duration(total)));
+  at("status").replaceChildren(whole, " ", ...steps.flatMap((step) => [step, " "]));
   showTimes(Object.values(STEPS).map((name) => timings[name]), total);
   const top = Math.max(1, results[0]?.score);
   at("results").replaceChildren(...results.map((result, number) => card(result, number + 1, top)));
@@ -234,7 +240,11 @@ function offerSources(names) {
 
 const element = (tag, textContent, className = "") => Object.assign(document.createElement(tag), { textContent, className });
 const counted = (number) => `${number || "No"} ${number === 1 ? "result" : "results"}`;
-const milliseconds = (value) => (value < 10 ? `${value.toFixed(1)} ms` : `${Math.round(value)} ms`);
+
+function duration(ms) {
+  if (ms >= 1000) return `${(ms / 1000).toFixed(2)} s`;
+  return `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
+}
 
 // Pictures.
 
@@ -315,7 +325,7 @@ form.addEventListener("change", ({ target }) => {
 at("remove").addEventListener("click", removePicture);
 at("key").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem("key", at("key-field").value);
+  sessionStorage.setItem("apiKey", at("key-field").value);
   at("key").hidden = true;
   fields.text.focus();
   begin();
@@ -365,4 +375,5 @@ function walk(event) {
   next.focus();
 }
 
+writeForm(fromAddress());
 begin();

@@ -37,7 +37,7 @@ async def index(request: Request) -> Response:
     return _file("index.html", request)
 
 
-@router.get("/page/{name}")
+@router.get("/static/{name}")
 async def file(name: str, request: Request) -> Response:
     if name not in FILES:
         raise HTTPException(404, f"no file {name} in the page")
