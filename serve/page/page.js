@@ -204,14 +204,14 @@ function card(result, rank, top) {
   const part = (selector) => item.querySelector(selector);
   const kind = KINDS[result.modality] ?? result.modality;
   part(".rank").textContent = rank;
-  part(".kind").textContent = `: ${kind} from ${result.source}`;
+  part(".kind").textContent = ` (${kind} from ${result.source})`;
   if (image) Object.assign(part("img"), { src: image, alt: text || result.id, hidden: false });
   if (text) Object.assign(part(".text"), { textContent: text, hidden: false });
   item.classList.toggle("words", !image);
   measure(part(".score"), result.score, result.score / top);
   if (result.rerank_score !== null) measure(part(".yes"), result.rerank_score, result.rerank_score);
   part(".meta").textContent = [result.source, kind, result.id].join(" · ");
-  part(".like .hidden").textContent = `: result ${rank}`;
+  part(".like .hidden").textContent = ` (result ${rank})`;
   part(".like").addEventListener("click", () => moreLike(result));
   part(".more").addEventListener("click", ({ target }) => {
     const whole = part(".text").classList.toggle("whole");
