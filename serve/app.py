@@ -1,4 +1,4 @@
-"""The service on Ray Serve: an ingress in front of embedder, reranker and search, each a deployment of its own.
+"""The service on Ray Serve: an ingress before embedder, reranker, search and index writer, each a deployment.
 
 `serve run serve/config.yaml` builds it from the paths there.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from ray import serve
 
-from serve.corpus import SearchDeployment
+from serve.auth import Keys
+from serve.corpus import SearchDeployment, WriterDeployment
 from serve.ingress import Ingress
 from serve.replicas import EmbedderDeployment, RerankerDeployment
 from serve.settings import Service, from_environment
+from umarvel_ray.errors import UserError
+from umarvel_ray.index.corpus import made_with
 from umarvel_ray.mine.embed import describe
 
 
@@ -18,11 +21,15 @@ def build(args: Service) -> serve.Application:
     """The application.
 
     Raises:
-        UserError: a path does not exist, or an index that another model made.
+        UserError: a path does not exist; an index that another model made; bad API keys.
     """
     service = from_environment(args)
     checkpoints = {name: describe(path) for name in ("embedder", "reranker") if (path := getattr(service, name))}
+    if service.index and made_with(service.index) not in (None, checkpoints["embedder"]["identity"]):
+        raise UserError(f"serve: {service.index} was made by another model than {service.embedder}; embed it again")
     embedder = EmbedderDeployment.bind(checkpoints["embedder"], service.runtime)
     reranker = RerankerDeployment.bind(checkpoints["reranker"], service.runtime) if service.reranker else None
-    search = SearchDeployment.bind(checkpoints["embedder"], service.index, service.data) if service.index else None
-    return Ingress.bind(service, checkpoints, embedder, reranker, search)
+    where = checkpoints["embedder"], service.index, service.data, service.live
+    search = SearchDeployment.bind(*where) if service.index or service.live else None
+    writer = WriterDeployment.bind(*where) if service.live else None
+    return Ingress.bind(service, Keys.load(service.keys), checkpoints, embedder, reranker, search, writer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,7 +22,10 @@ from serve.items import Item, library_item, place
 from serve.remote_model import Held, RemoteModel, RetryBudget, ask
 from serve.replicas import Checkpoint
 from serve.settings import Service
+from umarvel_ray.data.limits import OWN_FILES, MediaLimits
 from umarvel_ray.errors import UserError
+from umarvel_ray.index.records import Add, Delete, Record
+from umarvel_ray.index.writer import Committed
 from umarvel_ray.model.items import EncodedItem, ItemEncoder
 from umarvel_ray.model.pairs import PairEncoder
 from umarvel_ray.search import RERANK_DEPTH, Hit, fuse
@@ -35,6 +39,13 @@ class Read(NamedTuple):
     item: dict[str, Any]
     where: str
     index: int | None
+
+
+class PairEncoders(NamedTuple):
+    """The reranker's encoders of what clients send, and of the index's own documents."""
+
+    given: PairEncoder
+    stored: PairEncoder
 
 
 class Backend:
@@ -51,17 +62,20 @@ class Backend:
         embedder: DeploymentHandle,
         reranker: DeploymentHandle | None,
         search: DeploymentHandle | None,
+        writer: DeploymentHandle | None,
     ) -> None:
         self.limits = service.limits
-        self.embedder = RemoteModel(embedder, checkpoints["embedder"], _item_encoder)
-        self._reranker = RemoteModel(reranker, checkpoints["reranker"], _pair_encoder) if reranker else None
-        self._search, self._search_budget = search, RetryBudget()
+        media = self.limits.media()
+        self.embedder = RemoteModel(embedder, checkpoints["embedder"], partial(_item_encoder, media))
+        pairs = partial(_pair_encoders, media)
+        self._reranker = RemoteModel(reranker, checkpoints["reranker"], pairs) if reranker else None
+        self._search, self._writer, self._index_budget = search, writer, RetryBudget()
         self._rerank_weight = service.rerank_weight
         self._cache = EmbeddingCache(service.cache_mb * 2**20)
         self._items = Counter("umarvel_items", "items embedded, by where the vector came from", ("source",))
 
     @property
-    def reranker(self) -> RemoteModel[PairEncoder]:
+    def reranker(self) -> RemoteModel[PairEncoders]:
         """Raises: NotServed."""
         return _part(self._reranker, "reranker")
 
@@ -94,8 +108,13 @@ class Backend:
 
         return await self.embedder.through_updates(work)
 
-    async def score(self, query: Read, documents: Sequence[Read | BadItem]) -> list[float | BadItem]:
+    async def score(
+        self, query: Read, documents: Sequence[Read | BadItem], stored: bool = False
+    ) -> list[float | BadItem]:
         """P(yes) for each document.
+
+        Args:
+            stored: the documents are the index's own: the limits on what clients send do not hold for them.
 
         Raises:
             BadItem: the query.
@@ -103,10 +122,12 @@ class Backend:
         """
         model = self.reranker
 
-        async def work(held: Held[PairEncoder]) -> list[float | BadItem]:
+        async def work(held: Held[PairEncoders]) -> list[float | BadItem]:
+            given, own = held.encoder
+
             def prepare() -> list:
-                sides = [_made(held.encoder.encode_document, document) for document in documents]
-                return [_made(held.encoder.encode_query, query), *sides]
+                sides = [_made((own if stored else given).encode_document, document) for document in documents]
+                return [_made(given.encode_query, query), *sides]
 
             prompt, *sides = await asyncio.to_thread(prepare)
             good([prompt])
@@ -117,7 +138,7 @@ class Backend:
         return await model.through_updates(work)
 
     async def search(
-        self, query: Read | BadItem, top_k: int, rerank: bool, filters: dict[str, list[str]]
+        self, query: Read | BadItem, top_k: int, rerank: bool, filters: dict[str, list[str]], after: int
     ) -> tuple[list[Hit], dict[str, float]]:
         """The corpus' best documents, best first, and the milliseconds that each step took.
 
@@ -133,16 +154,54 @@ class Backend:
             start = time.perf_counter()
             [embedded] = good(await self._embed(held, [query], "query"))
             encoded = time.perf_counter()
-            asked = held.identity, embedded.vector, depth, filters
-            hits = await ask(lambda: search.search.remote(*asked), self._search_budget)
+            asked = held.identity, embedded.vector, depth, filters, after
+            hits = await ask(lambda: search.search.remote(*asked), self._index_budget)
             return hits, [start, encoded, time.perf_counter()]
 
         hits, clock = await self.embedder.through_updates(work)
         if reranker:
             candidates = [Read(hit.item, f"document {hit.document['id']}", None) for hit in hits]
-            hits = fuse(hits, np.asarray(good(await self.score(query, candidates))), self._rerank_weight)
+            hits = fuse(hits, np.asarray(good(await self.score(query, candidates, stored=True))), self._rerank_weight)
         took = 1000 * np.diff([*clock, time.perf_counter()])
         return hits[:top_k], dict(zip(("encode_ms", "retrieve_ms", "rerank_ms"), took.tolist(), strict=True))
+
+    async def add(
+        self, documents: Sequence[Read | BadItem], record: Callable[[int, dict[str, Any], np.ndarray], Add], skip: bool
+    ) -> tuple[list[Embedded | BadItem], Committed]:
+        """Embed documents and commit the `record` of each; with `skip`, without the bad ones.
+
+        Raises:
+            BadItem: the first bad one, unless it is to be skipped.
+            NotServed: nothing can be written.
+        """
+
+        async def work(held: Held[ItemEncoder]) -> tuple[list[Embedded | BadItem], Committed]:
+            embedded = await self._embed(held, documents, "document")
+            kept = [
+                (at, one) for at, one in enumerate(embedded if skip else good(embedded)) if isinstance(one, Embedded)
+            ]
+            return embedded, await self._commit(held, [record(at, documents[at].item, one.vector) for at, one in kept])
+
+        _part(self._writer, "live")
+        return await self.embedder.through_updates(work)
+
+    async def delete(self, ids: Sequence[str]) -> Committed:
+        """Raises: NotServed: nothing can be written."""
+        _part(self._writer, "live")
+        return await self.embedder.through_updates(lambda held: self._commit(held, [Delete(id_) for id_ in ids]))
+
+    async def index_size(self) -> tuple[int, int]:
+        """Documents, and the last commit's number, as a replica sees them. Raises: NotServed."""
+        search = _part(self._search, "index")
+        return await ask(lambda: search.size.remote(), self._index_budget)
+
+    @property
+    def writable(self) -> bool:
+        return self._writer is not None
+
+    async def _commit(self, held: Held, records: list[Record]) -> Committed:
+        # A commit that is asked again after its writer died may be there already: then it is there twice, alike.
+        return await ask(lambda: self._writer.commit.remote(held.identity, records), self._index_budget)
 
     async def _embed(
         self, held: Held[ItemEncoder], items: Sequence[Read | BadItem], side: str
@@ -203,10 +262,14 @@ def _part(part: Made | None, name: str) -> Made:
     return part
 
 
-def _item_encoder(checkpoint: Checkpoint) -> ItemEncoder:
-    return ItemEncoder.from_pretrained(checkpoint["path"], checkpoint["settings"])
+def _item_encoder(media: MediaLimits, checkpoint: Checkpoint) -> ItemEncoder:
+    return ItemEncoder.from_pretrained(checkpoint["path"], checkpoint["settings"], media)
 
 
-def _pair_encoder(checkpoint: Checkpoint) -> PairEncoder:
+def _pair_encoders(media: MediaLimits, checkpoint: Checkpoint) -> PairEncoders:
     settings = checkpoint["settings"]
-    return PairEncoder.from_pretrained(checkpoint["path"], settings, settings.max_text_tokens)
+    given, stored = (
+        PairEncoder.from_pretrained(checkpoint["path"], settings, settings.max_text_tokens, limits)
+        for limits in (media, OWN_FILES)
+    )
+    return PairEncoders(given, stored)

@@ -46,7 +46,7 @@ def content_key(identity: str, side: str, item: dict[str, Any]) -> bytes:
     for name in sorted(item):
         values = item[name] if isinstance(item[name], list) else [item[name]]
         for value in values:
-            content = value if isinstance(value, bytes) else value.encode(errors="surrogatepass")
+            content = value if isinstance(value, bytes) else value.encode()
             digest.update(f" {name} {len(content)} ".encode())
             digest.update(content)
     return digest.digest()

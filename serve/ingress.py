@@ -7,23 +7,26 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
+from serve.auth import Keys
 from serve.backend import Backend
 from serve.errors import RETRY_AFTER_S, add_handlers
+from serve.middleware import guard
 from serve.replicas import Checkpoint
-from serve.routes import cohere, embeddings, page, rerank, search, system
-from serve.settings import Service
+from serve.routes import cohere, embeddings, index, page, rerank, search, system
+from serve.settings import Limits, Service
 from umarvel_ray import __version__
 
 
-def make_app(backend: Backend | None) -> FastAPI:
-    """The routes before `backend`; None suffices for the OpenAPI schema."""
+def make_app(backend: Backend | None, limits: Limits, keys: Keys) -> FastAPI:
+    """The routes before `backend`, behind limits and keys; without a backend only the OpenAPI schema is of use."""
     app = FastAPI(
         title="umarvel-ray", version=__version__, description="Universal multimodal embeddings, reranking and search."
     )
     app.state.backend = backend
     add_handlers(app)
-    for module in (embeddings, cohere, rerank, search, system, page):
+    for module in (embeddings, cohere, rerank, search, index, system, page):
         app.include_router(module.router)
+    guard(app, limits, keys)
     return app
 
 
@@ -40,12 +43,15 @@ class Ingress:
     def __init__(
         self,
         service: Service,
+        keys: Keys,
         checkpoints: dict[str, Checkpoint],
         embedder: DeploymentHandle,
         reranker: DeploymentHandle | None,
         search: DeploymentHandle | None,
+        writer: DeploymentHandle | None,
     ) -> None:
-        self._backend = Backend(service, checkpoints, embedder, reranker, search)
+        self._limits, self._keys = service.limits, keys
+        self._backend = Backend(service, checkpoints, embedder, reranker, search, writer)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self._backend)
+        return make_app(self._backend, self._limits, self._keys)

@@ -113,9 +113,7 @@ def library_item(item: str | Item, where: str, index: int | None, limits: Limits
     """
     item = Item(text=item) if isinstance(item, str) else item
     for name in ("text", "instruction"):
-        if len(getattr(item, name) or "") > limits.max_text:
-            message = f"{where}.{name}: over {limits.max_text} characters; send less, or several items"
-            raise BadItem(message, f"{where}.{name}", index)
+        _check_text(getattr(item, name) or "", f"{where}.{name}", index, limits.max_text)
     if len(item.images) > limits.max_images:
         raise BadItem(f"{where}.image: over {limits.max_images} pictures in an item", f"{where}.image", index)
     parts: dict[str, Any] = {"text": item.text, "instruction": item.instruction}
@@ -128,6 +126,15 @@ def library_item(item: str | Item, where: str, index: int | None, limits: Limits
     if len(item.images) == 1:
         [parts["image"]] = parts["image"]
     return parts
+
+
+def _check_text(text: str, param: str, index: int | None, limit: int) -> None:
+    if len(text) > limit:
+        raise BadItem(f"{param}: over {limit} characters; send less, or several items", param, index)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can say \ud800
+        raise BadItem(f"{param}: holds half a surrogate pair, which is no character", param, index) from None
 
 
 def _content(given: str | bytes, param: str, index: int | None, limit: int, kind: str = "image") -> bytes:

@@ -22,6 +22,7 @@ def service_of(run: Path, **changes) -> Service:
         "reranker": str(run / "checkpoints" / "reranker"),
         "index": str(run / "evaluation" / "distillation" / "test-documents"),
         "data": str(run / "data"),
+        "live": str(run / "live"),
         "threads": 1,
     }
     return Service(**(given | changes))

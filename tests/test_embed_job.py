@@ -3,7 +3,6 @@
 import io
 import os
 import signal
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import ray
 from PIL import Image
 
+from tests.tiny_run import make_corpus
 from umarvel_ray.data.tables import item_of
 from umarvel_ray.errors import UserError
 from umarvel_ray.mine.cached_embedder import CachedEmbedder
@@ -20,7 +20,10 @@ from umarvel_ray.mine.embed import EmbedderPool, embed_table
 from umarvel_ray.mine.embeddings import read_embeddings
 from umarvel_ray.mine.shards import digest_of_table, read_manifest, shard_path
 from umarvel_ray.model.embedder import Embedder
-from umarvel_ray.recipe import Cluster, Engine, ModelSettings
+from umarvel_ray.pipeline import Pools, embed
+from umarvel_ray.recipe import Cluster, Data, Engine, ModelSettings, load_recipe
+from umarvel_ray.runs import Run
+from umarvel_ray.search import Corpus
 
 SETTINGS = ModelSettings(min_pixels=4096, max_pixels=4096, max_text_tokens=96)
 ENGINE = Engine(dtype="float32", token_budget=1024)
@@ -118,33 +121,55 @@ def test_a_finished_job_starts_no_actor(tiny_base, tmp_path, pool):
     assert np.array_equal(first.vectors, again.vectors)
 
 
-def test_a_killed_actor_is_restarted_and_nothing_is_lost(ray_cluster, tiny_base, tmp_path):
+def test_a_killed_actor_is_restarted_and_nothing_is_lost(pool, tiny_base, tmp_path, monkeypatch):
     table = documents(60)
-    with EmbedderPool(CLUSTER, ENGINE) as pool:
-        ray.get([actor.__ray_ready__.remote() for actor in pool.actors])
-        killed = []
+    killed = []
+    run = pool.run
 
-        def submit(actor, index):
+    def sabotaged(jobs, submit):
+        def submit_after_murder(actor, index):
             if index == 3 and not killed:
-                pid = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-                time.sleep(0.5)
-            return original(actor, index)
+                killed.append(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())))
+                os.kill(killed[0], signal.SIGKILL)
+            return submit(actor, index)
 
-        run = pool.run
+        return run(jobs, submit_after_murder)
 
-        def sabotaged(jobs, start):
-            nonlocal original
-            original = start
-            return run(jobs, submit)
-
-        original = None
-        pool.run = sabotaged
-        found = embed_table(pool, table, "document", tmp_path, tiny_base, settings=SETTINGS, shard_rows=8)
+    monkeypatch.setattr(pool, "run", sabotaged)
+    found = embed_table(pool, table, "document", tmp_path, tiny_base, settings=SETTINGS, shard_rows=8)
     assert killed
     assert found.ids == table["id"].to_pylist()
     assert np.abs(found.vectors - plain(tiny_base, table.to_pylist())).max() < 1e-5
+
+
+def test_a_released_checkpoint_embeds_a_corpus_in_a_shorter_dimension(pool, tiny_base, tmp_path):
+    """`embed` with all its keys; what is built from the vectors cuts queries alike."""
+    data = make_corpus(tmp_path / "data")
+    given = [
+        f"output={tmp_path / 'run'}",
+        f"data.root={data}",
+        f"embed.checkpoint={tiny_base}",
+        "embed.preset=reference",
+    ]
+    documents = pq.read_table(data / "documents.parquet").to_pylist()
+    embedder = Embedder.from_pretrained(tiny_base, preset="reference")
+    whole = embedder.encode_document([item_of(row) for row in documents])
+    folder = tmp_path / "run" / "embeddings" / "documents"
+    for dimension in (None, 8):
+        keys = given if dimension is None else [*given, f"embed.truncate_dim={dimension}"]
+        embed(Run.open(load_recipe("demo", keys)), Pools(pool, None))
+        ids, vectors = read_embeddings(folder)
+        expected = whole[:, :dimension] / np.linalg.norm(whole[:, :dimension], axis=1, keepdims=True)
+        assert ids == [row["id"] for row in documents]
+        assert np.abs(vectors - expected).max() < 1e-5
+        assert read_manifest(folder)["dimension"] == expected.shape[1]
+    [query] = embedder.encode_query(["a blue bird"])
+    cosines = expected @ query[:8] / np.linalg.norm(query[:8])
+    hits = Corpus.open(folder, Data(root=str(data))).search(query, 3)
+    assert [hit.document["id"] for hit in hits] == [ids[row] for row in np.argsort(-cosines)[:3]]
+    np.testing.assert_allclose([hit.score for hit in hits], np.sort(cosines)[::-1][:3], atol=1e-5)
+    with pytest.raises(UserError, match="truncate_dim is 64; give 1 to 32"):
+        embed(Run.open(load_recipe("demo", [*given, "embed.truncate_dim=64"])), Pools(pool, None))
 
 
 def test_bad_checkpoint_and_empty_table_are_one_line(pool, tmp_path):

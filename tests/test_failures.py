@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from umarvel_ray.data.plan import PlanStep, write_plan
+from umarvel_ray.data.plan import PlanStep, read_plan, write_plan
 from umarvel_ray.recipe import ContrastiveStep, Engine, ModelSettings, Temperature
 from umarvel_ray.train.failures import (
     StepError,
@@ -49,22 +50,46 @@ def test_a_number_that_is_not_finite_names_step_and_items():
             check_finite("text", plan, loss, norm)
 
 
+# Under a budget of 100, padded: 60, then 40 + 40, then 30 and 20; the fullest holds 80 tokens. Packed: 60 + 40 first.
+@pytest.mark.parametrize(("packed", "most"), [(False, "80 padded"), (True, "100 packed")])
 @pytest.mark.parametrize("error", ALLOCATORS, ids=lambda error: type(error).__name__)
-def test_a_rank_out_of_memory_names_what_to_lower(error, job):
-    # Under a budget of 100: 60, then 40 + 40, then 30 and 20; the fullest of them holds 80 tokens.
-    with pytest.raises(StepError) as raised, memory_watched(job, 2, 1, [30, 40, 60, 20, 40]):
+def test_a_rank_out_of_memory_names_what_to_lower(error, packed, most, job):
+    with pytest.raises(StepError) as raised, memory_watched(job, 2, 1, [30, 40, 60, 20, 40], packed):
         raise error
     said = str(raised.value)
     assert said.startswith(
-        "text: rank 1 is out of memory at step 2, with up to 80 padded tokens in a chunk and 60 in an"
+        f"text: rank 1 is out of memory at step 2, with up to {most} tokens in a chunk and 60 in an item; lower"
     )
     assert "engine.token_budget (100)" in said
     assert "model.max_pixels" in said
     assert "\n" not in said
 
 
+def test_the_loop_stops_before_it_logs_a_number_that_is_not_finite(job, monkeypatch):
+    """The loop's own lines; its model, engine and stream are stand-ins (test_resume has all of it, in `test-all`)."""
+    from umarvel_ray.train import loop
+
+    batches = [SimpleNamespace(plan=step, lengths=[1]) for step in read_plan(job.plan_path)]
+    results = iter([(0.5, 0.05, 9), (float("nan"), 0.05, 9)])
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-3}])
+    engine = SimpleNamespace(train=lambda: None, optimizer=optimizer, device="cpu")
+    stand_ins = {
+        "dist": SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1),
+        "make_engine": lambda *_: engine,
+        "open_stream": lambda *_: iter(batches),
+        "run_step": lambda *_: next(results),
+        "take_step": lambda _: 1.0,
+    }
+    stand_ins |= dict.fromkeys(("build_module", "model_of", "_visual_of", "start_step"), lambda *_, **__: None)
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(loop, name, stand_in)
+    with pytest.raises(StepError, match=r"text: loss is nan at step 1 \(queries q1a, q1b"):
+        loop._run(job, None, 1, 1.0, 0, None)
+    assert [row["step"] for row in read_log(job.log_path)] == [0]
+
+
 def test_other_errors_pass_as_they_are(job):
-    with pytest.raises(RuntimeError, match="shapes differ"), memory_watched(job, 0, 0, [1]):
+    with pytest.raises(RuntimeError, match="shapes differ"), memory_watched(job, 0, 0, [1], False):
         raise RuntimeError("shapes differ")
 
 

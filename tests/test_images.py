@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from umarvel_ray.data import images
 from umarvel_ray.data.images import BadImage, open_image
+from umarvel_ray.data.limits import MediaLimits
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.items import ItemEncoder
 from umarvel_ray.model.pictures import CONFIG, PictureFormat, PixelScale, read_picture
@@ -125,12 +125,10 @@ def test_a_folder_is_not_a_picture(tmp_path):
         open_image(tmp_path, "x")
 
 
-def test_the_limit_is_on_pixels_not_on_bytes(monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 31)
+def test_the_limit_is_on_pixels_not_on_bytes():
     with pytest.raises(BadImage, match="over 31 pixels"):
-        open_image(half_and_half(), "x")
-    monkeypatch.setattr(images, "MAX_PIXELS", 32)
-    assert open_image(half_and_half(), "x").size == (8, 4)
+        open_image(half_and_half(), "x", MediaLimits(pixels=31))
+    assert open_image(half_and_half(), "x", MediaLimits(pixels=32)).size == (8, 4)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 37), (5, 300), (33, 31), (640, 480)])

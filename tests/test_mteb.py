@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.test_videos import film
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import save_checkpoint
 from umarvel_ray.model.embedder import Embedder
@@ -67,6 +68,23 @@ def test_queries_carry_the_instruction_and_documents_none(encoder, checkpoint):
     assert np.allclose(encode("Find it", PromptType.document), documents, atol=1e-6)
     assert np.allclose(encode({"query": "Find it"}, None), documents, atol=1e-6)  # no side to take it from
     assert np.abs(queries - documents).max() > 1e-3
+
+
+def test_videos_are_read_as_they_are_stored(encoder, checkpoint, tmp_path):
+    """Through mteb's own loader, whose decoding would need torchcodec."""
+    import datasets
+    from mteb._create_dataloaders import create_dataloader
+    from mteb.types import PromptType
+
+    (tmp_path / "film.mp4").write_bytes(film(4))
+    videos = [film(9), str(tmp_path / "film.mp4")]
+    stored = [{"bytes": videos[0], "path": None}, {"bytes": None, "path": videos[1]}]
+    rows = datasets.Dataset.from_dict({"id": ["1", "2"], "video": stored}).cast_column("video", datasets.Video())
+    loader = create_dataloader(rows, task_metadata=metadata().model_copy(update={"modalities": ["video"]}))
+    given = {"task_metadata": metadata(), "hf_split": "", "hf_subset": ""}
+    found = encoder.encode(loader, **given, prompt_type=PromptType.document)
+    expected = Embedder.from_pretrained(checkpoint).encode_document([{"video": video} for video in videos])
+    assert np.allclose(found, expected, atol=1e-6)
 
 
 def test_an_instruction_of_ours_replaces_the_task_s(checkpoint, encoder):

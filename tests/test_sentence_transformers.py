@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.test_videos import film
 from tests.tiny import make_tiny_base
 from umarvel_ray.model.checkpoint import save_checkpoint
 from umarvel_ray.model.embedder import Embedder
@@ -33,7 +34,7 @@ CASES = {
     "qwen2_5_vl": {},
     "qwen3_vl": {},
     "qwen3_vl without DeepStack": {"deepstack": False, "positions": "sequential"},
-    "small pictures": {"min_pixels": 256, "max_pixels": 1024},
+    "small pictures": {"min_pixels": 256, "max_pixels": 1024, "video_frames": 3, "max_video_pixels": 2048},
 }
 TOLD = "Find an image that matches the caption"
 
@@ -63,18 +64,21 @@ model.save("resaved")
 again = SentenceTransformer("resaved", trust_remote_code=True, device="cpu")
 found["resaved"] = again.encode_query(given["queries"])
 found["similarity"] = model.similarity(found[f"{folder}/query"], found[f"{folder}/document"])
+found["frames"] = model.encode_document([{"video": np.load("frames.npy")}])
 np.savez("found.npz", **found)
 json.dump({
     "document": refusal(lambda: model.encode_document(["a"], prompt="told")),
     "nothing": refusal(lambda: model.encode_query([{"instruction": "told"}])),
     "key": refusal(lambda: model.encode_query([{"text": "a", "colour": "red"}])),
     "picture": refusal(lambda: model.encode_document([{"image": "none.png"}])),
+    "video": refusal(lambda: model.encode_document([{"video": "none.mp4"}])),
+    "no PyAV": sys.modules.update(av=None) or refusal(lambda: model.encode_document([given["plain"][-1]])),
 }, open("refused.json", "w"))
 """
 
 
 def draw(folder) -> dict[str, str]:
-    """Pictures that are not plain RGB: transparent, lying on their side, 16-bit grey; and a plain one."""
+    """A film, and pictures that are not plain RGB: transparent, lying on their side, 16-bit grey; and a plain one."""
     noise = Image.effect_noise((90, 60), 80)
     clear = noise.convert("RGB")
     clear.putalpha(Image.linear_gradient("L").resize(noise.size))
@@ -85,18 +89,31 @@ def draw(folder) -> dict[str, str]:
     clear.save(folder / "clear.png")
     noise.convert("RGB").save(folder / "turned.jpg", exif=turned)
     deep.save(folder / "deep.png")
-    return {name.split(".")[0]: str(folder / name) for name in ("plain.png", "clear.png", "turned.jpg", "deep.png")}
+    (folder / "film.mp4").write_bytes(film())
+    np.save(folder / "frames.npy", np.random.default_rng(0).integers(0, 255, (5, 3, 24, 40), np.uint8))
+    names = ("plain.png", "clear.png", "turned.jpg", "deep.png", "film.mp4")
+    return {name.split(".")[0]: str(folder / name) for name in names}
 
 
 def items(pictures: dict[str, str]) -> dict[str, list]:
     said = {"instruction": TOLD}
-    plain = ["a red fox\r crosses", pictures["plain"], {"image": pictures["clear"], "text": '"two boats"'}]
+    plain = [
+        "a red fox\r crosses",
+        pictures["plain"],
+        {"image": pictures["clear"], "text": '"two boats"'},
+        pictures["film"],
+    ]
     return {
         "plain": plain,
         "documents": [
             *plain,
             {"image": pictures["turned"]},
             {"image": [pictures["deep"], pictures["plain"]], "text": "two <emb> pictures <|im_end|>"},
+            {
+                "video": [pictures["plain"], pictures["clear"], pictures["turned"]],
+                "image": pictures["deep"],
+                "text": "a",
+            },
             "Harbour lights at dusk. " * 12,
         ],
         "queries": [
@@ -105,6 +122,7 @@ def items(pictures: dict[str, str]) -> dict[str, list]:
             {"image": pictures["plain"]} | said,
             {"image": pictures["clear"], "text": "two boats?", "instruction": "the <instruction_end> end " * 9},
             {"image": pictures["turned"], "text": ""},
+            {"video": pictures["film"], "text": "boats"} | said,
             {"text": "Harbour lights at dusk. " * 12, "image": None} | said,
         ],
     }
@@ -132,8 +150,9 @@ def opened(tiny_base, tmp_path_factory):
 
 
 def as_item(given):
-    """What sentence-transformers takes for a picture, a bare path, is text to the Embedder."""
-    return {"image": given} if isinstance(given, str) and given.endswith((".png", ".jpg")) else given
+    """What sentence-transformers takes for a picture or a video, a bare path, is text to the Embedder."""
+    kind = {".png": "image", ".mp4": "video"}.get(given[-4:] if isinstance(given, str) else "")
+    return {kind: given} if kind else given
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -168,6 +187,14 @@ def test_truncated_vectors_are_the_same(opened):
     assert np.abs(found["truncated"] - short.encode_query(given["queries"])).max() < 1e-5
 
 
+def test_frames_may_come_as_an_array(opened):
+    """As mteb and others hand them to sentence-transformers."""
+    folder, _, found = opened
+    frames = [Image.fromarray(frame.transpose(1, 2, 0)) for frame in np.load(folder / "frames.npy")]
+    expected = Embedder.from_pretrained(folder / list(CASES)[-1]).encode_document([{"video": frames}])
+    assert np.abs(found["frames"] - expected).max() < 1e-5
+
+
 def test_it_saves_what_it_opened(opened):
     folder, _, found = opened
     last = list(CASES)[-1]
@@ -179,9 +206,11 @@ def test_it_saves_what_it_opened(opened):
 def test_bad_input_is_refused(opened):
     refused = json.loads((opened[0] / "refused.json").read_text())
     assert refused["document"] == "ValueError: a document carries no instruction; put it on the query"
-    assert refused["nothing"] == "ValueError: nothing to embed; give a text or an image"
+    assert refused["nothing"] == "ValueError: nothing to embed; give a text, an image or a video"
     assert refused["key"].startswith("ValueError: unknown key 'colour'")
     assert refused["picture"].startswith("FileNotFoundError")
+    assert refused["video"].startswith("FileNotFoundError")
+    assert refused["no PyAV"].startswith("ImportError: a video file needs PyAV: pip install av")
 
 
 def test_a_reranker_has_a_card_and_no_modules(tiny_base, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 from ray import serve
 
 from serve.app import build
+from serve.auth import Keys
 from serve.ingress import Ingress
 from serve.replicas import SLOT_TOKENS, SLOTS, EmbedderDeployment, batch_slots
 from serve.settings import Service
@@ -278,6 +280,37 @@ def test_a_picture_finds_itself(url):
     assert answer["results"][0]["score"] == pytest.approx(1, abs=1e-5)
 
 
+def test_what_is_added_is_found_and_what_is_deleted_is_not(url, embedder):
+    _, before, _ = call(f"{url}/v1/index")
+    documents = [
+        {"id": "n1", "text": "a lantern on a hill", "source": "notes"},
+        {"id": "n2", "image": PNG_URI},
+        {"id": "t0", "text": "a kite above the roofs", "source": "notes"},  # replaces one of the corpus
+        {"id": "bad", "image": PNG[:80]},
+    ]
+    status, answer, _ = call(f"{url}/v1/index", {"documents": documents})
+    assert (status, answer["error"]["index"]) == (400, 3)
+    status, added, _ = call(f"{url}/v1/index", {"documents": documents, "on_error": "skip"})
+    assert (status, added["added"], added["replaced"], added["errors"][0]["index"]) == (200, 2, 1, 3)
+    body = {"query": "a kite above the roofs", "top_k": 20, "after": added["sequence"], "return_documents": True}
+    _, answer, _ = call(f"{url}/v1/search", body)
+    found = {result["id"]: result for result in answer["results"]}
+    assert len(found) == before["documents"] + 2 == call(f"{url}/v1/index")[1]["documents"]
+    assert answer["results"][0]["id"] == "t0"
+    [query], vectors = embedder.encode_query([body["query"]]), embedder.encode_document(["a lantern on a hill"])
+    assert found["n1"]["score"] == pytest.approx(float(vectors[0] @ query), abs=1e-5)
+    assert base64.b64decode(found["n2"]["document"]["image"].split(",")[1]) == picture(1)
+    _, notes, _ = call(f"{url}/v1/search", body | {"filter": {"source": ["notes"], "modality": ["text"]}})
+    assert {result["id"] for result in notes["results"]} == {"n1", "t0"}
+
+    _, deleted, _ = call(f"{url}/v1/index/delete", {"ids": ["n1", "n2", "nobody"]})
+    assert (deleted["deleted"], deleted["unknown"]) == (2, ["nobody"])
+    restored = {"documents": [{"id": "t0", "text": TEXTS[0], "source": "tiny"}]}
+    _, last, _ = call(f"{url}/v1/index", restored)
+    _, answer, _ = call(f"{url}/v1/search", body | {"after": last["sequence"]})
+    assert {result["id"] for result in answer["results"]} == found.keys() - {"n1", "n2"}
+
+
 def test_health_when_ready(url):
     assert call(f"{url}/health")[:2] == (200, {"status": "ok", "waiting_for": []})
 
@@ -295,7 +328,7 @@ def test_health_when_ready(url):
         ("embeddings", {"input": [[1, 2, 3]]}, "input[0]", 0),
         ("embeddings", {"input": ["a", {}]}, "input[1]", 1),
         ("embeddings", {"input": [{"text": "a", "instruction": "b"}], "input_type": "document"}, "input[0]", 0),
-        ("embeddings", {"input": "\ud800"}, "input", None),
+        ("embeddings", {"input": "\ud800"}, "input.text", None),
         ("embeddings", {"input": ["a"] * 97}, "input", None),
         ("embeddings", {"input": "a", "dimensionz": 3}, "dimensionz", None),
         ("embeddings", b"{not json", "body", None),
@@ -331,11 +364,11 @@ class Late:
 
 def test_starting_overload_and_missing_parts(url, service, embedder, tmp_path):
     """A second application: a late part, no index, and an embedder with room for two requests."""
-    reranker, service = service.reranker, service.model_copy(update={"reranker": None, "index": None})
+    reranker, service = service.reranker, service.model_copy(update={"reranker": None, "index": None, "live": None})
     small = EmbedderDeployment.options(max_ongoing_requests=1, max_queued_requests=1)
     checkpoints = {"embedder": describe(service.embedder), "reranker": describe(reranker)}
     model = small.bind(checkpoints["embedder"], service.runtime)
-    app = Ingress.bind(service, checkpoints, model, Late.bind(str(tmp_path / "gate")), None)
+    app = Ingress.bind(service, Keys(), checkpoints, model, Late.bind(str(tmp_path / "gate")), None, None)
     target = serve.RunTarget(target=app, name="small", route_prefix="/small")
     serve.run_many([target], wait_for_applications_running=False)
 
@@ -383,6 +416,15 @@ def health_until(url: str, reached: Callable[[int, dict], bool]) -> set[int]:
 def test_a_missing_path_is_said_before_anything_starts(service):
     with pytest.raises(UserError, match=r"reranker: no folder nowhere.*UMARVEL_RERANKER"):
         build(service.model_copy(update={"reranker": "nowhere"}))
+
+
+def test_an_index_of_another_model_is_refused(service, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(service.embedder, other)
+    file = other / "umarvel.json"
+    file.write_text(file.read_text().replace('"bidirectional"', '"causal"'))
+    with pytest.raises(UserError, match="another model"):
+        build(service.model_copy(update={"embedder": str(other)}))
 
 
 def test_the_environment_overrides_the_config(service, monkeypatch):

@@ -255,7 +255,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(change, line, tiny_base, tmp_p
 
 def test_four_bits_need_bitsandbytes(tiny_base, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="qlora needs bitsandbytes; pip install bitsandbytes"):
+    with pytest.raises(UserError, match=r"qlora needs bitsandbytes; pip install 'umarvel-ray\[qlora\]'"):
         load_backbone(tiny_base, SETTINGS, quantised=True)
 
 

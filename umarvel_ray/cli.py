@@ -36,6 +36,7 @@ STORIES = {
     "evaluate": ("evaluate", "recall per task after every finished step, and the report"),
 }
 TRAINING = {"pipeline", "stage1", "stage2", "reranker", "stage3"}
+CONFIG = Path("serve/config.yaml")
 ENVIRONMENT_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
 }  # fmt: skip
@@ -98,9 +99,11 @@ def _main(argv: list[str] | None) -> None:
     search.add_argument("--html", type=Path, help="also write the results, with pictures, to this page")
     search.set_defaults(run=_run_search)
     serve = verbs.add_parser("serve", help="answer over HTTP: embeddings, rerank, search")
-    serve.add_argument(
-        "config", nargs="?", type=Path, default=Path("serve/config.yaml"), help="a Ray Serve config file"
-    )
+    serve.add_argument("model", nargs="?", help="an embedder's checkpoint; default: what the config file names")
+    serve.add_argument("--reranker", help="a reranker's checkpoint; without it nothing is reranked")
+    serve.add_argument("--index", help="a folder of embeddings or a saved index; without it nothing is searched")
+    serve.add_argument("--data", help="the documents that the index names: builtin:demo or a Parquet folder")
+    serve.add_argument("--config", type=Path, default=CONFIG, help="a Ray Serve config file (serve/config.yaml)")
     serve.set_defaults(run=_run_serve)
     options = parser.parse_args(argv)
     options.run(options)
@@ -185,8 +188,16 @@ def _run_search(options: argparse.Namespace) -> None:
 
 def _run_serve(options: argparse.Namespace) -> None:
     if not options.config.is_file():
-        raise UserError(f"no Serve config {options.config}; run this in the repository's root, or name a config file")
+        raise UserError(f"no Serve config {options.config}; run this in the repository's root, or give --config FILE")
+    for folder in filter(None, (options.model, options.reranker, options.index)):
+        if not Path(folder).is_dir():
+            raise UserError(f"no folder {folder} to serve; give a checkpoint or an index")
     prepare_environment()
+    parts = {"UMARVEL_RERANKER": options.reranker, "UMARVEL_INDEX": options.index, "UMARVEL_DATA": options.data}
+    if options.model:
+        os.environ["UMARVEL_EMBEDDER"] = options.model
+        parts |= {name: parts[name] or "" for name in ("UMARVEL_RERANKER", "UMARVEL_INDEX")}
+    os.environ.update({name: value for name, value in parts.items() if value is not None})
     os.execv(sys.executable, [sys.executable, "-m", "ray.serve.scripts", "run", str(options.config)])
 
 

@@ -202,6 +202,7 @@ def embed(run: Run, pools: Pools | None = None) -> None:
             checkpoint,
             "documents",
             settings,
+            truncate_dim=wanted.truncate_dim,
         )
 
 

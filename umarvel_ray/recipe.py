@@ -226,6 +226,7 @@ class Embed(Section):
 
     checkpoint: str | None = Field(default=None, description="another directory than the run's last embedder")
     preset: Literal["reference"] | None = Field(default=None, description="'reference': one the authors released")
+    truncate_dim: PositiveInt | None = Field(default=None, description="coordinates kept of each vector; null: all")
 
 
 class Evaluate(Section):

@@ -9,66 +9,23 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment
 
-from umarvel_ray.data.tables import Dataset, item_of, open_dataset
 from umarvel_ray.errors import UserError
-from umarvel_ray.index.faiss_index import Index, make_index, open_index
+from umarvel_ray.index.corpus import Corpus, Hit
 from umarvel_ray.mine.embed import describe
-from umarvel_ray.mine.embeddings import read_embeddings
+from umarvel_ray.mine.embeddings import embedder_of
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.reranker import Reranker
-from umarvel_ray.recipe import Data, Recipe, load_recipe
+from umarvel_ray.recipe import Recipe, load_recipe
 from umarvel_ray.runs import LADDER
 
 RERANK_DEPTH = 50  # candidates of the first stage that are reranked
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A retrieved document: its row (id, text, image, modality, source), cosine, and P(yes) once reranked."""
-
-    document: dict[str, Any]
-    score: float
-    rerank_score: float | None = None
-
-    @property
-    def item(self) -> dict[str, Any]:
-        return item_of(self.document)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """An index and the documents its ids name."""
-
-    index: Index
-    dataset: Dataset
-
-    @classmethod
-    def open(cls, folder: str | Path, data: Data) -> Corpus:
-        """Open a saved index, or index the embeddings of a finished embed job.
-
-        Raises:
-            UserError: neither is in `folder`, or it is of other documents than `data` holds.
-        """
-        saved = (Path(folder) / "index.faiss").is_file()
-        index = open_index(folder) if saved else make_index(*read_embeddings(folder))
-        dataset = open_dataset(data)
-        unknown = next((id_ for id_ in index.ids if id_ not in dataset.row_of), None)
-        if unknown is not None:
-            raise UserError(f"{folder} embeds document {unknown!r}, which {data.root} does not hold; embed it again")
-        return cls(index, dataset)
-
-    def search(self, vector: np.ndarray, top_k: int) -> list[Hit]:
-        """The best documents for one unit vector (d,), best first."""
-        [scores], [ids] = self.index.search(vector[None], top_k)
-        rows = self.dataset.documents.take([self.dataset.row_of[id_] for id_ in ids]).to_pylist()
-        return [Hit(row, float(score)) for row, score in zip(rows, scores, strict=True)]
 
 
 def fuse(hits: Sequence[Hit], p_yes: np.ndarray, weight: float) -> list[Hit]:
@@ -96,15 +53,9 @@ def newest(folder: Path) -> tuple[Path, Path]:
         identity = describe(checkpoint)["identity"]
         evaluated = folder / "evaluation" / step / f"{recipe.evaluate.split}-documents"
         for documents in (folder / "embeddings" / "documents", evaluated):
-            if _made_with(documents, identity):
+            if embedder_of(documents) == identity:
                 return checkpoint, documents
     raise UserError(f"{folder} holds no trained model with embedded documents; run `make demo` first")
-
-
-def _made_with(documents: Path, identity: str) -> bool:
-    path = documents / "manifest.json"
-    manifest = json.loads(path.read_text()) if path.is_file() else {}
-    return bool(manifest.get("complete")) and manifest["plan"]["checkpoint"] == identity
 
 
 def run_recipe(folder: Path) -> Recipe:

@@ -36,6 +36,7 @@ class SearchRequest(Body):
     top_k: int = Field(default=10, ge=1, le=100)
     rerank: bool = False
     filter: Filter = Filter()
+    after: int = Field(default=0, ge=0, description="a commit's `sequence` that the answer must have seen")
     return_documents: bool = Field(default=False, description="give each result's text and picture (data URI) back")
 
 
@@ -63,7 +64,8 @@ class SearchResponse(BaseModel):
 async def search(body: SearchRequest, backend: Served) -> SearchResponse:
     """The corpus' best documents for a query; with `rerank`, the reranker reads the best of them too."""
     [query] = good(await backend.read(body.query, "query"))
-    hits, timings = await backend.search(query, body.top_k, body.rerank, body.filter.model_dump(exclude_none=True))
+    filters = {"modalities": body.filter.modality, "sources": body.filter.source}
+    hits, timings = await backend.search(query, body.top_k, body.rerank, filters, body.after)
     return SearchResponse(results=[_result(hit, body.return_documents) for hit in hits], timings=Timings(**timings))
 
 

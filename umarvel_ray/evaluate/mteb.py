@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.mine.embed import describe
@@ -22,6 +23,7 @@ from umarvel_ray.model.checkpoint import read_provenance
 from umarvel_ray.model.embedder import Embedder
 
 try:
+    from datasets import Video
     from mteb.models import ModelMeta
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ScoringFunction
@@ -64,6 +66,7 @@ class MtebEncoder(AbsEncoder):
 
         Tasks without sides (classification, clustering, similarity) embed every input as a query.
         """
+        inputs = _undecoded(inputs)
         if prompt_type == PromptType.document:
             parts = [self.model.encode_document(_items(batch)) for batch in inputs]
         else:
@@ -73,10 +76,21 @@ class MtebEncoder(AbsEncoder):
         return np.concatenate([np.empty((0, self.model.dimension), dtype=np.float32), *parts])
 
 
+def _undecoded(inputs: Iterable[Mapping[str, list]]) -> Iterable[Mapping[str, list]]:
+    """A loader whose videos stay as they are stored: the embedder decodes them, where mteb would need torchcodec."""
+    rows = getattr(inputs, "dataset", None)
+    if not isinstance(getattr(rows, "features", {}).get("video"), Video):
+        return inputs
+    rows = rows.cast_column("video", Video(decode=False))
+    return DataLoader(rows, inputs.batch_size, collate_fn=inputs.collate_fn, num_workers=inputs.num_workers)
+
+
 def _items(batch: Mapping[str, list]) -> list[dict[str, Any]]:
     """The rows of a batch as items; a row with nothing in it, which benchmarks have, as a blank."""
-    given = [key for key in ("text", "image") if key in batch]
-    rows = [dict(zip(given, values, strict=True)) for values in zip(*(batch[key] for key in given), strict=True)]
+    given = {key: batch[key] for key in ("text", "image", "video") if key in batch}
+    if "video" in given:
+        given["video"] = [stored and (stored["bytes"] or stored["path"]) for stored in given["video"]]
+    rows = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
     return [row if any(row.values()) else {"text": " "} for row in rows]
 
 
@@ -89,7 +103,7 @@ def _meta(path: Path, revision: str | None, model: Embedder) -> ModelMeta:
         "n_parameters": sum(weights.numel() for weights in model.model.backbone.parameters()),
         "embed_dim": model.dimension,
         "max_tokens": model.encoder.settings.max_text_tokens,
-        "modalities": ["text", "image"],
+        "modalities": ["text", "image", "video"],
         "similarity_fn_name": ScoringFunction.COSINE,
         "use_instructions": True,
         "framework": ["PyTorch"],

@@ -1,5 +1,22 @@
-"""What online search uses: a faiss index over embedding shards."""
+"""What online search uses: a faiss index over embedding shards, and a live index on top that can be written to."""
 
+from umarvel_ray.index.corpus import Corpus, Hit
 from umarvel_ray.index.faiss_index import Index, build_index, make_index, open_index, recall_against_exact
+from umarvel_ray.index.live import LiveIndex
+from umarvel_ray.index.records import Add, Delete
+from umarvel_ray.index.writer import Committed, IndexWriter
 
-__all__ = ["Index", "build_index", "make_index", "open_index", "recall_against_exact"]
+__all__ = [
+    "Add",
+    "Committed",
+    "Corpus",
+    "Delete",
+    "Hit",
+    "Index",
+    "IndexWriter",
+    "LiveIndex",
+    "build_index",
+    "make_index",
+    "open_index",
+    "recall_against_exact",
+]

@@ -16,7 +16,7 @@ import faiss
 import numpy as np
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.mine.embeddings import read_embeddings
+from umarvel_ray.mine.embeddings import embedder_of, read_embeddings
 from umarvel_ray.mine.topk import topk
 
 FLAT_UP_TO = 200_000  # exact search over this many vectors still answers in tens of milliseconds
@@ -27,12 +27,17 @@ PROBE_SHARE = 16  # one list in this many is searched
 class Index:
     """Unit vectors behind document ids, searched by cosine."""
 
-    def __init__(self, ids: list[str], index: faiss.Index) -> None:
+    def __init__(self, ids: list[str], index: faiss.Index, checkpoint: str | None = None) -> None:
         self.ids = ids
+        self.checkpoint = checkpoint  # identity of the model that made the vectors, where it is known
         self._index = index
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def dimension(self) -> int:
+        return self._index.d
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]]]:
         """Cosines float32 (n, k') and document ids, best first, for queries float32 (n, d); k' = min(k, size).
@@ -40,12 +45,38 @@ class Index:
         Raises:
             UserError: the vectors have another dimension than the index.
         """
-        if vectors.ndim != 2 or vectors.shape[1] != self._index.d:
+        scores, rows = self.search_rows(vectors, k)
+        return scores, [[self.ids[row] for row in line] for line in rows]
+
+    def search_rows(
+        self, vectors: np.ndarray, k: int, among: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines float32 (n, k') and rows int64 (n, k'), best first, for queries float32 (n, d).
+
+        An approximate index reads itself to the end where a part of it does not hold k' of these rows, or where they
+        are so few that this costs no more.
+
+        Args:
+            among: bool (size,), the rows that may be found; None for all. k' = min(k, number of these rows).
+
+        Raises:
+            UserError: the vectors have another dimension than the index; it cannot search among some of its rows.
+        """
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimension:
             raise UserError(
-                f"index of dimension {self._index.d}: queries have shape {vectors.shape}; use its own model"
+                f"index of dimension {self.dimension}: queries have shape {vectors.shape}; use its own model"
             )
-        scores, rows = self._index.search(np.ascontiguousarray(vectors, np.float32), min(k, len(self.ids)))
-        return scores, [[self.ids[row] for row in line if row >= 0] for line in rows]
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        left = len(self) if among is None else int(np.count_nonzero(among))
+        selector = None if left == len(self) else bitmap_of(among)
+        k = min(k, left)
+        if not k:
+            return np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64)
+        if left * PROBE_SHARE > len(self):
+            scores, rows = _search(self._index, vectors, k, selector, whole=False)
+            if (rows >= 0).all():
+                return scores, rows
+        return _search(self._index, vectors, k, selector, whole=True)
 
     def save(self, folder: str | Path) -> None:
         """Write `index.faiss` and `ids.json`; each atomically.
@@ -56,7 +87,7 @@ class Index:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".ids.partial").write_text(json.dumps(self.ids))
+            (folder / ".ids.partial").write_text(json.dumps({"checkpoint": self.checkpoint, "ids": self.ids}))
             faiss.write_index(self._index, str(folder / ".index.partial"))
             os.replace(folder / ".ids.partial", folder / "ids.json")
             os.replace(folder / ".index.partial", folder / "index.faiss")
@@ -64,11 +95,40 @@ class Index:
             raise UserError(f"cannot write the index to {folder}: {error}") from None
 
 
-def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None) -> Index:
+def bitmap_of(among: np.ndarray) -> faiss.IDSelector:
+    """faiss's form of bool (n,): the rows that may be found."""
+    return faiss.IDSelectorBitmap(np.packbits(among, bitorder="little"))
+
+
+def _search(
+    index: faiss.Index, vectors: np.ndarray, k: int, selector: faiss.IDSelector | None, whole: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """faiss's search among the selected rows. `whole` reads every list or vector instead of the most likely ones."""
+    if isinstance(index, faiss.IndexPreTransform):
+        for at in range(index.chain.size()):
+            vectors = faiss.downcast_VectorTransform(index.chain.at(at)).apply(vectors)
+        return _search(faiss.downcast_index(index.index), vectors, k, selector, whole)
+    if isinstance(index, faiss.IndexHNSW) and whole:
+        return _search(faiss.downcast_index(index.storage), vectors, k, selector, whole)
+    if isinstance(index, faiss.IndexHNSW):
+        parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
+    elif isinstance(index, faiss.IndexIVF):
+        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=index.nlist if whole else index.nprobe)
+    else:
+        parameters = selector and faiss.SearchParameters(sel=selector)
+    try:
+        return index.search(vectors, k, params=parameters)
+    except RuntimeError:
+        name = type(index).__name__
+        raise UserError(f"an {name} cannot search among some of its rows; build a Flat, IVF or HNSW index") from None
+
+
+def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None, checkpoint: str | None = None) -> Index:
     """Index unit vectors float32 (n, d).
 
     Args:
         factory: a faiss factory string; None takes exact search for small corpora and IVF with fp16 vectors for large.
+        checkpoint: identity of the model that made the vectors.
 
     Raises:
         UserError: no vectors, or faiss does not know the factory string.
@@ -88,7 +148,7 @@ def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None) 
     index.add(np.ascontiguousarray(vectors, np.float32))
     if isinstance(index, faiss.IndexIVF):
         index.nprobe = max(1, index.nlist // PROBE_SHARE)
-    return Index(ids, index)
+    return Index(ids, index, checkpoint)
 
 
 def recall_against_exact(index: Index, vectors: np.ndarray, queries: np.ndarray, k: int = 10) -> float:
@@ -111,13 +171,18 @@ def build_index(
         UserError: no finished embed job; see `make_index` and `Index.save`.
     """
     ids, vectors = read_embeddings(embeddings_dir)
-    index = make_index(ids, vectors, factory)
+    index = make_index(ids, vectors, factory, embedder_of(embeddings_dir))
     if queries is None:
         queries = vectors[np.random.default_rng(0).choice(len(ids), min(len(ids), 256), replace=False)]
     index.save(out_dir)
     recall = recall_against_exact(index, vectors, queries)
     print(f"indexed {len(ids):,} documents in {out_dir}; recall@10 against exact search {recall:.4f}")
     return index
+
+
+def is_saved(folder: str | Path) -> bool:
+    """Whether `Index.save` has written to the folder."""
+    return (Path(folder) / "index.faiss").is_file()
 
 
 def open_index(folder: str | Path) -> Index:
@@ -128,13 +193,14 @@ def open_index(folder: str | Path) -> Index:
     """
     folder = Path(folder)
     try:
-        ids = json.loads((folder / "ids.json").read_text())
+        saved = json.loads((folder / "ids.json").read_text())
+        ids = saved["ids"]
         index = faiss.read_index(str(folder / "index.faiss"))
     except FileNotFoundError:
         raise UserError(f"{folder} holds no index; build it with: umarvel index") from None
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{folder}: the index is damaged ({first}); build it again with: umarvel index") from None
     if len(ids) != index.ntotal:
         raise UserError(f"{folder}: {len(ids)} ids for {index.ntotal} vectors; build it again with: umarvel index")
-    return Index(ids, index)
+    return Index(ids, index, saved["checkpoint"])

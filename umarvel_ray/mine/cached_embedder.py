@@ -26,6 +26,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.model.batch import collate, token_buckets
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.items import EncodedItem, ItemEncoder
+from umarvel_ray.model.losses import truncate
 from umarvel_ray.model.multimodal import distinct
 from umarvel_ray.model.pictures import Picture
 from umarvel_ray.recipe import ModelSettings
@@ -58,23 +59,29 @@ class CachedEmbedder:
         self._cache_bytes = cache_bytes
         self._threads = ThreadPoolExecutor(threads)
         self._embedder: Embedder | None = None
-        self._loaded: tuple[str, ModelSettings | None] | None = None
+        self._loaded: tuple | None = None
         self._tower = self._encoding = b""
         self._known: OrderedDict[tuple, Known] = OrderedDict()
         self._known_bytes = 0
         self._features: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
 
-    def load(self, path: str | Path, settings: ModelSettings | None = None, identity: str = "") -> None:
+    def load(
+        self,
+        path: str | Path,
+        settings: ModelSettings | None = None,
+        identity: str = "",
+        truncate_dim: int | None = None,
+    ) -> None:
         """Make `path` the checkpoint in use; nothing happens when it is. `identity` tells apart files under one path.
 
         Raises:
             UserError: see `Embedder.from_pretrained`.
         """
-        wanted = (str(path), settings, identity)
+        wanted = (str(path), settings, identity, truncate_dim)
         if wanted == self._loaded:
             return
         self._embedder = None  # frees the old weights before the new ones are read
-        self._embedder = Embedder.from_pretrained(path, self._device, self._dtype, settings)
+        self._embedder = Embedder.from_pretrained(path, self._device, self._dtype, settings, truncate_dim=truncate_dim)
         self._loaded = wanted
         self._encoding = _digest_of_encoder(self._embedder.encoder)
         tower = _digest_of_weights(self._embedder.model.backbone.model.visual)
@@ -143,7 +150,8 @@ class CachedEmbedder:
                 for entry in entries
                 for key, feature in zip((p.key for p in entry.item.pictures), entry.features, strict=True)
             }
-            result[bucket] = self._embedder.model(batch, visual).float().cpu().numpy()
+            vectors = truncate(self._embedder.model(batch, visual), self._embedder.dimension)
+            result[bucket] = vectors.float().cpu().numpy()
         for row, entry in zip(rows, known, strict=True):
             self._remember(self._key(row, side), entry)
         return result

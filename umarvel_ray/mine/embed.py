@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import torch
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.mine.embeddings import Embeddings, embedding_table, read_embeddings, vectors_of
 from umarvel_ray.mine.pool import Pool
-from umarvel_ray.mine.shards import close_output, digest_of_table, open_output, read_shard, write_shard
+from umarvel_ray.mine.shards import close_output, digest_of_table, open_output, read_shard, shard_path, write_shard
 from umarvel_ray.mine.topk import TopK, topk_of_rows
 from umarvel_ray.model.checkpoint import check_files, load_settings
 from umarvel_ray.progress import progress
@@ -35,7 +36,7 @@ CACHE_BYTES = 2**30  # per actor
 
 @ray.remote
 class EmbedderActor:
-    """One device. `checkpoint` is what `describe` returns."""
+    """One device. `checkpoint` is what `describe` returns, and a `truncate_dim` where there is one."""
 
     def __init__(self, engine: Engine, gpu: bool, threads: int) -> None:
         from umarvel_ray.mine.cached_embedder import CachedEmbedder  # the driver does without the model
@@ -78,46 +79,53 @@ def embed_table(
     what: str = "items",
     settings: ModelSettings | None = None,
     shard_rows: int = SHARD_ROWS,
+    truncate_dim: int | None = None,
 ) -> Embeddings:
     """Embed every row of a documents or queries table, or finish an earlier attempt at exactly that.
 
     Writes shards, `quarantine.parquet` and `manifest.json` under `out_dir` (mine/shards.py). Shards that exist are kept
-    when rows, side, checkpoint and settings are the same, else the folder starts anew. If all exist no actor starts.
+    when rows, side, checkpoint, settings and dimension are the same, else the folder starts anew. If all exist no actor
+    starts.
 
     Args:
         side: "query" or "document".
         checkpoint: an HF directory; `settings` overrides its own, and is needed for a base without any.
         what: names the rows on the progress bar.
+        truncate_dim: see `Embedder.from_pretrained`; the manifest's `dimension` says how long the vectors are.
 
     Returns:
         ids and vectors in the order of `rows`, without quarantined rows.
 
     Raises:
-        UserError: an empty table, unreadable checkpoint, disk full, an actor died too often.
+        UserError: an empty table, unreadable checkpoint, no such dimension, disk full, an actor died too often.
     """
     if not rows.num_rows:
         raise UserError(f"{what}: no rows to embed; check the table")
     folder = Path(out_dir)
     described = describe(checkpoint, settings)
+    cut = {"truncate_dim": truncate_dim} if truncate_dim else {}  # so that folders without it stay as they are
     plan = {
         "checkpoint": described["identity"],
         "side": side,
         "rows": rows.num_rows,
         "content": digest_of_table(rows),
         "shard_rows": shard_rows,
+        **cut,
     }
     missing = open_output(folder, plan, -(-rows.num_rows // shard_rows))
     if missing:
 
         def submit(actor: Any, index: int) -> ray.ObjectRef:
-            return actor.embed_shard.remote(described, rows.slice(index * shard_rows, shard_rows), side, folder, index)
+            part = rows.slice(index * shard_rows, shard_rows)
+            return actor.embed_shard.remote(described | cut, part, side, folder, index)
 
         left = sum(min(shard_rows, rows.num_rows - index * shard_rows) for index in missing)
         with progress(rows.num_rows, f"embed {what}", "row") as bar:
             bar.update(rows.num_rows - left)
             for done in pool.run(missing, submit):
                 bar.update(done)
-    close_output(folder, rows.num_rows)
+    dimension = pq.read_schema(shard_path(folder, 0)).field("embedding").type.list_size
+    close_output(folder, rows.num_rows, {"dimension": dimension})
     return read_embeddings(folder)
 
 

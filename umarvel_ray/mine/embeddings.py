@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from umarvel_ray.mine.shards import read_shards
+from umarvel_ray.mine.shards import is_complete, read_manifest, read_shards
 
 
 class Embeddings(NamedTuple):
@@ -43,3 +43,8 @@ def read_embeddings(folder: str | Path) -> Embeddings:
     """
     table = read_shards(Path(folder))
     return Embeddings(table["id"].to_pylist(), vectors_of(table))
+
+
+def embedder_of(folder: str | Path) -> str | None:
+    """Identity of the checkpoint (see `describe`) that a finished embed job used; None where there is none."""
+    return read_manifest(Path(folder))["plan"]["checkpoint"] if is_complete(Path(folder)) else None

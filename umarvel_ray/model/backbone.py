@@ -69,7 +69,9 @@ def four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
         UserError: bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("language_model: qlora needs bitsandbytes; pip install bitsandbytes, or train with lora")
+        raise UserError(
+            "language_model: qlora needs bitsandbytes; pip install 'umarvel-ray[qlora]', or train with lora"
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

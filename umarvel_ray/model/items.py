@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from umarvel_ray.data.limits import OWN_FILES, MediaLimits
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.family import Family, family_of, read_config
 from umarvel_ray.model.pictures import Picture, PictureFormat, read_picture, read_video
@@ -84,8 +85,11 @@ class ItemEncoder:
         self._control = re.compile("|".join(re.escape(token) for token in tokenizer.get_added_vocab()))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, settings: ModelSettings) -> ItemEncoder:
+    def from_pretrained(cls, path: str | Path, settings: ModelSettings, limits: MediaLimits = OWN_FILES) -> ItemEncoder:
         """Read tokenizer, chat template and image processor from an HF directory.
+
+        Args:
+            limits: which pictures and videos are opened at all.
 
         Raises:
             UserError: the directory lacks one of them.
@@ -95,7 +99,7 @@ class ItemEncoder:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: tokenizer cannot be read ({str(error).splitlines()[0]})") from None
         family = family_of(read_config(path), path)
-        return cls(tokenizer, PictureFormat.from_pretrained(path, settings), family, settings)
+        return cls(tokenizer, PictureFormat.from_pretrained(path, settings, limits), family, settings)
 
     def encode(self, item: Item | str, side: str, where: str = "item") -> EncodedItem:
         """Encode one item; a bare string is text.

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from umarvel_ray.data.images import BadImage, open_image
+from umarvel_ray.data.limits import OWN_FILES, MediaLimits
 from umarvel_ray.data.videos import Video, open_video
 from umarvel_ray.errors import UserError
 from umarvel_ray.recipe import ModelSettings
@@ -72,7 +73,8 @@ class PixelScale:
 class PictureFormat:
     """How a checkpoint reads pictures: the sides of a patch and of a merged patch, the pixel budgets, the scale.
 
-    `before`: pixel budget of a resizing to multiples of 28 that comes first (the reference, trap T9).
+    `before`: pixel budget of a resizing to multiples of 28 that comes first (the reference, trap T9); `limits`: which
+    pictures and videos are opened at all.
     """
 
     patch_size: int
@@ -84,9 +86,12 @@ class PictureFormat:
     resample: int
     scale: PixelScale
     before: tuple[int, int] | None = None
+    limits: MediaLimits = OWN_FILES
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, settings: ModelSettings) -> PictureFormat:
+    def from_pretrained(
+        cls, path: str | Path, settings: ModelSettings, limits: MediaLimits = OWN_FILES
+    ) -> PictureFormat:
         """What the directory's `preprocessor_config.json` says, with the settings' picture sizes.
 
         With `resize_twice` the settings' sizes hold for the first resizing, the directory's own for the second.
@@ -114,6 +119,7 @@ class PictureFormat:
                 times=config["temporal_patch_size"],
             ),
             before=budget if settings.resize_twice else None,
+            limits=limits,
         )
 
     def size(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
@@ -163,7 +169,7 @@ def read_picture(image: Any, form: PictureFormat, where: str) -> Picture:
     Raises:
         BadImage: naming `where`.
     """
-    return _picture(_resize(open_image(image, where), form, where)[None], 1, form)
+    return _picture(_resize(open_image(image, where, form.limits), form, where)[None], 1, form)
 
 
 def read_video(video: Any, form: PictureFormat, where: str) -> Picture:
@@ -172,7 +178,7 @@ def read_video(video: Any, form: PictureFormat, where: str) -> Picture:
     Raises:
         BadVideo, BadImage: naming `where`.
     """
-    shown: Video = open_video(video, form.video_frames, where)
+    shown: Video = open_video(video, form.video_frames, where, form.limits)
     times = form.scale.times
     short = -len(shown.frames) % times
     frames = [*shown.frames, *[shown.frames[-1]] * short]

@@ -37,11 +37,11 @@ def check_finite(name: str, plan: PlanStep, loss: float, grad_norm: float) -> No
 
 
 @contextmanager
-def memory_watched(job: TrainJob, step: int, rank: int, lengths: Sequence[int]) -> Iterator[None]:
+def memory_watched(job: TrainJob, step: int, rank: int, lengths: Sequence[int], packed: bool) -> Iterator[None]:
     """Turn an allocation that failed into a line that says what to lower.
 
     Args:
-        lengths: tokens of each of this rank's items.
+        lengths: tokens of each of this rank's items; packed: whether a chunk holds them without padding.
 
     Raises:
         StepError: this rank is out of memory.
@@ -52,9 +52,11 @@ def memory_watched(job: TrainJob, step: int, rank: int, lengths: Sequence[int]) 
         if not out_of_memory(error):
             raise
         budget = job.engine.token_budget
-        tokens = max(len(bucket) * lengths[bucket[0]] for bucket in token_buckets(lengths, budget))
+        chunks = [[lengths[index] for index in bucket] for bucket in token_buckets(lengths, budget, packed)]
+        tokens = max(sum(chunk) if packed else len(chunk) * max(chunk) for chunk in chunks)
+        how = "packed" if packed else "padded"
         raise StepError(
-            f"{job.name}: rank {rank} is out of memory at step {step}, with up to {tokens} padded tokens in a chunk "
+            f"{job.name}: rank {rank} is out of memory at step {step}, with up to {tokens} {how} tokens in a chunk "
             f"and {max(lengths)} in an item; lower engine.token_budget ({budget}), or model.max_pixels where an item "
             f"is larger than that; engine.gradient_cache and engine.activation_checkpointing save memory too"
         ) from error

@@ -83,7 +83,7 @@ def _run(job: TrainJob, tables: Tables, tasks: int, cpus: float, start: int, sta
         waited = time.monotonic() - clock
         start_step(engine, learning_rate(job.step, number, len(plan)))
         engine.train()
-        with memory_watched(job, number, rank, batch.lengths):
+        with memory_watched(job, number, rank, batch.lengths, packed):
             loss, temperature, tokens = run_step(engine, job, batch, passes, visual_of)
             grad_norm = take_step(engine)
         check_finite(job.name, batch.plan, loss, grad_norm)

@@ -1,0 +1,143 @@
+"""The write-ahead log: every byte at which a crash may cut it, damage, a full disk, and readers that follow."""
+
+import os
+import resource
+import struct
+import zlib
+
+import pytest
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.index.log import Damaged, LogWriter, Position, log_path, read_log
+
+PAYLOADS = [b"first", b"second " * 9, b"", b"fourth"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name in ("fsync", "fdatasync"):  # no test here can lose power, and hundreds of them take long
+        monkeypatch.setattr(os, name, lambda handle: None)
+    (tmp_path / "log-000000000001").touch()
+    return tmp_path
+
+
+def write(folder, payloads, end=None):
+    log = LogWriter(folder, end or Position())
+    ends = [log.append(payload) for payload in payloads]
+    log.close()
+    return ends
+
+
+def payloads_of(folder, start=None):
+    return [payload for _, payload in read_log(folder, start or Position())]
+
+
+def end_of(folder):
+    return [Position(), *(position for position, _ in read_log(folder, Position()))][-1]
+
+
+def test_a_file_is_what_its_docstring_says(folder):
+    write(folder, PAYLOADS)
+    expected, previous = b"", 0
+    for payload in PAYLOADS:
+        crc = zlib.crc32(struct.pack("<QII", len(expected), len(payload), previous) + payload)
+        expected += struct.pack("<4sIII", b"UMWL", len(payload), previous, crc) + payload
+        previous = crc
+    assert log_path(folder, 1).read_bytes() == expected
+
+
+def test_reading_goes_on_where_it_stopped(folder):
+    ends = write(folder, PAYLOADS[:2])
+    assert payloads_of(folder) == PAYLOADS[:2]
+    assert payloads_of(folder, ends[0]) == PAYLOADS[1:2]
+    write(folder, PAYLOADS[2:], end_of(folder))
+    assert payloads_of(folder, ends[1]) == PAYLOADS[2:]
+    assert [position.sequence for position, _ in read_log(folder, Position())] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("rest", [b"", b"\0"], ids=["cut", "zeros"])
+def test_a_write_cut_short_at_any_byte_is_taken_off(folder, rest):
+    ends = write(folder, PAYLOADS)
+    path = log_path(folder, 1)
+    whole = path.read_bytes()
+    for size in range(ends[-2].offset, len(whole)):
+        path.write_bytes(whole[:size] + rest * (len(whole) - size))
+        assert payloads_of(folder) == PAYLOADS[:-1], size
+        write(folder, [b"x"], end_of(folder))
+        assert payloads_of(folder) == [*PAYLOADS[:-1], b"x"], size
+        assert path.stat().st_size == end_of(folder).offset
+
+
+def test_a_torn_document_that_holds_a_log_is_torn_and_not_damaged(folder):
+    write(folder, PAYLOADS)
+    path = log_path(folder, 1)
+    write(folder, [path.read_bytes() * 2], end_of(folder))
+    os.truncate(path, path.stat().st_size - 1)
+    assert payloads_of(folder) == PAYLOADS
+
+
+def test_damage_before_the_last_commit_is_an_error_at_any_byte(folder):
+    ends = write(folder, PAYLOADS)
+    path = log_path(folder, 1)
+    whole = path.read_bytes()
+    for at in range(ends[-2].offset):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(Damaged, match=r"damaged|does not follow"):
+            payloads_of(folder)
+
+
+def test_a_new_file_goes_on_where_the_old_one_ends(folder):
+    log = LogWriter(folder, Position())
+    log.roll()  # nothing to leave behind yet
+    for payload in PAYLOADS[:2]:
+        log.append(payload)
+    middle = log.position
+    log.roll()
+    log.append(PAYLOADS[2])
+    log.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["log-000000000001", "log-000000000003"]
+    assert payloads_of(folder) == PAYLOADS[:3]
+    assert payloads_of(folder, middle) == PAYLOADS[2:3]
+    write(folder, PAYLOADS[3:], end_of(folder))
+    assert payloads_of(folder) == PAYLOADS
+
+    os.truncate(log_path(folder, 1), middle.offset - 1)  # what is cut off an older file was acknowledged
+    with pytest.raises(Damaged, match="ends after commit 1, but the next file begins with 3"):
+        payloads_of(folder)
+    log_path(folder, 1).unlink()
+    with pytest.raises(Damaged, match="missing"):
+        payloads_of(folder)
+
+
+@pytest.mark.parametrize("others", [[], [b"f0urth"], [b"other", b"and longer than it was"]])
+def test_a_reader_finds_out_that_what_it_has_seen_was_taken_back(folder, others):
+    ends = write(folder, PAYLOADS)
+    os.truncate(log_path(folder, 1), ends[2].offset)  # the machine crashed before its fsync, after a reader saw it
+    write(folder, [*others, b"x" * 200] if others else [], ends[2])
+    with pytest.raises(Damaged):
+        payloads_of(folder, ends[3])
+
+
+def test_a_full_disk_leaves_the_log_as_it_was(folder):
+    log = LogWriter(folder, Position())
+    log.append(b"first")
+    size = log.position.offset
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, limits[1]))
+    try:
+        with pytest.raises(UserError, match="free space"):
+            log.append(b"x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log_path(folder, 1).stat().st_size == size
+    log.append(b"second")
+    assert payloads_of(folder) == [b"first", b"second"]
+
+
+def test_a_commit_is_on_the_disk_when_append_returns(folder, monkeypatch):
+    log, synced = LogWriter(folder, Position()), []
+    monkeypatch.setattr(os, "fdatasync", lambda handle: synced.append(os.fstat(handle).st_size))
+    for payload in PAYLOADS:
+        log.append(payload)
+        assert synced[-1] == log.position.offset == log_path(folder, 1).stat().st_size
+    assert len(synced) == len(PAYLOADS)

@@ -1,0 +1,272 @@
+"""An index that follows its writer: an immutable base, the newest snapshot, and the commits since.
+
+    replica = LiveIndex.open("runs/demo/live", identity, dimension, base=Corpus.open(...))
+    replica.follow()                                             # every now and then: applies what is new
+    replica.search(vector, top_k=10, modalities=["image"], sources=["notes"])
+
+Search is exact over what was added and over the base as exact as its index is. `follow` prepares the next view of the
+index beside the present one and then swaps them, so searches in other threads take no lock, see whole commits only, and
+never wait; a document never goes missing while the log is folded into a snapshot.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.index.corpus import Corpus, Hit, rows_of
+from umarvel_ray.index.faiss_index import bitmap_of
+from umarvel_ray.index.log import Damaged, read_log
+from umarvel_ray.index.records import Add, Record, decode
+from umarvel_ray.index.snapshot import Snapshot, empty_snapshot, open_snapshot, snapshots
+from umarvel_ray.index.writer import check_index
+
+_FIRST_ROWS = 1024
+
+Codes = tuple[dict[str, int], dict[str, int]]  # a number for each modality, and for each source
+
+
+class LiveIndex:
+    """A replica. `follow` and `search` may be called from any threads."""
+
+    def __init__(self, folder: Path | None, identity: str, dimension: int, base: Corpus | None) -> None:
+        self._folder, self._identity, self._dimension = folder, identity, dimension
+        self._codes: Codes = ({}, {})
+        self._base = [_base_part(base, self._codes)] if base else []
+        self._following = Lock()
+        self._rows = _Rows(self._base, empty_snapshot(dimension), self._codes)
+        self._view = self._rows.view()
+
+    @classmethod
+    def open(cls, folder: str | Path | None, identity: str, dimension: int, base: Corpus | None = None) -> LiveIndex:
+        """The index as it is now; a folder that does not exist yet is an index without commits.
+
+        Args:
+            folder: the writer's; None where nothing is ever added.
+            identity: the checkpoint's, as `describe` gives it.
+            base: searched too; its own folder stays as it is.
+
+        Raises:
+            UserError: an index of another model, a base of another dimension or kind, a damaged log.
+        """
+        if base is not None:
+            if base.index.dimension != dimension:
+                raise UserError(f"base index of dimension {base.index.dimension}, model of {dimension}; embed it again")
+            # An index that cannot leave rows out says so now, not after the first deletion.
+            base.index.search_rows(np.zeros((1, dimension), np.float32), 1, np.arange(len(base.index)) > 0)
+        index = cls(Path(folder) if folder else None, identity, dimension, base)
+        index.follow()
+        return index
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last commit that `search` sees."""
+        return self._view.sequence
+
+    def __len__(self) -> int:
+        """Documents that `search` can find."""
+        return sum(int(np.count_nonzero(part.alive)) for part in self._view.parts)
+
+    def follow(self) -> int:
+        """Apply the commits since the last time, if any; returns `sequence`.
+
+        Raises:
+            UserError: an index of another model, a damaged log. What was seen before can still be searched.
+        """
+        with self._following:
+            if self._folder and check_index(self._folder, self._identity, self._dimension):
+                rows = self._rows
+                try:
+                    current = rows.snapshot == _last_snapshot(self._folder)
+                    if current:
+                        rows.catch_up(self._folder)
+                except Damaged:  # or the log was compacted, or written anew, since this replica read it
+                    current = False
+                if not current:
+                    rows = self._read()
+                if rows is not self._rows or rows.position.sequence > self.sequence:
+                    self._rows, self._view = rows, rows.view()
+            return self.sequence
+
+    def search(
+        self,
+        vector: np.ndarray,
+        top_k: int,
+        modalities: Sequence[str] | None = None,
+        sources: Sequence[str] | None = None,
+    ) -> list[Hit]:
+        """The best documents for one unit vector float32 (d,), best first: `top_k`, or all that there are.
+
+        Args:
+            modalities, sources: only documents of one of these; None for any.
+
+        Raises:
+            UserError: the vector has another dimension than the index.
+        """
+        if vector.shape != (self._dimension,):
+            raise UserError(f"index of dimension {self._dimension}: query has shape {vector.shape}; use its own model")
+        vector = np.ascontiguousarray(vector, np.float32)
+        found = []
+        for part in self._view.parts:
+            scores, rows = part.search(vector, top_k, part.among(self._codes, (modalities, sources)))
+            found += [(score, row, part) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
+        best = heapq.nlargest(top_k, found, key=lambda hit: hit[0])
+        return [Hit(part.document(row), score) for score, row, part in best]
+
+    def _read(self) -> _Rows:
+        """All from the newest snapshot on."""
+        while True:
+            newest = _last_snapshot(self._folder)
+            try:
+                rows = _Rows(self._base, open_snapshot(self._folder, self._dimension), self._codes)
+                rows.catch_up(self._folder)
+                return rows
+            except Damaged:
+                if newest == _last_snapshot(self._folder):  # else removed while it was read
+                    raise
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that are searched together, among them only those alive."""
+
+    search: Callable[[np.ndarray, int, np.ndarray], tuple[np.ndarray, np.ndarray]]  # scores (k',), rows (k',)
+    document: Callable[[int], dict[str, Any]]
+    row_of: dict[str, int]
+    labels: np.ndarray  # int32 (n, 2): codes of modality and source
+    alive: np.ndarray  # bool (n,)
+
+    def among(self, codes: Codes, wanted: tuple[Sequence[str] | None, ...]) -> np.ndarray:
+        """The rows that a search may find, bool (n,)."""
+        rows = self.alive
+        for column, code_of, names in zip(self.labels.T, codes, wanted, strict=True):
+            if names is not None:
+                chosen = np.zeros(len(code_of), bool)
+                chosen[[code_of[name] for name in names if name in code_of]] = True
+                rows = rows & chosen[column]
+        return rows
+
+
+class _View(NamedTuple):
+    """What searches see: nothing in it changes any more."""
+
+    parts: list[_Part]
+    sequence: int
+
+
+class _Rows:
+    """Where every document is, as of a position in the log. Only `follow` touches it."""
+
+    def __init__(self, base: list[_Part], snapshot: Snapshot, codes: Codes) -> None:
+        self.snapshot, self.position = snapshot.end.sequence, snapshot.end
+        self._codes = codes
+        self._fixed = [replace(part, alive=part.alive.copy()) for part in base]
+        self._tail = _Tail(snapshot.vectors.shape[1])
+        part = _snapshot_part(snapshot, codes)
+        for id_ in (*part.row_of, *snapshot.deleted):
+            self._drop(id_)
+        self._fixed.append(part)
+
+    def catch_up(self, folder: Path) -> None:
+        for position, payload in read_log(folder, self.position):
+            for record in decode(payload):
+                self._apply(record)
+            self.position = position
+
+    def view(self) -> _View:
+        parts = [*self._fixed, self._tail.part()]
+        return _View([replace(part, alive=part.alive.copy()) for part in parts], self.position.sequence)
+
+    def _apply(self, record: Record) -> None:
+        self._drop(record.id)
+        if isinstance(record, Add):
+            self._tail.append(record, [_code(self._codes[0], record.modality), _code(self._codes[1], record.source)])
+
+    def _drop(self, id_: str) -> None:
+        for part in (*self._fixed, self._tail):
+            if (row := part.row_of.get(id_)) is not None:
+                part.alive[row] = False
+
+
+class _Tail:
+    """The documents added since the snapshot. Rows are only ever appended, so a view's rows stay as they are."""
+
+    def __init__(self, dimension: int) -> None:
+        self.row_of: dict[str, int] = {}
+        self.alive = np.empty(_FIRST_ROWS, bool)
+        self._vectors = np.empty((_FIRST_ROWS, dimension), np.float32)
+        self._labels = np.empty((_FIRST_ROWS, 2), np.int32)
+        self._documents: list[dict[str, Any]] = []
+
+    def append(self, record: Add, labels: list[int]) -> None:
+        row = len(self._documents)
+        if row == len(self.alive):
+            arrays = self.alive, self._vectors, self._labels
+            self.alive, self._vectors, self._labels = (np.concatenate([old, np.empty_like(old)]) for old in arrays)
+        self.alive[row], self._vectors[row], self._labels[row] = True, record.vector, labels
+        self.row_of[record.id] = row
+        self._documents.append(record.document)
+
+    def part(self) -> _Part:
+        rows = slice(len(self._documents))
+        search = partial(_search_exactly, self._vectors[rows])
+        return _Part(search, self._documents.__getitem__, self.row_of, self._labels[rows], self.alive[rows])
+
+
+def _base_part(base: Corpus, codes: Codes) -> _Part:
+    table, ids = base.dataset.documents, base.index.ids
+    rows = [base.dataset.row_of[id_] for id_ in ids]
+
+    def search(vector: np.ndarray, k: int, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        [scores], [found] = base.index.search_rows(vector[None], k, among)
+        return scores, found
+
+    return _part(search, table, rows, ids, codes)
+
+
+def _snapshot_part(snapshot: Snapshot, codes: Codes) -> _Part:
+    ids = snapshot.documents["id"].to_pylist()
+    return _part(partial(_search_exactly, snapshot.vectors), snapshot.documents, range(len(ids)), ids, codes)
+
+
+def _part(search: Callable, table: pa.Table, rows: Sequence[int], ids: list[str], codes: Codes) -> _Part:
+    """A part of the documents in some rows of a table, all alive."""
+    labels = [table[name].take(pa.array(rows, pa.int64())).to_pylist() for name in ("modality", "source")]
+    numbers = [[_code(code_of, name) for name in column] for code_of, column in zip(codes, labels, strict=True)]
+    return _Part(
+        search,
+        lambda row: rows_of(table, [rows[row]])[0],
+        {id_: row for row, id_ in enumerate(ids)},
+        np.array(numbers, np.int32).T,
+        np.ones(len(ids), bool),
+    )
+
+
+def _code(code_of: dict[str, int], name: str) -> int:
+    return code_of.setdefault(name, len(code_of))
+
+
+def _search_exactly(
+    vectors: np.ndarray, vector: np.ndarray, k: int, among: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores float32 (k',) and rows int64 (k',) of the best inner products; faiss's own, on vectors where they lie."""
+    k = min(k, int(np.count_nonzero(among)))
+    scores, rows = np.empty(k, np.float32), np.empty(k, np.int64)
+    if k:
+        inputs = faiss.swig_ptr(vector), faiss.swig_ptr(vectors), len(vector), 1, len(vectors), k
+        faiss.knn_inner_product(*inputs, faiss.swig_ptr(scores), faiss.swig_ptr(rows), bitmap_of(among))
+    return scores, rows
+
+
+def _last_snapshot(folder: Path) -> int:
+    return max(snapshots(folder), default=0)
