@@ -21,9 +21,9 @@ DESKTOP = {"viewport": {"width": 1280, "height": 860}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
 # Name: (query, whether it is reranked, browser).
 SHOTS = {
-    "desktop": ("20:12854", False, DESKTOP),
-    "dark": ("22:18079", True, DESKTOP | {"color_scheme": "dark"}),
-    "phone": ("20:12600", False, PHONE),
+    "desktop": ("20:12848", False, DESKTOP),
+    "dark": ("22:18087", True, DESKTOP | {"color_scheme": "dark"}),
+    "phone": ("24:415", False, PHONE),
 }
 
 

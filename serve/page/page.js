@@ -1,7 +1,7 @@
 // The form is the query, the address remembers it, and one request at a time answers it.
 
 const LONGEST_SIDE = 1024; // pixels of a picture that is sent; the models see fewer
-const SENT_AS_IS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
+const SENT_AS_IS = ["image/png", "image/jpeg", "image/webp", "image/gif"]; // the service reads these
 const KINDS = { text: "text", image: "picture", "image,text": "picture with text" };
 const STEPS = { encode: "encode_ms", retrieve: "retrieve_ms", rerank: "rerank_ms" };
 const PATIENCE_MS = 200; // quicker answers replace the old ones without a sign of waiting
@@ -261,7 +261,7 @@ async function takePicture(file) {
     showPicture({ uri, name: file.name });
     submit();
   } catch {
-    complain(`${file.name}: the browser cannot read this as a picture; take a PNG, JPEG, WebP, GIF or BMP file`);
+    complain(`${file.name}: the browser cannot read this as a picture; take a PNG, JPEG, WebP or GIF file`);
   }
 }
 
