@@ -262,7 +262,10 @@ def _caught(make: Callable[..., Made], *given: Any) -> Made | BadItem:
 
 def _part(part: Made | None, name: str) -> Made:
     if part is None:
-        raise NotServed(f"this service runs without a {name}; set UMARVEL_{name.upper()} or `{name}` in config.yaml")
+        article = "an" if name == "index" else "a"
+        raise NotServed(
+            f"this service runs without {article} {name}; set UMARVEL_{name.upper()} or `{name}` in config.yaml"
+        )
     return part
 
 

@@ -12,7 +12,7 @@ from serve.backend import Backend
 from serve.errors import REFUSALS, RETRY_AFTER_S, add_handlers
 from serve.middleware import guard
 from serve.replicas import Checkpoint
-from serve.routes import cohere, embeddings, index, rerank, search, system
+from serve.routes import cohere, embeddings, index, page, rerank, search, system
 from serve.settings import Limits, Service
 from umarvel_ray import __version__
 
@@ -24,7 +24,7 @@ def make_app(backend: Backend | None, limits: Limits, keys: Keys) -> FastAPI:
     )
     app.state.backend = backend
     add_handlers(app)
-    for module in (embeddings, cohere, rerank, search, index, system):
+    for module in (embeddings, cohere, rerank, search, index, system, page):
         app.include_router(module.router, responses=REFUSALS)
     guard(app, limits, keys)
     return app

@@ -117,6 +117,13 @@ def running() -> bool:
     return application is not None and application.status == "RUNNING"
 
 
+def is_healthy(address: str) -> bool:
+    try:
+        return call(f"{address}/health")[0] == 200
+    except OSError:  # no proxy, or one that knows no routes yet
+        return False
+
+
 TWO = {name: {"num_replicas": 2} for name in ("Ingress", "EmbedderDeployment", "SearchDeployment")}
 
 
@@ -128,7 +135,7 @@ def test_killed_processes_and_a_new_model(address, run, other_run):
         Embedder.from_pretrained(folder / "checkpoints" / "distillation").encode_query(QUERIES)
         for folder in (run, other_run)
     )
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=5)
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=20)
     seen = []
 
     def ask(number: int) -> None:
@@ -157,7 +164,9 @@ def test_killed_processes_and_a_new_model(address, run, other_run):
         os.kill(processes("ServeReplica.*Ingress")[0], signal.SIGKILL)
         wait_until(lambda: replicas("Ingress") == 2)
         os.kill(processes("ProxyActor")[0], signal.SIGKILL)
-        time.sleep(10)
+        time.sleep(1)
+        wait_until(lambda: is_healthy(address))
+        time.sleep(1)
     assert raised == []
 
     seen.clear()
