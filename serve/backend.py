@@ -79,7 +79,7 @@ class Backend:
     @property
     def reranker(self) -> RemoteModel[PairEncoders]:
         """Raises: NotServed."""
-        return _part(self._reranker, "reranker")
+        return _part(self._reranker, "a reranker", "reranker")
 
     @property
     def models(self) -> list[RemoteModel]:
@@ -150,7 +150,7 @@ class Backend:
             BadItem: the query.
             NotServed: without an index, or a reranker to `rerank` with.
         """
-        search = _part(self._search, "index")
+        search = _part(self._search, "an index", "index")
         reranker = self.reranker if rerank else None
         depth = max(top_k, RERANK_DEPTH) if reranker else top_k
 
@@ -186,17 +186,17 @@ class Backend:
             ]
             return embedded, await self._commit(held, [record(at, documents[at].item, one.vector) for at, one in kept])
 
-        _part(self._writer, "live")
+        _part(self._writer, "a folder for new documents", "live")
         return await self.embedder.through_updates(work)
 
     async def delete(self, ids: Sequence[str]) -> Committed:
         """Raises: NotServed: nothing can be written."""
-        _part(self._writer, "live")
+        _part(self._writer, "a folder for new documents", "live")
         return await self.embedder.through_updates(lambda held: self._commit(held, [Delete(id_) for id_ in ids]))
 
     async def index_size(self) -> tuple[int, int]:
         """Documents, and the last commit's number, as a replica sees them. Raises: NotServed."""
-        search = _part(self._search, "index")
+        search = _part(self._search, "an index", "index")
         return await ask(lambda: search.size.remote(), self._index_budget)
 
     @property
@@ -260,12 +260,9 @@ def _caught(make: Callable[..., Made], *given: Any) -> Made | BadItem:
         return error
 
 
-def _part(part: Made | None, name: str) -> Made:
+def _part(part: Made | None, what: str, field: str) -> Made:
     if part is None:
-        article = "an" if name == "index" else "a"
-        raise NotServed(
-            f"this service runs without {article} {name}; set UMARVEL_{name.upper()} or `{name}` in config.yaml"
-        )
+        raise NotServed(f"this service runs without {what}; set UMARVEL_{field.upper()} or `{field}` in config.yaml")
     return part
 
 
