@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-sys.path.append(sys.path.pop(0))  # else `serve` is this file
+HERE = Path(__file__).resolve().parent
+if sys.path[0] == str(HERE):  # then `serve` would be this file, here and in Ray's workers
+    os.chdir(HERE.parent)
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.serve", *sys.argv[1:]])
+sys.path.append(str(HERE))
 
 import numpy as np
 import torch
