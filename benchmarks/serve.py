@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Serving mixed items over HTTP, side by side on the CPU: our service, a plain deployment, and the library in-process.
 
 - raw: `Embedder.encode_document` in a process without a server, all items in one call;
@@ -31,6 +32,10 @@ if sys.path[0] == str(HERE):  # then `serve` would be this file, here and in Ray
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.serve", *sys.argv[1:]])
 sys.path.append(str(HERE))
 
+from umarvel_ray.ray_session import prepare_environment, start_ray
+
+prepare_environment()  # before ray is imported
+
 import numpy as np
 import torch
 from bench_model import RESULTS, SETTINGS, SHAPE, ItemMaker, arguments, machine, make_model
@@ -42,7 +47,6 @@ from serve.settings import Service
 from umarvel_ray import Embedder
 from umarvel_ray.model.checkpoint import save_checkpoint
 from umarvel_ray.model.embedding_model import EmbeddingModel
-from umarvel_ray.ray_session import start_ray
 
 GROUP, CLIENTS, SINGLES = 16, 4, 32
 OPEN_SHARE = 0.6
