@@ -99,15 +99,13 @@ def percentiles(latencies: list[float]) -> dict[str, float]:
 def batch_fill(address: str) -> dict[str, float]:
     """Requests and tokens of a mean batch since the service started, by its /metrics."""
     page = urllib.request.urlopen(f"{address}/metrics").read().decode().splitlines()
-    sums = {}
+    sums = dict.fromkeys(("umarvel_batches", "umarvel_batch_requests", "umarvel_batch_tokens"), 0.0)
     for line in page:
-        for name in ("requests", "tokens"):
-            for part in ("sum", "count"):
-                if line.startswith(f"ray_umarvel_batch_{name}_{part}"):
-                    sums[name, part] = sums.get((name, part), 0) + float(line.rsplit(" ", 1)[1])
-    return {
-        name: sums[name, "sum"] / sums[name, "count"] for name in ("requests", "tokens") if sums.get((name, "count"))
-    }
+        for name in sums:
+            if line.startswith((f"ray_{name}{{", f"ray_{name}_total{{")):
+                sums[name] += float(line.rsplit(" ", 1)[1])
+    batches = sums["umarvel_batches"]
+    return {name: sums[f"umarvel_batch_{name}"] / batches for name in ("requests", "tokens")}
 
 
 def main(items: int = 192, rounds: int = 2) -> None:

@@ -1,1 +1,6 @@
-"""The HTTP service: one FastAPI ingress in front of the embedder, the reranker and search, on Ray Serve."""
+"""The HTTP service: an app on Ray Serve (app.py), its routes, its search page, its config."""
+
+import os
+
+# Before torch is imported: else its threads, while they wait, take turns of the cores that the ingress needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -7,11 +7,13 @@ vector does not depend on its companions (DESIGN rule 1), so every answer equals
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from ray import serve
-from ray.serve.metrics import Histogram
+from ray.serve.metrics import Counter
 
 from serve.settings import Runtime
 from umarvel_ray.model.embedder import Embedder
@@ -21,7 +23,9 @@ from umarvel_ray.model.reranker import Reranker
 
 SLOT_TOKENS = 64
 SLOTS = 64  # a batch is full at 4,096 tokens; each request takes a slot or more, so a batch is at most 64 requests
-BATCH_WAIT_S = 0.005
+BATCH_WAIT_S = 0.001  # an idle model need not wait: what comes while it runs is the next batch
+
+Answer = TypeVar("Answer")
 
 Checkpoint = dict[str, Any]  # what `describe` returns: path, settings, identity
 
@@ -32,6 +36,17 @@ class OtherModel(Exception):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         self.checkpoint = checkpoint
+
+
+class OneThread:
+    """Runs a model beside the event loop, one call after another. Always the same thread: each that calls PyTorch keeps
+    a pool of workers of its own."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    async def run(self, work: Callable[..., Answer], *given: Any) -> Answer:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
 
 
 def batch_slots(requests: list[list[EncodedItem]]) -> int:
@@ -55,9 +70,10 @@ class EmbedderDeployment:
         self._checkpoint = checkpoint
         self._embedder = Embedder.from_pretrained(checkpoint["path"], runtime.device, runtime.dtype)
         self._embedder.encode_query(["warm-up"])
-        sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-        self._requests = Histogram("umarvel_batch_requests", "requests that shared a batch", sizes)
-        self._tokens = Histogram("umarvel_batch_tokens", "tokens of a batch", [SLOT_TOKENS * size for size in sizes])
+        self._runner = OneThread()
+        self._batches = Counter("umarvel_batches", "batches that the embedder has run")
+        self._requests = Counter("umarvel_batch_requests", "requests in them")
+        self._tokens = Counter("umarvel_batch_tokens", "tokens in them")
 
     async def encode(self, identity: str, items: list[EncodedItem]) -> np.ndarray:
         """Unit vectors, float32 (n, d). Raises: see `check_identity`."""
@@ -67,9 +83,10 @@ class EmbedderDeployment:
     @serve.batch(max_batch_size=SLOTS, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=batch_slots)
     async def _encode_batch(self, requests: list[list[EncodedItem]]) -> list[np.ndarray]:
         everything = [item for items in requests for item in items]
-        self._requests.observe(len(requests))
-        self._tokens.observe(sum(item.length for item in everything))
-        vectors = await asyncio.to_thread(self._embedder.encode, everything)
+        self._batches.inc()
+        self._requests.inc(len(requests))
+        self._tokens.inc(sum(item.length for item in everything))
+        vectors = await self._runner.run(self._embedder.encode, everything)
         ends = np.cumsum([len(items) for items in requests])
         return np.split(vectors, ends[:-1])
 
@@ -83,10 +100,9 @@ class RerankerDeployment:
         self._checkpoint = checkpoint
         self._reranker = Reranker.from_pretrained(checkpoint["path"], runtime.device, runtime.dtype)
         self._reranker.score("warm-up", ["warm-up"])
-        self._turn = asyncio.Lock()
+        self._runner = OneThread()
 
     async def score(self, identity: str, query: EncodedPair, documents: list[EncodedPair]) -> np.ndarray:
         """P(yes) per document, float32 (n,). Raises: see `check_identity`."""
         check_identity(self._checkpoint, identity)
-        async with self._turn:
-            return await asyncio.to_thread(self._reranker.score_encoded, query, documents)
+        return await self._runner.run(self._reranker.score_encoded, query, documents)
