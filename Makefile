@@ -51,7 +51,7 @@ $(VENV)/speed: requirements-speed.lock $(STAMP)
 
 bench: demo $(VENV)/.bench $(VENV)/speed
 	@set -e; for script in controls peer seeds; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py; done
-	@set -e; for script in embed train rerank; do echo "== $$script"; \
+	@set -e; for script in embed train rerank serve index precision; do echo "== $$script"; \
 		PYTHONPATH=$(VENV)/speed $(BIN)/python benchmarks/$$script.py; done
 
 clean:
