@@ -17,12 +17,20 @@ from ray.autoscaler._private.resource_demand_scheduler import _default_utilizati
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from serve.app import EmbedderDeployment, Ingress, RerankerDeployment, SearchDeployment, Service, build
+from serve.app import (
+    EmbedderDeployment,
+    Ingress,
+    RerankerDeployment,
+    SearchDeployment,
+    Service,
+    WriterDeployment,
+    build,
+)
 from umarvel_ray.recipe import SHIPPED, Cluster, load_recipe
 
 REPO = Path(__file__).resolve().parent.parent
 CLUSTER = REPO / "cluster"
-DEPLOYMENTS = (Ingress, EmbedderDeployment, RerankerDeployment, SearchDeployment)
+DEPLOYMENTS = (Ingress, EmbedderDeployment, RerankerDeployment, SearchDeployment, WriterDeployment)
 
 
 def read(name: str) -> dict:
@@ -78,7 +86,7 @@ def replica_demands(application: dict) -> list[dict]:
 def check_application(application: dict) -> None:
     module, function = application["import_path"].split(":")
     assert getattr(importlib.import_module(module), function) is build
-    assert set(Service.model_validate(application["args"]).model_fields_set) == set(Service.model_fields)
+    Service.model_validate(application["args"])  # refuses names it does not know
 
 
 def test_ray_up_accepts_aws():
@@ -135,7 +143,9 @@ def test_rayservice_is_a_serve_config_whose_replicas_fit():
     assert {given["name"] for given in application["deployments"]} == {deployment.name for deployment in DEPLOYMENTS}
     assert unplaced(kuberay_config(manifest), replica_demands(application)) == []
     mount = mount_of(manifest["spec"]["rayClusterConfig"])
-    assert all(Path(application["args"][name]).is_relative_to(mount) for name in ("embedder", "reranker", "index"))
+    assert all(
+        Path(application["args"][name]).is_relative_to(mount) for name in ("embedder", "reranker", "index", "live")
+    )
 
 
 def test_serve_config_fits_two_cores():
@@ -150,7 +160,7 @@ def test_rayservice_serves_what_rayjob_writes():
     run_dir = load_recipe("demo", shlex.split(read("cluster/rayjob.yaml")["spec"]["entrypoint"])[4:]).run_dir
     [application] = yaml.safe_load(read("cluster/rayservice.yaml")["spec"]["serveConfigV2"])["applications"]
     [local] = read("serve/config.yaml")["applications"]
-    for name in ("embedder", "reranker", "index"):
+    for name in ("embedder", "reranker", "index", "live"):
         assert Path(application["args"][name]).relative_to(run_dir) == Path(local["args"][name]).relative_to(
             "runs/demo"
         )

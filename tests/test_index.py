@@ -45,13 +45,14 @@ def test_recall_of_an_approximate_index_is_counted_right(corpus):
 def test_built_from_shards(corpus, tmp_path, capsys):
     ids, vectors, queries = corpus
     shards = tmp_path / "embeddings"
-    open_output(shards, {"test": 1}, 2)
+    open_output(shards, {"checkpoint": "the model's"}, 2)
     write_shard(shards, 0, embedding_table(ids[:2000], vectors[:2000]), [])
     write_shard(shards, 1, embedding_table(ids[2000:], vectors[2000:]), [("bad", "no picture")])
     close_output(shards, 3001)
     build_index(shards, tmp_path / "index", queries=queries)
     assert "recall@10 against exact search 1.0000" in capsys.readouterr().out
     assert open_index(tmp_path / "index").search(queries, 3)[1] == exact_ids(ids, vectors, queries, 3)
+    assert open_index(tmp_path / "index").checkpoint == "the model's"
 
 
 def test_more_than_there_is(corpus):
@@ -77,6 +78,6 @@ def test_errors_are_one_line(corpus, tmp_path):
         open_index(tmp_path)
     (tmp_path / "ids.json").write_text('["only one"]')
     make_index(ids, vectors).save(tmp_path / "other")
-    (tmp_path / "other" / "ids.json").write_text('["only one"]')
+    (tmp_path / "other" / "ids.json").write_text('{"checkpoint": null, "ids": ["only one"]}')
     with pytest.raises(UserError, match="1 ids for 3000"):
         open_index(tmp_path / "other")

@@ -47,4 +47,4 @@ def read_embeddings(folder: str | Path) -> Embeddings:
 
 def embedder_of(folder: str | Path) -> str | None:
     """Identity of the checkpoint (see `describe`) that a finished embed job used; None where there is none."""
-    return read_manifest(Path(folder))["plan"]["checkpoint"] if is_complete(Path(folder)) else None
+    return read_manifest(Path(folder))["plan"].get("checkpoint") if is_complete(Path(folder)) else None
