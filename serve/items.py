@@ -88,17 +88,12 @@ class VideoPart(Body):
 Part = Annotated[TextPart | ImagePart | VideoPart, Discriminator("type")]
 
 
-def item_of_parts(parts: Sequence[Part], instruction: str | None = None) -> Item:
+def item_of_parts(parts: Sequence[Part]) -> Item:
     """The item that content parts describe: texts joined by line breaks, all pictures, the last video."""
     texts = [part.text for part in parts if isinstance(part, TextPart)]
     images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
     videos = [part.video_url.url for part in parts if isinstance(part, VideoPart)]
-    return Item(
-        text="\n".join(texts) or None,
-        image=images or None,
-        video=videos[-1] if videos else None,
-        instruction=instruction,
-    )
+    return Item(text="\n".join(texts) or None, image=images or None, video=videos[-1] if videos else None)
 
 
 def place(name: str, index: int | None) -> str:
