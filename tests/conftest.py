@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -51,3 +52,20 @@ def shared_dir() -> Path:
     if not directory.is_dir():
         pytest.skip("no ../shared beside the checkout")
     return directory
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base, tmp_path_factory) -> Path:
+    """A run folder with tiny random checkpoints, a corpus and its embeddings, as the pipeline leaves it."""
+    from tests.tiny_run import make_run
+
+    return make_run(tiny_base, tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster) -> Iterator[str]:
+    """Ray Serve on loopback, without an application."""
+    from tests.served import serve_address
+
+    with serve_address() as address:
+        yield address

@@ -15,8 +15,8 @@ from PIL import Image
 from ray import serve
 
 from serve.app import build
-from tests.served import call, serve_address, service_of
-from tests.tiny_run import TEXTS, make_run, picture
+from tests.served import call, service_of
+from tests.tiny_run import TEXTS, picture
 from umarvel_ray.data.tables import DEMO
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it is in the extra `dev`")
@@ -42,17 +42,6 @@ TRANSFER = """([name, type, content]) => {
   transfer.items.add(new File([bytes], name, { type }));
   return transfer;
 }"""
-
-
-@pytest.fixture(scope="module")
-def run(tiny_base, tmp_path_factory):
-    return make_run(tiny_base, tmp_path_factory.mktemp("runs") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def address(ray_cluster):
-    with serve_address() as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

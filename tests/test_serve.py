@@ -23,8 +23,8 @@ from serve.auth import Keys
 from serve.ingress import Ingress
 from serve.replicas import SLOT_TOKENS, SLOTS, EmbedderDeployment, batch_slots
 from serve.settings import Service
-from tests.served import call, serve_address, service_of
-from tests.tiny_run import TEXTS, make_run, picture
+from tests.served import call, service_of
+from tests.tiny_run import TEXTS, picture
 from umarvel_ray.errors import UserError
 from umarvel_ray.mine.embed import describe
 from umarvel_ray.model.embedder import Embedder
@@ -77,19 +77,8 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def run(tiny_base, tmp_path_factory):
-    return make_run(tiny_base, tmp_path_factory.mktemp("runs") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def service(run) -> Service:
     return service_of(run)
-
-
-@pytest.fixture(scope="module")
-def address(ray_cluster):
-    with serve_address() as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

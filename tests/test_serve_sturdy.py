@@ -18,7 +18,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from tests.served import call, serve_address, service_of
+from tests.served import call, service_of
 from tests.tiny_run import TEXTS, make_run
 from umarvel_ray.model.embedder import Embedder
 
@@ -28,23 +28,12 @@ QUERIES = [f"{' '.join(TEXTS[: 1 + i % 5])} {i}" for i in range(40)]
 
 
 @pytest.fixture(scope="module")
-def run(tiny_base, tmp_path_factory) -> Path:
-    return make_run(tiny_base, tmp_path_factory.mktemp("runs") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def other_run(tmp_path_factory) -> Path:
     """The same recipe, other weights."""
     from tests.tiny import make_tiny_base
 
     base = make_tiny_base(tmp_path_factory.mktemp("other_base"), seed=1)
     return make_run(base, tmp_path_factory.mktemp("runs") / "other")
-
-
-@pytest.fixture(scope="module")
-def address(ray_cluster):
-    with serve_address() as address:
-        yield address
 
 
 @contextmanager
