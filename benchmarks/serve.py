@@ -3,13 +3,15 @@
 
 - raw: `Embedder.encode_document` in a process without a server, all items in one call;
 - ours: the service of serve/config.yaml without reranker and index, its cache off;
-- plain: a `@serve.deployment` that does the same for one request at a time.
+- plain: a `@serve.deployment` that does the same for one request at a time;
+- empty: two deployments, one asking the other, that read a request and do nothing: what Serve itself takes.
 
 The client is another process (serve_load.py). One round after another: requests of 16 items from 4 clients; single
-items from 32 clients; single items arriving at random at 60 % of the raw rate (open loop); short texts one by one,
-against the model's own time for the same texts.
+items from 32 clients; short texts one by one, against the model's own time for the same texts. Then single items
+arriving at random at 60 % of the raw rate (open loop).
 
-    python benchmarks/serve.py [items=192] [rounds=2]       → benchmarks/results/serve.json
+    python benchmarks/serve.py [items=192] [rounds=3]       → benchmarks/results/serve.json
+    RAY_SERVE_ENABLE_HA_PROXY=1 python benchmarks/serve.py  → benchmarks/results/serve-haproxy.json
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ import numpy as np
 import torch
 from bench_model import RESULTS, SETTINGS, SHAPE, ItemMaker, arguments, machine, make_model
 from ray import serve as ray_serve
+from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 
 from serve.app import build
@@ -70,6 +73,21 @@ class Plain:
             if "image" in item:
                 item["image"] = base64.b64decode(item["image"].partition(",")[2])
         return {"data": [{"embedding": vector.tolist()} for vector in self._embedder.encode_document(items)]}
+
+
+@ray_serve.deployment(ray_actor_options={"num_cpus": 0.1})
+class Nothing:
+    async def __call__(self, items: list) -> int:
+        return len(items)
+
+
+@ray_serve.deployment(max_ongoing_requests=100, ray_actor_options={"num_cpus": 0.1})
+class Empty:
+    def __init__(self, behind: DeploymentHandle) -> None:
+        self._behind = behind
+
+    async def __call__(self, request: Request) -> int:
+        return await self._behind.remote((await request.json())["input"])
 
 
 def body(items: list[dict[str, str]]) -> str:
@@ -108,7 +126,7 @@ def batch_fill(address: str) -> dict[str, float]:
     return {name: sums[f"umarvel_batch_{name}"] / batches for name in ("requests", "tokens")}
 
 
-def main(items: int = 192, rounds: int = 2) -> None:
+def main(items: int = 192, rounds: int = 3) -> None:
     with tempfile.TemporaryDirectory() as name, start_ray():
         folder = Path(name)
         maker = ItemMaker(folder / "pictures")
@@ -120,7 +138,8 @@ def main(items: int = 192, rounds: int = 2) -> None:
         address = f"http://127.0.0.1:{PORT}"
         ray_serve.run(build(Service(embedder=str(checkpoint), cache_mb=0)), name="ours", route_prefix="/")
         ray_serve.run(Plain.bind(str(checkpoint)), name="plain", route_prefix="/plain")
-        ours, plain = f"{address}/v1/embeddings", f"{address}/plain"
+        ray_serve.run(Empty.bind(Nothing.bind()), name="empty", route_prefix="/empty")
+        ours, plain, empty = f"{address}/v1/embeddings", f"{address}/plain", f"{address}/empty"
         groups = [body(given[start : start + GROUP]) for start in range(0, items, GROUP)]
         singles = [body([item]) for item in given]
         texts = [maker.short_text() for _ in range(SMALL)]
@@ -128,6 +147,8 @@ def main(items: int = 192, rounds: int = 2) -> None:
 
         rates: dict[str, list[float]] = {name: [] for name in ("raw", "ours, 16", "ours, 1", "plain, 1", "plain, 16")}
         latencies: dict[str, list[float]] = {}
+        small = [body([{"text": text}]) for text in texts]
+        own: list[float] = []
         for _ in range(rounds):
             begin = time.perf_counter()
             raw.encode_document(given)
@@ -144,20 +165,19 @@ def main(items: int = 192, rounds: int = 2) -> None:
                 rates[side].append(items / done["seconds"])
                 latencies.setdefault(side, []).extend(done["latencies"])
                 print(f"  {side}: {rates[side][-1]:.1f} items/s", flush=True)
+            for side, url in (("a text, ours", ours), ("a text, empty", empty)):
+                latencies.setdefault(side, []).extend(load(url, small, folder, clients=1)["latencies"])
+            for text in texts:
+                begin = time.perf_counter()
+                raw.encode_document([text])
+                own.append(time.perf_counter() - begin)
         fill = batch_fill(address)
         rate = OPEN_SHARE * statistics.median(rates["raw"])
         for side, url in (("ours, open loop", ours), ("plain, open loop", plain)):
             done = load(url, singles, folder, per_second=rate)
             latencies[side] = done["latencies"]
-        alone = load(ours, [body([{"text": text}]) for text in texts], folder, clients=1)["latencies"]
-        own = []
-        for text in texts:
-            begin = time.perf_counter()
-            raw.encode_document([text])
-            own.append(time.perf_counter() - begin)
-        overhead = 1000 * (statistics.median(alone) - statistics.median(own))
         ray_serve.shutdown()
-    report(items, rates, latencies, fill, overhead, 1000 * statistics.median(own))
+    report(items, rates, latencies, fill, 1000 * statistics.median(own))
 
 
 def check_answers(url: str, sent: str, expected: np.ndarray) -> None:
@@ -171,7 +191,6 @@ def report(
     rates: dict[str, list[float]],
     latencies: dict[str, list[float]],
     fill: dict,
-    overhead: float,
     own: float,
 ) -> None:
     def ratio(side: str, other: str) -> float:
@@ -191,13 +210,15 @@ def report(
         print(f"| {side} | " + " | ".join(cells) + " |")
     for name, value in ratios.items():
         print(f"{name}: {value:.2f}" + (f" (wanted {WANTED[name]})" if name in WANTED else ""))
-    print(
-        f"a short text alone: {own:.1f} ms in the model, {overhead:.1f} ms more by HTTP (wanted {WANTED_OVERHEAD_MS})"
-    )
+    ours, empty = (took[f"a text, {side}"]["p50_ms"] for side in ("ours", "empty"))
+    print(f"a short text alone: {own:.1f} ms in the model, {ours - own:.1f} more by HTTP (wanted {WANTED_OVERHEAD_MS})")
+    print(f"an empty request: {empty:.1f} ms in Serve")
     print(f"a mean batch: {fill}")
+    file = "serve-haproxy" if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else "serve"
     figures = {"machine": machine(), "setting": SHAPE, "items": items, "rates": rates, "latency": took,
-               "ratios": ratios, "wanted": WANTED, "batch": fill, "overhead_ms": overhead, "model_ms": own}  # fmt: skip
-    (RESULTS / "serve.json").write_text(json.dumps(figures, indent=1) + "\n")
+               "ratios": ratios, "wanted": WANTED, "batch": fill,
+               "model_ms": own, "overhead_ms": ours - own, "empty_ms": empty}  # fmt: skip
+    (RESULTS / f"{file}.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

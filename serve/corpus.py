@@ -12,7 +12,7 @@ import numpy as np
 from ray import serve
 
 from serve.errors import Busy
-from serve.replicas import Checkpoint, check_identity
+from serve.replicas import Checkpoint, OneThread, check_identity
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.corpus import Corpus, Hit, cut
 from umarvel_ray.index.live import LiveIndex
@@ -108,17 +108,18 @@ class WriterDeployment:
         corpus, self._dimension = open_base(checkpoint, index, data)
         ids = corpus.index.ids if corpus else ()
         self._writer = IndexWriter.open(live, checkpoint["identity"], self._dimension, ids, wait_s=LOCK_WAIT_S)
-        self._compacting = threading.Lock()
+        self._runner, self._compacting = OneThread(), threading.Lock()
 
     async def commit(self, identity: str, records: list[Record]) -> Committed:
         """Durable when it returns. Raises: see `check_identity`."""
         check_identity(self._checkpoint, identity)
+        await self._runner.idle()
         return await self._commit(records)
 
-    @serve.batch(max_batch_size=COMMIT_SLOTS, batch_wait_timeout_s=0.002, batch_size_fn=commit_slots)
+    @serve.batch(max_batch_size=COMMIT_SLOTS, batch_wait_timeout_s=0, batch_size_fn=commit_slots)
     async def _commit(self, requests: list[list[Record]]) -> list[Committed]:
         everything = [self._cut(record) for records in requests for record in records]
-        done = await asyncio.to_thread(self._writer.commit, everything)
+        done = await self._runner.run(self._writer.commit, everything)
         if self._writer.needs_compaction and not self._compacting.locked():
             threading.Thread(target=self._compact, daemon=True).start()
         existed = iter(done.existed)

@@ -93,7 +93,7 @@ class RemoteModel(Generic[Encoder]):
             try:
                 return await work(held)
             except OtherModel as error:
-                other = error.cause.checkpoint
+                other = error.checkpoint
                 if held is self.held and other["identity"] != held.identity:
                     self.held = self._known.get(other["identity"]) or Held(
                         other, await asyncio.to_thread(self._load, other)

@@ -21,9 +21,9 @@ from umarvel_ray.model.items import EncodedItem
 from umarvel_ray.model.pairs import EncodedPair
 from umarvel_ray.model.reranker import Reranker
 
+REPLICAS = 2  # of the embedder: on a CPU one keeps the cores busy where the other is single-threaded
 SLOT_TOKENS = 64
 SLOTS = 64  # a batch is full at 4,096 tokens; each request takes a slot or more, so a batch is at most 64 requests
-BATCH_WAIT_S = 0.001  # an idle model need not wait: what comes while it runs is the next batch
 
 Answer = TypeVar("Answer")
 
@@ -39,14 +39,26 @@ class OtherModel(Exception):
 
 
 class OneThread:
-    """Runs a model beside the event loop, one call after another. Always the same thread: each that calls PyTorch keeps
-    a pool of workers of its own."""
+    """Runs work beside the event loop, one call after another. Always the same thread: each that calls PyTorch keeps a
+    pool of workers of its own."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def run(self, work: Callable[..., Answer], *given: Any) -> Answer:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
+        self._idle.clear()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
+        finally:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no work is done. Serve closes a batch some time after its first request has come, even if the
+        batch before it still runs; requests that wait here first, for no time at all when nothing runs, are let into
+        Serve's queue together and become one batch."""
+        await self._idle.wait()
 
 
 def batch_slots(requests: list[list[EncodedItem]]) -> int:
@@ -61,12 +73,17 @@ def check_identity(checkpoint: Checkpoint, identity: str) -> None:
         raise OtherModel(checkpoint)
 
 
-@serve.deployment(max_ongoing_requests=2 * SLOTS, max_queued_requests=4 * SLOTS, ray_actor_options={"num_cpus": 0.5})
+@serve.deployment(
+    num_replicas=REPLICAS,
+    max_ongoing_requests=2 * SLOTS,
+    max_queued_requests=4 * SLOTS,
+    ray_actor_options={"num_cpus": 0.25},
+)
 class EmbedderDeployment:
     """The embedding model; concurrent requests are batched by tokens."""
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime) -> None:
-        runtime.set_threads()
+        runtime.set_threads(REPLICAS)
         self._checkpoint = checkpoint
         self._embedder = Embedder.from_pretrained(checkpoint["path"], runtime.device, runtime.dtype)
         self._embedder.encode_query(["warm-up"])
@@ -78,9 +95,10 @@ class EmbedderDeployment:
     async def encode(self, identity: str, items: list[EncodedItem]) -> np.ndarray:
         """Unit vectors, float32 (n, d). Raises: see `check_identity`."""
         check_identity(self._checkpoint, identity)
+        await self._runner.idle()
         return await self._encode_batch(items)
 
-    @serve.batch(max_batch_size=SLOTS, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=batch_slots)
+    @serve.batch(max_batch_size=SLOTS, batch_wait_timeout_s=0, batch_size_fn=batch_slots)
     async def _encode_batch(self, requests: list[list[EncodedItem]]) -> list[np.ndarray]:
         everything = [item for items in requests for item in items]
         self._batches.inc()

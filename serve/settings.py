@@ -20,9 +20,10 @@ class Runtime(NamedTuple):
     dtype: str
     threads: int | None
 
-    def set_threads(self) -> None:
-        """Ray gives an actor's PyTorch as many threads as the logical CPUs it asked for, which says little."""
-        torch.set_num_threads(self.threads or os.cpu_count() or 1)
+    def set_threads(self, replicas: int = 1) -> None:
+        """Ray gives an actor's PyTorch as many threads as the logical CPUs it asked for, which says little. By default
+        a deployment's replicas share the cores."""
+        torch.set_num_threads(self.threads or max(1, (os.cpu_count() or 1) // replicas))
 
 
 class Limits(BaseModel):
@@ -74,7 +75,7 @@ class Service(BaseModel):
     live: str | None = None  # folder of the documents that clients add; without it the index is read-only
     device: str = "cpu"
     dtype: str = "float32"
-    threads: int | None = Field(None, ge=1)  # of each model replica on a CPU; by default all cores
+    threads: int | None = Field(None, ge=1)  # of a model replica on a CPU; by default the embedder's share the cores
     rerank_weight: float = 1.0  # search score = cosine + weight · P(yes); evaluation prints the one it chose
     cache_mb: int = Field(256, ge=0)  # embeddings of items seen before, in each ingress replica
     keys: str | None = None  # file of API keys, beside UMARVEL_API_KEYS; without any the service is open to all

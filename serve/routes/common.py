@@ -13,7 +13,7 @@ from serve.errors import BadItem, NotServed
 from serve.remote_model import RemoteModel
 
 
-def _backend(request: Request) -> Backend:
+async def _backend(request: Request) -> Backend:  # FastAPI runs what is not async in a thread
     return request.app.state.backend
 
 
