@@ -34,7 +34,11 @@ serve: setup
 test: setup lint
 	@$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup lint
+$(VENV)/clients: requirements-clients.lock $(STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check -qq --no-deps --upgrade --target $@ -r $<
+	@touch $@
+
+test-all: setup lint $(VENV)/clients
 	@$(BIN)/python -m pytest
 
 lint: setup
