@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from ray import serve
 
-from serve.errors import Busy
+from serve.errors import NotSeen
 from serve.replicas import Checkpoint, OneThread, check_identity
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.corpus import Corpus, Hit, cut
@@ -67,14 +67,14 @@ class SearchDeployment:
             after: number of the commit that the answer must have seen.
 
         Raises:
-            Busy: this replica has not seen it in `AFTER_S`.
+            NotSeen: this replica has not come to it in `AFTER_S`.
             OtherModel: see `check_identity`.
         """
         check_identity(self._checkpoint, identity)
         deadline = time.monotonic() + AFTER_S
         while self._index.sequence < after:
             if time.monotonic() > deadline:
-                raise Busy
+                raise NotSeen(after, self._index.sequence)
             await asyncio.sleep(FOLLOW_S / 4)
         return await asyncio.to_thread(self._index.search, cut(vector, self._dimension), top_k, **filters)
 

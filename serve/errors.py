@@ -26,6 +26,14 @@ class Busy(Exception):
     """A deployment's queue is full, or it has no replica that can answer just now."""
 
 
+class NotSeen(Exception):
+    """The index has not come to the commit that an answer must have seen."""
+
+    def __init__(self, after: int, sequence: int) -> None:
+        super().__init__(after, sequence)
+        self.after, self.sequence = after, sequence
+
+
 class NotServed(Exception):
     """A model or a part that this service does not have."""
 
@@ -48,6 +56,7 @@ REFUSALS = {
     400: {"model": RefusalBody, "description": "an item or a body that cannot be used"},
     401: {"model": RefusalBody, "description": "no valid API key"},
     404: {"model": RefusalBody, "description": "a model or part that is not served"},
+    409: {"model": RefusalBody, "description": "a commit that the index has not come to"},
     413: {"model": RefusalBody, "description": "the body is too large"},
     429: {"model": RefusalBody, "description": "too many requests with this key; see Retry-After"},
     503: {"model": RefusalBody, "description": "the service is at its limit; see Retry-After"},
@@ -74,6 +83,11 @@ def add_handlers(app: FastAPI) -> None:
     async def _busy(request: Request, error: Busy) -> JSONResponse:
         body = error_body("the service is at its limit; try again shortly", "overloaded")
         return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
+
+    @app.exception_handler(NotSeen)
+    async def _not_seen(request: Request, error: NotSeen) -> JSONResponse:
+        message = f"after: the index is at commit {error.sequence} and has not seen {error.after}"
+        return JSONResponse(error_body(message, "conflict_error", "after"), 409)
 
     @app.exception_handler(NotServed)
     async def _not_served(request: Request, error: NotServed) -> JSONResponse:

@@ -304,6 +304,9 @@ def test_what_is_added_is_found_and_what_is_deleted_is_not(url, embedder):
     _, last, _ = call(f"{url}/v1/index", restored)
     _, answer, _ = call(f"{url}/v1/search", body | {"after": last["sequence"]})
     assert {result["id"] for result in answer["results"]} == found.keys() - {"n1", "n2"}
+    status, answer, _ = call(f"{url}/v1/search", body | {"after": last["sequence"] + 1})
+    assert (status, answer["error"]["param"]) == (409, "after")
+    assert f"is at commit {last['sequence']}" in answer["error"]["message"]
 
 
 def test_health_when_ready(url):

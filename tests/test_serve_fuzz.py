@@ -29,8 +29,14 @@ def url(address, run, tmp_path_factory):
     return address
 
 
-@pytest.mark.parametrize("key", [None, KEY.partition(":")[2]], ids=["without a key", "with a key"])
-@pytest.mark.parametrize("examples", [10, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("key", "examples"),
+    [
+        (KEY.partition(":")[2], 10),
+        pytest.param(KEY.partition(":")[2], 300, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+        pytest.param(None, 100, marks=pytest.mark.slow),
+    ],
+)
 def test_schemathesis_finds_nothing(url, key, examples, tmp_path):
     """Its own client, in another process: examples, the schema's corners, and generated requests, good and bad."""
     (tmp_path / "openapi.json").write_text(json.dumps(make_app(None, Limits(), Keys()).openapi()))

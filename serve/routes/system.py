@@ -37,7 +37,7 @@ async def models(backend: Served) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
 async def metrics() -> PlainTextResponse:
     """Prometheus' text format: what Ray's agents on all nodes have collected of Ray, Serve and this service."""
     nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"] and node["MetricsExportPort"]]
