@@ -1,8 +1,8 @@
 """Low precision: how fast the demo's checkpoint embeds in fp32, bf16 and int8, and what recall each of them loses.
 
 The same sample of the test split's queries and pools for all three (a CPU without bf16 arithmetic takes many times as
-long with it), so recall is that of small pools: compare it with fp32's alone. int8: the language model's linear layers
-quantised dynamically by PyTorch, on a CPU. The product offers fp32 and bf16.
+long with it), so recall is that of small pools: compare it with fp32's alone. int8: the
+weights of the language model's linear layers.
 
     python benchmarks/precision.py [recipe=demo] [step=distillation] [items=1000]   → benchmarks/results/precision.json
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from local_recall import LocalPools
-from torch import nn
 
 from umarvel_ray import Embedder
 from umarvel_ray.data.sample import sample_queries, with_sampled_pools
@@ -28,16 +27,6 @@ from umarvel_ray.runs import Run
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
 SEED = 0
-
-
-def load(path: Path, precision: str) -> Embedder:
-    """The checkpoint in float32, bfloat16 or int8."""
-    if precision != "int8":
-        return Embedder.from_pretrained(path, dtype=precision)
-    embedder = Embedder.from_pretrained(path)
-    core = embedder.model.backbone.model
-    core.language_model = torch.ao.quantization.quantize_dynamic(core.language_model, {nn.Linear}, dtype=torch.qint8)
-    return embedder
 
 
 def sampled(data: Dataset, split: str, items: int) -> Dataset:
@@ -52,7 +41,7 @@ def main(source: str, step: str, items: int) -> None:
     data = sampled(open_dataset(run.recipe.data), settings.split, items)
     found = {}
     for precision in ("float32", "bfloat16", "int8"):
-        embedder = load(run.checkpoint(step), precision)
+        embedder = Embedder.from_pretrained(run.checkpoint(step), dtype=precision)
         begin = time.perf_counter()
         pools = LocalPools(embedder, data, settings)
         queries = pools.queries()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
@@ -74,7 +74,7 @@ class Service(BaseModel):
     data: str = "builtin:demo"
     live: str | None = None  # folder of the documents that clients add; without it the index is read-only
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     threads: int | None = Field(None, ge=1)  # of a model replica on a CPU; by default the embedder's share the cores
     rerank_weight: float = 1.0  # search score = cosine + weight · P(yes); evaluation prints the one it chose
     cache_mb: int = Field(256, ge=0)  # embeddings of items seen before, in each ingress replica

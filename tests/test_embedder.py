@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import umarvel_ray
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.embedder import WINDOW, Embedder
+from umarvel_ray.model.int8 import quantise
 from umarvel_ray.model.items import ItemEncoder
 from umarvel_ray.recipe import ModelSettings
 
@@ -114,6 +116,27 @@ def test_bfloat16_is_close(tiny_base, embedder):
     vectors = half.encode_query(["a red fox", "boats"])
     assert vectors.dtype == np.float32
     assert (vectors * embedder.encode_query(["a red fox", "boats"])).sum(1).min() > 0.99
+
+
+def test_int8_is_close_smaller_and_as_independent_of_the_batch(tiny_base, embedder, tmp_path):
+    small = Embedder.from_pretrained(tiny_base, dtype="int8", settings=SETTINGS)
+    items = ["a red fox", {"image": Image.new("RGB", (64, 64), "red"), "text": "boats " * 20}, "b"]
+    vectors = small.encode_document(items)
+    assert 0.99 < (vectors * embedder.encode_document(items)).sum(1).min() < 1 - 1e-6
+    alone = np.concatenate([small.encode_document([item]) for item in items])
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
+
+    def size(one: Embedder) -> int:
+        torch.save(one.model.backbone.model.language_model.layers.state_dict(), tmp_path / "layers")
+        return (tmp_path / "layers").stat().st_size
+
+    assert size(small) < 0.5 * size(embedder)
+
+
+def test_int8_without_torchao_is_one_line(tiny_base, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'umarvel-ray\[int8\]'"):
+        quantise(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("generation_prompt", [False, True])

@@ -194,6 +194,9 @@ def test_training_teaches_yes_and_no_and_the_checkpoint_keeps_it(tiny_base, tmp_
     assert after.encoder.max_text_tokens == 64
     loaded = np.stack([after.score(query, DOCUMENTS[:3]) for query in QUERIES])
     np.testing.assert_allclose(loaded, scores, atol=1e-4)
+    small = Reranker.from_pretrained(tmp_path / "reranker", dtype="int8")
+    rounded = np.stack([small.score(query, DOCUMENTS[:3]) for query in QUERIES])
+    assert 1e-6 < np.abs(rounded - scores).max() < 0.05
 
 
 @pytest.mark.parametrize("kind", ["rerank", "contrastive"])

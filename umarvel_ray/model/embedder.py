@@ -15,6 +15,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.model.batch import collate, default_budget, token_buckets
 from umarvel_ray.model.checkpoint import load_settings
 from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.model.int8 import INT8, compute_dtype, quantise
 from umarvel_ray.model.items import EncodedItem, Item, ItemEncoder
 from umarvel_ray.model.losses import truncate
 from umarvel_ray.model.packing import is_packed
@@ -60,20 +61,23 @@ class Embedder:
         """Load a checkpoint. A directory without `umarvel.json` (a base, a released one) needs `settings` or `preset`.
 
         Args:
+            dtype: of PyTorch, or "int8" (see `int8`).
             preset: "reference" for a checkpoint that U-MARVEL's authors released, embedded as their code does.
             generation_prompt: with the preset: their evaluation appends one, their training does not (trap T4).
             truncate_dim: keep so many coordinates of each vector, scaled to unit norm again; for checkpoints that were
                 trained with `matryoshka`.
 
         Raises:
-            UserError: not a checkpoint; missing or truncated files; another preset; no such dimension.
+            UserError: not a checkpoint; missing or truncated files; another preset; no such dimension; no torchao.
         """
         if preset not in (None, "reference"):
             raise UserError(f"preset '{preset}' is not known; the only one is 'reference'")
         if preset:
             settings = ModelSettings.reference(generation_prompt)
         settings = settings or load_settings(path)
-        model = EmbeddingModel.from_pretrained(path, settings, dtype)
+        model = EmbeddingModel.from_pretrained(path, settings, compute_dtype(dtype, device))
+        if dtype == INT8:
+            quantise(model.backbone.model.language_model)
         return cls(model, ItemEncoder.from_pretrained(path, settings), device, truncate_dim)
 
     @property

@@ -23,6 +23,7 @@ from umarvel_ray.model.backbone import load_backbone
 from umarvel_ray.model.batch import token_buckets
 from umarvel_ray.model.checkpoint import PROVENANCE, RERANKER, load_settings, read_provenance
 from umarvel_ray.model.embedding_model import VisionCache
+from umarvel_ray.model.int8 import INT8, compute_dtype, quantise
 from umarvel_ray.model.items import Item
 from umarvel_ray.model.multimodal import last_hidden_state, read_pictures, tower_features
 from umarvel_ray.model.pairs import EncodedPair, PairEncoder, PairTensors, collate_pairs
@@ -149,8 +150,11 @@ class Reranker:
     ) -> Reranker:
         """Load a reranker's checkpoint.
 
+        Args:
+            dtype: of PyTorch, or "int8" (see `int8`).
+
         Raises:
-            UserError: not a checkpoint, or another stage's; missing or truncated files.
+            UserError: not a checkpoint, or another stage's; missing or truncated files; int8 without torchao.
         """
         stage = read_provenance(path).get("stage")
         if stage != RERANKER:
@@ -159,7 +163,10 @@ class Reranker:
             )
         settings = load_settings(path)
         encoder = PairEncoder.from_pretrained(path, settings, settings.max_text_tokens)
-        return cls(RerankerModel.from_pretrained(path, settings, dtype), encoder, device)
+        model = RerankerModel.from_pretrained(path, settings, compute_dtype(dtype, device))
+        if dtype == INT8:
+            quantise(model.backbone.model.language_model)
+        return cls(model, encoder, device)
 
     def score(self, query: Item | str, documents: Sequence[Item | str], token_budget: int = 16384) -> np.ndarray:
         """P(yes) of each document: float32 (n,), in the order given.
