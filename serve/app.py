@@ -33,4 +33,5 @@ def build(args: Service) -> serve.Application:
     where = checkpoints["embedder"], service.index, service.data, service.live
     search = SearchDeployment.bind(*where) if service.index or service.live else None
     writer = WriterDeployment.bind(*where) if service.live else None
-    return Ingress.bind(service, Keys.load(service.keys), checkpoints, embedder, reranker, search, writer)
+    parts = {"embedder": embedder, "reranker": reranker, "search": search, "writer": writer}
+    return Ingress.bind(service, Keys.load(service.keys), checkpoints=checkpoints, **parts)

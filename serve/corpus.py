@@ -12,7 +12,7 @@ import numpy as np
 from ray import serve
 
 from serve.errors import NotSeen
-from serve.replicas import Checkpoint, OneThread, check_identity
+from serve.replicas import Checkpoint, OneThread, check_identity, filled
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.corpus import Corpus, Hit, cut
 from umarvel_ray.index.live import LiveIndex
@@ -92,11 +92,9 @@ class SearchDeployment:
 
 
 def commit_slots(requests: list[list[Record]]) -> int:
-    """How much of a commit these requests fill, each a slot and one for every MiB of pictures."""
-    slots = sum(
-        1 + sum(len(one.image or b"") for one in records if isinstance(one, Add)) // 2**20 for records in requests
-    )
-    return min(slots, COMMIT_SLOTS) if len(requests) == 1 else slots
+    """Each takes a slot and one for every MiB of pictures."""
+    sizes = [sum(len(one.image or b"") for one in records if isinstance(one, Add)) for records in requests]
+    return filled([1 + size // 2**20 for size in sizes], COMMIT_SLOTS)
 
 
 @serve.deployment(max_ongoing_requests=256, max_queued_requests=1024, ray_actor_options={"num_cpus": 0.25})

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import BackpressureConfig
-from ray.serve.handle import DeploymentHandle
 
 from serve.auth import Keys
 from serve.backend import Backend
 from serve.errors import REFUSALS, RETRY_AFTER_S, add_handlers
 from serve.middleware import guard
-from serve.replicas import Checkpoint
 from serve.routes import cohere, embeddings, index, page, rerank, search, system
 from serve.settings import Limits, Service
 from umarvel_ray import __version__
@@ -38,20 +38,11 @@ def make_app(backend: Backend | None, limits: Limits, keys: Keys) -> FastAPI:
 )
 @serve.ingress()
 class Ingress:
-    """One process that reads requests; `args` see `Backend`."""
+    """One process that reads requests; `parts` are what else `Backend` asks for."""
 
-    def __init__(
-        self,
-        service: Service,
-        keys: Keys,
-        checkpoints: dict[str, Checkpoint],
-        embedder: DeploymentHandle,
-        reranker: DeploymentHandle | None,
-        search: DeploymentHandle | None,
-        writer: DeploymentHandle | None,
-    ) -> None:
+    def __init__(self, service: Service, keys: Keys, **parts: Any) -> None:
         self._limits, self._keys = service.limits, keys
-        self._backend = Backend(service, checkpoints, embedder, reranker, search, writer)
+        self._backend = Backend(service, **parts)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_app(self._backend, self._limits, self._keys)

@@ -61,10 +61,14 @@ class OneThread:
         await self._idle.wait()
 
 
+def filled(slots: list[int], most: int) -> int:
+    """How much of a batch of `most` slots the requests fill that take so many each. One larger than a batch counts as a
+    full one: it runs alone, where Serve would refuse it."""
+    return min(slots[0], most) if len(slots) == 1 else sum(slots)
+
+
 def batch_slots(requests: list[list[EncodedItem]]) -> int:
-    """How much of a batch these requests fill. A request larger than a batch counts as a full one: it runs alone."""
-    slots = sum(-(-sum(item.length for item in items) // SLOT_TOKENS) for items in requests)
-    return min(slots, SLOTS) if len(requests) == 1 else slots
+    return filled([-(-sum(item.length for item in items) // SLOT_TOKENS) for items in requests], SLOTS)
 
 
 def check_identity(checkpoint: Checkpoint, identity: str) -> None:

@@ -363,10 +363,13 @@ class Late:
 def test_starting_overload_and_missing_parts(url, service, embedder, tmp_path):
     """A second application: a late part, no index, and an embedder with room for two requests."""
     reranker, service = service.reranker, service.model_copy(update={"reranker": None, "index": None, "live": None})
-    small = EmbedderDeployment.options(max_ongoing_requests=1, max_queued_requests=1)
+    small = EmbedderDeployment.options(num_replicas=1, max_ongoing_requests=1, max_queued_requests=1)
     checkpoints = {"embedder": describe(service.embedder), "reranker": describe(reranker)}
     model = small.bind(checkpoints["embedder"], service.runtime)
-    app = Ingress.bind(service, Keys(), checkpoints, model, Late.bind(str(tmp_path / "gate")), None, None)
+    late = Late.bind(str(tmp_path / "gate"))
+    app = Ingress.bind(
+        service, Keys(), checkpoints=checkpoints, embedder=model, reranker=late, search=None, writer=None
+    )
     target = serve.RunTarget(target=app, name="small", route_prefix="/small")
     serve.run_many([target], wait_for_applications_running=False)
 
