@@ -133,10 +133,16 @@ def test_int8_is_close_smaller_and_as_independent_of_the_batch(tiny_base, embedd
     assert size(small) < 0.5 * size(embedder)
 
 
-def test_int8_without_torchao_is_one_line(tiny_base, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'umarvel-ray\[int8\]'"):
-        quantise(nn.Linear(2, 2))
+def test_int8_weights_are_half_a_step_from_the_original():
+    linear = nn.Linear(40, 24)
+    with torch.no_grad():
+        linear.weight[3] = 0
+    given, exact = torch.randn(5, 40), linear.weight.detach().clone()
+    model = nn.Sequential(linear)
+    quantise(model)
+    stored = model[0].steps * model[0].scale[:, None]
+    assert ((stored - exact).abs() <= exact.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    torch.testing.assert_close(model(given), given @ stored.T + linear.bias)
 
 
 @pytest.mark.parametrize("generation_prompt", [False, True])

@@ -68,7 +68,7 @@ class Embedder:
                 trained with `matryoshka`.
 
         Raises:
-            UserError: not a checkpoint; missing or truncated files; another preset; no such dimension; no torchao.
+            UserError: not a checkpoint; missing or truncated files; another preset; no such dimension.
         """
         if preset not in (None, "reference"):
             raise UserError(f"preset '{preset}' is not known; the only one is 'reference'")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-
 import torch
 from torch import nn
-
-from umarvel_ray.errors import UserError
+from torch.nn import functional
 
 INT8 = "int8"
 
@@ -20,16 +16,27 @@ def compute_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
-def quantise(language_model: nn.Module) -> None:
-    """Weights alone, with a scale for each row. Scales of activations would make an item's vector depend on what shares
-    its batch.
+class Int8Linear(nn.Module):
+    """A linear layer whose weight is int8 (out, in) times a scale for each row, at most half a step from the original.
 
-    Raises:
-        UserError: torchao is not installed.
+    Activations are not quantised: their scales would make an item's vector depend on what shares its batch.
     """
-    if importlib.util.find_spec("torchao") is None:
-        raise UserError("dtype int8 needs torchao; pip install 'umarvel-ray[int8]', or take float32 or bfloat16")
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it names every extension that this machine cannot load
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(language_model, Int8WeightOnlyConfig())
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1).clamp_min(torch.finfo(linear.weight.dtype).tiny) / 127
+        self.register_buffer("steps", (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        result = functional.linear(states, self.steps.to(states.dtype)) * self.scale
+        return result if self.bias is None else result + self.bias
+
+
+def quantise(model: nn.Module) -> None:
+    """Replace every linear layer in the model."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))

@@ -154,7 +154,7 @@ class Reranker:
             dtype: of PyTorch, or "int8" (see `int8`).
 
         Raises:
-            UserError: not a checkpoint, or another stage's; missing or truncated files; int8 without torchao.
+            UserError: not a checkpoint, or another stage's; missing or truncated files.
         """
         stage = read_provenance(path).get("stage")
         if stage != RERANKER:
