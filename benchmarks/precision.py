@@ -1,8 +1,8 @@
 """Low precision: how fast the demo's checkpoint embeds in fp32, bf16 and int8, and what recall each of them loses.
 
 The same sample of the test split's queries and pools for all three (a CPU without bf16 arithmetic takes many times as
-long with it), so recall is that of small pools: compare it with fp32's alone. int8: the
-weights of the language model's linear layers.
+long with it), so recall is that of small pools: compare it with fp32's alone. int8: the weights of the
+language model's linear layers.
 
     python benchmarks/precision.py [recipe=demo] [step=distillation] [items=1000]   → benchmarks/results/precision.json
 """

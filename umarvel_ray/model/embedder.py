@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.model.batch import collate, default_budget, token_buckets
 from umarvel_ray.model.checkpoint import load_settings
 from umarvel_ray.model.embedding_model import EmbeddingModel
-from umarvel_ray.model.int8 import INT8, compute_dtype, quantise
+from umarvel_ray.model.int8 import load_as
 from umarvel_ray.model.items import EncodedItem, Item, ItemEncoder
 from umarvel_ray.model.losses import truncate
 from umarvel_ray.model.packing import is_packed
@@ -75,9 +76,7 @@ class Embedder:
         if preset:
             settings = ModelSettings.reference(generation_prompt)
         settings = settings or load_settings(path)
-        model = EmbeddingModel.from_pretrained(path, settings, compute_dtype(dtype, device))
-        if dtype == INT8:
-            quantise(model.backbone.model.language_model)
+        model = load_as(dtype, device, partial(EmbeddingModel.from_pretrained, path, settings))
         return cls(model, ItemEncoder.from_pretrained(path, settings), device, truncate_dim)
 
     @property

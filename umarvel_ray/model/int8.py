@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 INT8 = "int8"
 
-
-def compute_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dtype | str:
-    """What everything is in that is not in 8 bits: activations and the other weights."""
-    if dtype != INT8:
-        return dtype
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Int8Linear(nn.Module):
@@ -40,3 +38,13 @@ def quantise(model: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child))
+
+
+def load_as(dtype: torch.dtype | str, device: torch.device | str, load: Callable[[torch.dtype | str], Model]) -> Model:
+    """The model that `load` gives, in a dtype of PyTorch or in "int8": then activations and what is not quantised are
+    float32 on a CPU, bfloat16 on a GPU."""
+    if dtype != INT8:
+        return load(dtype)
+    model = load(torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    quantise(model.backbone.model.language_model)
+    return model

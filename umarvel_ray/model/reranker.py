@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from umarvel_ray.model.backbone import load_backbone
 from umarvel_ray.model.batch import token_buckets
 from umarvel_ray.model.checkpoint import PROVENANCE, RERANKER, load_settings, read_provenance
 from umarvel_ray.model.embedding_model import VisionCache
-from umarvel_ray.model.int8 import INT8, compute_dtype, quantise
+from umarvel_ray.model.int8 import load_as
 from umarvel_ray.model.items import Item
 from umarvel_ray.model.multimodal import last_hidden_state, read_pictures, tower_features
 from umarvel_ray.model.pairs import EncodedPair, PairEncoder, PairTensors, collate_pairs
@@ -163,9 +164,7 @@ class Reranker:
             )
         settings = load_settings(path)
         encoder = PairEncoder.from_pretrained(path, settings, settings.max_text_tokens)
-        model = RerankerModel.from_pretrained(path, settings, compute_dtype(dtype, device))
-        if dtype == INT8:
-            quantise(model.backbone.model.language_model)
+        model = load_as(dtype, device, partial(RerankerModel.from_pretrained, path, settings))
         return cls(model, encoder, device)
 
     def score(self, query: Item | str, documents: Sequence[Item | str], token_budget: int = 16384) -> np.ndarray:
