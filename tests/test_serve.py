@@ -222,6 +222,19 @@ def test_a_request_larger_than_a_batch(url, embedder):
     np.testing.assert_allclose(vectors, embedder.encode_query(texts), atol=1e-5)
 
 
+def test_a_request_of_many_megabytes_reaches_the_model(url, embedder):
+    """gRPC between deployments takes 4 MiB by default."""
+    pictures = [picture(seed, (80, 80)) for seed in range(8)]
+    items = [{"image": pictures, "text": f"{i}"} for i in range(48)]
+    encoded = [embedder.encoder.encode(item, "query") for item in items]
+    assert sum(part.pixels.nbytes for item in encoded for part in item.pictures) > 4 * 2**20
+    uris = [f"data:image/png;base64,{base64.b64encode(one).decode()}" for one in pictures]
+    status, answer, _ = call(f"{url}/v1/embeddings", {"input": [item | {"image": uris} for item in items]})
+    assert status == 200
+    vectors = [row["embedding"] for row in answer["data"]]
+    np.testing.assert_allclose(vectors, embedder.encode_query(items), atol=1e-5)
+
+
 def test_batches_are_measured_in_tokens(embedder):
     short, long = (embedder.encoder.encode(text, "query") for text in ("a", " ".join(TEXTS * 2)))
     assert short.length < SLOT_TOKENS < long.length <= 2 * SLOT_TOKENS
