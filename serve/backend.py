@@ -31,6 +31,8 @@ from umarvel_ray.model.items import EncodedItem, ItemEncoder
 from umarvel_ray.model.pairs import PairEncoder
 from umarvel_ray.search import RERANK_DEPTH, Hit, fuse
 
+LIGHT_TEXT = 2000  # characters: their tokens take less time than the way to a thread and back
+
 Made = TypeVar("Made")
 
 
@@ -102,7 +104,8 @@ class Backend:
         places = list(enumerate(given)) if many else [(None, given)]
         urls = [url for _, item in places for url in remote_images(item)]
         fetched = dict(zip(urls, await self._remote.fetch(urls), strict=True))
-        return await asyncio.to_thread(lambda: [_caught(read_one, *one) for one in places])
+        light = all(isinstance(item, str) or not (item.image or item.video) for _, item in places)
+        return await _beside(lambda: [_caught(read_one, *one) for one in places], light)
 
     async def embed(self, items: Sequence[Read | BadItem], side: str) -> list[Embedded | BadItem]:
         """A vector for each item; from the cache where it has been asked before."""
@@ -219,7 +222,7 @@ class Backend:
         def prepare() -> list[Embedded | EncodedItem | BadItem]:
             return [one or _made(encode, read) for one, read in zip(known, items, strict=True)]
 
-        prepared = await asyncio.to_thread(prepare)
+        prepared = await _beside(prepare, _is_light(items))
         new = [one for one in prepared if isinstance(one, EncodedItem)]
         for source, count in (("model", len(new)), ("cache", sum(isinstance(one, Embedded) for one in prepared))):
             if count:
@@ -230,6 +233,16 @@ class Backend:
                 prepared[at] = Embedded(next(vectors), one.length)
                 self._cache.put(keys[at], prepared[at])
         return prepared
+
+
+async def _beside(work: Callable[[], Made], light: bool) -> Made:
+    """Work in a thread, so that other requests go on; light work at once."""
+    return work() if light else await asyncio.to_thread(work)
+
+
+def _is_light(items: Sequence[Read | BadItem]) -> bool:
+    given = [value for read in items if isinstance(read, Read) for value in read.item.values()]
+    return all(isinstance(value, str) for value in given) and sum(map(len, given)) <= LIGHT_TEXT
 
 
 def good(items: Sequence[Made | BadItem]) -> list[Made]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -320,6 +321,16 @@ def test_what_is_added_is_found_and_what_is_deleted_is_not(url, embedder):
     status, answer, _ = call(f"{url}/v1/search", body | {"after": last["sequence"] + 1})
     assert (status, answer["error"]["param"]) == (409, "after")
     assert f"is at commit {last['sequence']}" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "header", ["X-Request-ID", "X-Session-ID", "Serve-Multiplexed-Model-ID", "X-Request-Disconnect-Disabled"]
+)
+def test_a_header_that_is_no_text_is_not_there(url, header):
+    """Serve's proxy itself reads these, before any route."""
+    status, answer, headers = call(f"{url}/v1/embeddings", {"input": "a red fox"}, **{header: "\xff"})
+    assert (status, len(answer["data"])) == (200, 1)
+    assert headers["X-Request-ID"].isalnum() or uuid.UUID(headers["X-Request-ID"])
 
 
 def test_health_when_ready(url):

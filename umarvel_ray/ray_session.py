@@ -15,6 +15,8 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TQDM": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # between deployments: half the time of an actor call
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # serve/ blocks no event loop: nothing to guard
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy.middlewares",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # bytes; by default 4 MiB, a few pictures
     "TOKENIZERS_PARALLELISM": "false",
 }
