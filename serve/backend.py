@@ -23,7 +23,7 @@ from serve.remote import RemotePictures
 from serve.remote_model import Held, RemoteModel, RetryBudget, ask
 from serve.replicas import Checkpoint
 from serve.settings import Service
-from umarvel_ray.data.limits import OWN_FILES, MediaLimits
+from umarvel_ray.data.limits import MediaLimits
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.records import Add, Delete, Record
 from umarvel_ray.index.writer import Committed
@@ -285,8 +285,6 @@ def _item_encoder(media: MediaLimits, checkpoint: Checkpoint) -> ItemEncoder:
 
 def _pair_encoders(media: MediaLimits, checkpoint: Checkpoint) -> PairEncoders:
     settings = checkpoint["settings"]
-    given, stored = (
-        PairEncoder.from_pretrained(checkpoint["path"], settings, settings.max_text_tokens, limits)
-        for limits in (media, OWN_FILES)
-    )
-    return PairEncoders(given, stored)
+    stored = ItemEncoder.from_pretrained(checkpoint["path"], settings)
+    given, own = (PairEncoder(items, settings.max_text_tokens) for items in (stored.within(media), stored))
+    return PairEncoders(given, own)

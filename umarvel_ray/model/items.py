@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,10 @@ class ItemEncoder:
             raise UserError(f"{path}: tokenizer cannot be read ({str(error).splitlines()[0]})") from None
         family = family_of(read_config(path), path)
         return cls(tokenizer, PictureFormat.from_pretrained(path, settings, limits), family, settings)
+
+    def within(self, limits: MediaLimits) -> ItemEncoder:
+        """The same, but for which pictures and videos are opened at all."""
+        return ItemEncoder(self.tokenizer, replace(self.picture_format, limits=limits), self.family, self.settings)
 
     def encode(self, item: Item | str, side: str, where: str = "item") -> EncodedItem:
         """Encode one item; a bare string is text.

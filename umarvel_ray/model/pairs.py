@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from umarvel_ray.data.limits import OWN_FILES, MediaLimits
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.batch import PAD, Sequences, arrange
 from umarvel_ray.model.items import EMB, Item, ItemEncoder, check_item, picture_parts
@@ -69,19 +68,16 @@ class PairEncoder:
             raise UserError("the tokenizer begins 'Yes' and 'No' with the same token; use one that tells them apart")
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, settings: ModelSettings, max_text_tokens: int, limits: MediaLimits = OWN_FILES
-    ) -> PairEncoder:
+    def from_pretrained(cls, path: str | Path, settings: ModelSettings, max_text_tokens: int) -> PairEncoder:
         """Read tokenizer, chat template and image processor from an HF directory.
 
         Args:
             max_text_tokens: where a query's (instruction and text together) or a document's text is cut.
-            limits: which pictures and videos are opened at all.
 
         Raises:
             UserError: a file is missing, or the tokenizer cannot tell Yes from No.
         """
-        return cls(ItemEncoder.from_pretrained(path, settings, limits), max_text_tokens)
+        return cls(ItemEncoder.from_pretrained(path, settings), max_text_tokens)
 
     @property
     def yes_no(self) -> tuple[int, int]:
