@@ -26,6 +26,7 @@ from serve.app import (
     WriterDeployment,
     build,
 )
+from umarvel_ray.ray_session import SERVE
 from umarvel_ray.recipe import SHIPPED, Cluster, load_recipe
 
 REPO = Path(__file__).resolve().parent.parent
@@ -146,6 +147,14 @@ def test_rayservice_is_a_serve_config_whose_replicas_fit():
     assert all(
         Path(application["args"][name]).is_relative_to(mount) for name in ("embedder", "reranker", "index", "live")
     )
+
+
+def test_rayservice_sets_what_a_local_service_has():
+    spec = read("cluster/rayservice.yaml")["spec"]["rayClusterConfig"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        given = {one["name"]: one.get("value") for one in container["env"] if one["name"].startswith("RAY_SERVE_")}
+        assert given == SERVE
 
 
 def test_serve_config_fits_two_cores():

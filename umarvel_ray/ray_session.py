@@ -14,11 +14,13 @@ QUIET = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TQDM": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+SERVE = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # between deployments: half the time of an actor call
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # serve/ blocks no event loop: nothing to guard
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy.middlewares",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # bytes; by default 4 MiB, a few pictures
-    "TOKENIZERS_PARALLELISM": "false",
 }
 LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: every daemon of a local Ray binds to loopback only
@@ -30,7 +32,7 @@ OBJECT_STORE_BYTES = 512 * 2**20
 
 def prepare_environment() -> None:
     """Set what Ray reads from the environment when it is imported; what the user has set stays."""
-    for name, value in QUIET.items() if "RAY_ADDRESS" in os.environ else (QUIET | LOCAL).items():
+    for name, value in (QUIET | SERVE | ({} if "RAY_ADDRESS" in os.environ else LOCAL)).items():
         os.environ.setdefault(name, value)
 
 
