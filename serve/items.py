@@ -27,13 +27,31 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+# A union's branch is chosen by the JSON type, so a bad value gets one complaint, about the branch that was meant. The
+# tags hold spaces because `validation_error` tells them from keys by that.
+_TAGS = {str: "a string", dict: "an item", list: "a list"}
+String = Annotated[str, Tag("a string")]
+
+
+def by_type(message: str) -> Discriminator:
+    """Choose a string, an item or a list by what was sent; `message` where it is none of those."""
+
+    def tag(value: Any) -> str | None:
+        return _TAGS.get(dict if isinstance(value, BaseModel) else type(value))
+
+    return Discriminator(tag, custom_error_type="item", custom_error_message=message)
+
+
+Strings = Annotated[String | Annotated[list[str], Tag("a list")], by_type("give a string or a list of strings")]
+
+
 class Item(Body):
     """Text, pictures, a video or several of them; an instruction says what to look for (queries only)."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red car", "instruction": "Find a picture."}]})
 
     text: str | None = None
-    image: str | list[str] | None = Field(default=None, description="data URI, base64, or a URL of an allowed host")
+    image: Strings | None = Field(default=None, description="data URI, base64, or a URL of an allowed host")
     video: str | None = Field(default=None, description="data URI or base64")
     instruction: str | None = None
 
@@ -42,26 +60,12 @@ class Item(Body):
         return [self.image] if isinstance(self.image, str) else self.image or []
 
 
-# The branch is chosen by the JSON type, so a bad item gets one complaint, about the branch that was meant. The tags
-# hold spaces because `validation_error` tells them from keys by that.
-_TAGS = {str: "a string", dict: "an item", Item: "an item", list: "a list"}
-_String, _Item = Annotated[str, Tag("a string")], Annotated[Item, Tag("an item")]
-OneItem = Annotated[
-    _String | _Item,
-    Discriminator(
-        lambda value: _TAGS.get(type(value)),
-        custom_error_type="item",
-        custom_error_message="give a string or an item {text, image, video, instruction}",
-    ),
-]
+_Item = Annotated[Item, Tag("an item")]
+OneItem = Annotated[String | _Item, by_type("give a string or an item {text, image, video, instruction}")]
 Items = Annotated[list[OneItem], Field(min_length=1)]
 OneOrMore = Annotated[
-    _String | _Item | Annotated[Items, Tag("a list")],
-    Discriminator(
-        lambda value: _TAGS.get(type(value)),
-        custom_error_type="items",
-        custom_error_message="give a string, an item {text, image, video, instruction}, or a list of them",
-    ),
+    String | _Item | Annotated[Items, Tag("a list")],
+    by_type("give a string, an item {text, image, video, instruction}, or a list of them"),
 ]
 
 

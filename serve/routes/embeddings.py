@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve.errors import BadItem
-from serve.items import Body, Item, OneOrMore, Part, item_of_parts
+from serve.items import Body, Item, OneOrMore, Part, String, by_type, item_of_parts
 from serve.routes.common import InputType, ItemError, Name, OnError, Served, Usage, check_model, sorted_out
 from umarvel_ray.model.losses import truncate
 
@@ -23,7 +23,7 @@ class Message(Body):
     """Of one item: a system message is its instruction, the user's parts its texts and pictures."""
 
     role: Literal["system", "user"]
-    content: str | list[Part]
+    content: Annotated[String | Annotated[list[Part], Tag("a list")], by_type("give a string or a list of parts")]
 
     @property
     def item(self) -> Item:
