@@ -47,15 +47,15 @@ EXTRACTS = (2, 8)  # in a long text
 FILE_SIDES = (150, 500)  # pixels
 
 
-def make_model(folder: Path) -> Path:
-    """Write the HF directory; the same weights at every call."""
+def make_model(folder: Path, text: dict = TEXT_MODEL, vision: dict = VISION_MODEL, dtype: str = "float32") -> Path:
+    """Write the HF directory of such layers; the same weights at every call."""
     shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((BASE / "config.json").read_text())
-    config["text_config"] |= TEXT_MODEL | {"is_causal": False, "layer_types": None}
-    config["vision_config"] |= VISION_MODEL
+    config["text_config"] |= text | {"is_causal": False, "layer_types": None}
+    config["vision_config"] |= vision
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config | {"dtype": "float32"}))
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config | {"dtype": dtype})).to(getattr(torch, dtype))
     model.save_pretrained(folder)
     size = {"shortest_edge": SETTINGS.min_pixels, "longest_edge": SETTINGS.max_pixels}
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):

@@ -12,6 +12,7 @@ arriving at random at 60 % of the raw rate (open loop).
 
     python benchmarks/serve.py [items=192] [rounds=3]       → benchmarks/results/serve.json
     RAY_SERVE_ENABLE_HA_PROXY=1 python benchmarks/serve.py  → benchmarks/results/serve-haproxy.json
+    python benchmarks/serve.py items=2048 gpu=1             → results/serve-gpu.json: Qwen2-VL-2B's layers, bf16
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ prepare_environment()  # before ray is imported
 import numpy as np
 import torch
 from bench_model import RESULTS, SETTINGS, SHAPE, ItemMaker, arguments, machine, make_model
+from gpu_model import MROPE, config_of
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
@@ -57,6 +59,8 @@ SMALL = 40  # short texts, one by one
 TEXT_ROUNDS = 3  # of a round: what is measured in milliseconds is measured often
 PORT = 8017
 WANTED = {"16 items: ours / raw": 0.8, "single items: ours / raw": 0.5, "single items: ours / plain": 1.5}
+WANTED_GPU = {"16 items: ours / raw": 0.85, "single items: ours / plain": 5}
+GPU_SHAPE = "Qwen2-VL-2B's layers, random weights, bf16; a picture is up to 100 tokens"
 WANTED_OVERHEAD_MS = 10
 
 
@@ -70,9 +74,9 @@ DEFAULTS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1"}
 class Plain:
     """What one writes first: a request is read, embedded and answered before the next."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, device: str, dtype: str) -> None:
         torch.set_num_threads(torch.multiprocessing.cpu_count())
-        self._embedder = Embedder.from_pretrained(path)
+        self._embedder = Embedder.from_pretrained(path, device, dtype)
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         items = (await request.json())["input"]
@@ -133,24 +137,40 @@ def batch_fill(address: str) -> dict[str, float]:
     return {name: sums[f"umarvel_batch_{name}"] / batches for name in ("requests", "tokens")}
 
 
-def main(items: int = 192, rounds: int = 3) -> None:
+def make_checkpoint(folder: Path, gpu: bool) -> Path:
+    """What is served: `bench_model`'s model, or the layers of Qwen2-VL-2B around the same tokenizer and patches."""
+    if gpu:
+        config = config_of("2b")
+        rope = {"rope_parameters": MROPE | {"mrope_section": [16, 24, 24]}}
+        base = make_model(folder / "base", config["text_config"] | rope, config["vision_config"], "bfloat16")
+    else:
+        base = make_model(folder / "base")
+    save_checkpoint(EmbeddingModel.from_pretrained(base, SETTINGS), folder / "bench", SETTINGS, {})
+    return folder / "bench"
+
+
+def main(items: int = 192, rounds: int = 3, gpu: int = 0) -> None:
     with tempfile.TemporaryDirectory() as name, start_ray():
         folder = Path(name)
         maker = ItemMaker(folder / "pictures")
         given = maker.items(items)
-        checkpoint = folder / "bench"
-        save_checkpoint(EmbeddingModel.from_pretrained(make_model(folder / "base"), SETTINGS), checkpoint, SETTINGS, {})
-        raw = Embedder.from_pretrained(checkpoint)
+        checkpoint = make_checkpoint(folder, bool(gpu))
+        device, dtype = ("cuda", "bfloat16") if gpu else ("cpu", "float32")
+        raw = Embedder.from_pretrained(checkpoint, device, dtype)
         ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         address = f"http://127.0.0.1:{PORT}"
-        ray_serve.run(build(Service(embedder=str(checkpoint), cache_mb=0)), name="ours", route_prefix="/")
-        ray_serve.run(Plain.bind(str(checkpoint)), name="plain", route_prefix="/plain")
+        ray_serve.run(
+            build(Service(embedder=str(checkpoint), device=device, dtype=dtype, cache_mb=0)),
+            name="ours",
+            route_prefix="/",
+        )
+        ray_serve.run(Plain.bind(str(checkpoint), device, dtype), name="plain", route_prefix="/plain")
         ray_serve.run(Empty.bind(Nothing.bind()), name="empty", route_prefix="/empty")
         ours, plain, empty = f"{address}/v1/embeddings", f"{address}/plain", f"{address}/empty"
         groups = [body(given[start : start + GROUP]) for start in range(0, items, GROUP)]
         singles = [body([item]) for item in given]
         texts = [maker.short_text() for _ in range(SMALL)]
-        check_answers(ours, groups[0], raw.encode_document(given[:GROUP]))
+        check_answers(ours, groups[0], raw.encode_document(given[:GROUP]), atol=1e-2 if gpu else 1e-5)
 
         rates: dict[str, list[float]] = {name: [] for name in ("raw", "ours, 16", "ours, 1", "plain, 1", "plain, 16")}
         latencies: dict[str, list[float]] = {}
@@ -189,13 +209,13 @@ def main(items: int = 192, rounds: int = 3) -> None:
             done = load(url, singles, folder, per_second=rate)
             latencies[side] = done["latencies"]
         ray_serve.shutdown()
-    report(items, rates, latencies, fill, alone)
+    report(items, rates, latencies, fill, alone, bool(gpu))
 
 
-def check_answers(url: str, sent: str, expected: np.ndarray) -> None:
+def check_answers(url: str, sent: str, expected: np.ndarray, atol: float) -> None:
     request = urllib.request.Request(url, sent.encode(), {"Content-Type": "application/json"})
     found = [row["embedding"] for row in json.load(urllib.request.urlopen(request))["data"]]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=atol)
 
 
 def report(
@@ -204,6 +224,7 @@ def report(
     latencies: dict[str, list[float]],
     fill: dict,
     alone: dict[str, list[float]],
+    gpu: bool,
 ) -> None:
     def ratio(side: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(rates[side], rates[other], strict=True))
@@ -215,20 +236,22 @@ def report(
         "16 items: ours / plain": ratio("ours, 16", "plain, 16"),
     }
     took = {side: percentiles(seconds) for side, seconds in latencies.items()}
-    print(f"\n{SHAPE}. {items} items\n{machine()}\n\n| side | items/s | p50 ms | p99 ms |\n|---|---:|---:|---:|")
+    shape, wanted = (GPU_SHAPE, WANTED_GPU) if gpu else (SHAPE, WANTED)
+    where = machine() | ({"gpu": torch.cuda.get_device_name()} if gpu else {})
+    print(f"\n{shape}. {items} items\n{where}\n\n| side | items/s | p50 ms | p99 ms |\n|---|---:|---:|---:|")
     for side in dict.fromkeys([*rates, *took]):
         cells = [f"{statistics.median(rates[side]):.1f}" if side in rates else ""]
         cells += [f"{value:.0f}" for value in took.get(side, {}).values()] or ["", ""]
         print(f"| {side} | " + " | ".join(cells) + " |")
     for name, value in ratios.items():
-        print(f"{name}: {value:.2f}" + (f" (wanted {WANTED[name]})" if name in WANTED else ""))
+        print(f"{name}: {value:.2f}" + (f" (wanted {wanted[name]})" if name in wanted else ""))
     overhead = statistics.median(ours - own for ours, own in zip(alone["ours"], alone["model"], strict=True))
     print(f"a short text alone, p50 of each round in ms: {alone}")
     print(f"more than in the model: {overhead:.1f} ms (wanted {WANTED_OVERHEAD_MS})")
     print(f"a mean batch: {fill}")
-    file = "serve-haproxy" if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else "serve"
-    figures = {"machine": machine(), "setting": SHAPE, "items": items, "rates": rates, "latency": took,
-               "ratios": ratios, "wanted": WANTED, "batch": fill,
+    file = "serve-gpu" if gpu else "serve-haproxy" if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else "serve"
+    figures = {"machine": where, "setting": shape, "items": items, "rates": rates, "latency": took,
+               "ratios": ratios, "wanted": wanted, "batch": fill,
                "alone": alone, "overhead_ms": overhead}  # fmt: skip
     (RESULTS / f"{file}.json").write_text(json.dumps(figures, indent=1) + "\n")
 
