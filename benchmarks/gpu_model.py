@@ -50,15 +50,19 @@ def config_of(size: str) -> dict[str, Any]:
     return TINY if size == "tiny" else yaml.safe_load(PUBLISHED.read_text())[SIZES[size]]
 
 
+def rope_of(text: dict[str, Any]) -> dict[str, Any]:
+    """The rotary parameters of a text_config: Qwen2-VL gives 16, 24 and 24 of its 64 frequencies to time, height and
+    width."""
+    head = text["hidden_size"] // text["num_attention_heads"]
+    return MROPE | {"mrope_section": [head // 8, head // 2 - head // 8 - 3 * head // 16, 3 * head // 16]}
+
+
 def make_model(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> EmbeddingModel:
     """Bidirectional, pooled by the mean; weights are drawn on the device."""
     text = config["text_config"]
-    head = text["hidden_size"] // text["num_attention_heads"]
-    # Qwen2-VL gives 16, 24 and 24 of its 64 frequencies to time, height and width.
-    rope = MROPE | {"mrope_section": [head // 8, head // 2 - head // 8 - 3 * head // 16, 3 * head // 16]}
     made = AutoConfig.for_model(
         config["model_type"],
-        text_config=text | {"rope_parameters": rope, "is_causal": False},
+        text_config=text | {"rope_parameters": rope_of(text), "is_causal": False},
         vision_config=config["vision_config"],
         tie_word_embeddings=config["tie_word_embeddings"],
         **TOKENS,

@@ -42,7 +42,7 @@ prepare_environment()  # before ray is imported
 import numpy as np
 import torch
 from bench_model import RESULTS, SETTINGS, SHAPE, ItemMaker, arguments, machine, make_model
-from gpu_model import MROPE, config_of
+from gpu_model import config_of, rope_of
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
@@ -62,9 +62,7 @@ WANTED = {"16 items: ours / raw": 0.8, "single items: ours / raw": 0.5, "single 
 WANTED_GPU = {"16 items: ours / raw": 0.85, "single items: ours / plain": 5}
 GPU_SHAPE = "Qwen2-VL-2B's layers, random weights, bf16; a picture is up to 100 tokens"
 WANTED_OVERHEAD_MS = 10
-
-
-# Serve's defaults, where `prepare_environment` sets others for ours.
+# Serve's defaults for the plain deployment, where `prepare_environment` sets others for ours.
 DEFAULTS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1"}
 
 
@@ -141,8 +139,8 @@ def make_checkpoint(folder: Path, gpu: bool) -> Path:
     """What is served: `bench_model`'s model, or the layers of Qwen2-VL-2B around the same tokenizer and patches."""
     if gpu:
         config = config_of("2b")
-        rope = {"rope_parameters": MROPE | {"mrope_section": [16, 24, 24]}}
-        base = make_model(folder / "base", config["text_config"] | rope, config["vision_config"], "bfloat16")
+        text = config["text_config"] | {"rope_parameters": rope_of(config["text_config"])}
+        base = make_model(folder / "base", text, config["vision_config"], "bfloat16")
     else:
         base = make_model(folder / "base")
     save_checkpoint(EmbeddingModel.from_pretrained(base, SETTINGS), folder / "bench", SETTINGS, {})
