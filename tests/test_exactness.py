@@ -128,17 +128,23 @@ def placed(case: dict, bases: dict[str, Path]) -> dict:
 def check(result: dict, expected: dict, dtype: str = "float32", start: int = 0) -> None:
     """In fp32 to rounding. In bfloat16 a padded batch rounds otherwise than an item alone, 0.4 % a number.
 
-    That is 1 % of the gradient here and 0.01 of the loss, five times less than what is allowed. log τ is compared to a
-    tenth of its step, where bfloat16 would round it to a multiple of 0.0156.
+    That is 1 % of the gradient here and 0.005 of the first loss, half of what is allowed. Adam then makes whole steps
+    of the rounding of gradients near zero: later losses part by up to 0.8 % (two ranks, ZeRO 3), as plain PyTorch in
+    bfloat16 parts from itself in fp32. log τ is compared to a tenth of its step, where bfloat16 would round it to a
+    multiple of 0.0156.
     """
-    loss, norm, moment, tau = (1e-5, 1e-5, 1e-4, 1e-6) if dtype == "float32" else (0.05, 0.02, 0.05, 1e-4)
-    assert result["losses"] == pytest.approx(expected["losses"][start:], abs=loss)
+    exact = dtype == "float32"
+    norm, moment, tau = (1e-5, 1e-4, 1e-6) if exact else (0.02, 0.05, 1e-4)
+    losses = expected["losses"][start:]
+    assert result["losses"] == pytest.approx(losses, **({"abs": 1e-5} if exact else {"rel": 0.015}))
+    if not exact and start == 0:
+        assert result["losses"][0] == pytest.approx(losses[0], abs=0.01)
     assert result["norms"] == pytest.approx(expected["norms"][start:], rel=norm)
     assert result["log_temperatures"] == pytest.approx(expected["log_temperatures"][start:], abs=tau)
     names = [name for name in expected["state"] if name.startswith("exp_avg.")]
     found, wanted = (torch.cat([run["state"][name].flatten() for name in names]) for run in (result, expected))
     assert (found - wanted).norm() < moment * wanted.norm()
-    if dtype == "float32":  # in bfloat16 Adam makes whole steps of the rounding of gradients near zero
+    if exact:  # in bfloat16 Adam makes whole steps of the rounding of gradients near zero
         for name in (name for name in expected["state"] if name.startswith("param.")):
             torch.testing.assert_close(result["state"][name], expected["state"][name], atol=2e-5, rtol=1e-4)
 
@@ -187,5 +193,10 @@ def test_a_gradient_that_is_not_a_number_on_one_rank_is_seen_by_the_other(number
 def test_the_whole_matrix(family, ranks, run, truth):
     others = [values for name, values in FACTORS.items() if name not in ("family", "ranks")]
     cases = [dict(zip(FACTORS, (family, ranks, *row), strict=True)) for row in product(*others)]
+    failed = []
     for case, result in zip(cases, run(ranks, cases)[0], strict=True):
-        check(result, truth(case), case["dtype"])
+        try:
+            check(result, truth(case), case["dtype"])
+        except AssertionError as error:  # the rest of the matrix is worth an hour: say all that is wrong with it
+            failed.append(f"{case}: {error}")
+    assert not failed, "\n".join(failed)
