@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "umarvel_ray/demo/base", help="HF directory to write")
     parser.add_argument("--data", type=Path, default=ROOT / "umarvel_ray/demo/data", help="the demo's Parquet tables")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/pretrain", help="views, log and resumable state")
+    parser.add_argument("--start", type=Path, help="a finished base to go on from, with the further losses alone")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
@@ -28,7 +29,7 @@ def main() -> None:
     from umarvel_ray.demo.pretrain import Pretraining
 
     torch.set_num_threads(arguments.threads)
-    Pretraining(arguments.data, arguments.out, arguments.work, arguments.minutes).run()
+    Pretraining(arguments.data, arguments.out, arguments.work, arguments.minutes, arguments.start).run()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The shipped base: it is what its documents say, opens with stock transformers, and knows what pictures show."""
 
 import io
+import random
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import umarvel_ray.demo
 from tests.with_torchvision import run_with_torchvision
+from umarvel_ray.demo.corpus import read_corpus
 from umarvel_ray.demo.drawing import patches_of
 from umarvel_ray.demo.fast_tower import Tower
+from umarvel_ray.demo.judging import Judging, item_of
+from umarvel_ray.demo.reading import Reader
+from umarvel_ray.model.batch import collate
+from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.model.pooling import pool
+from umarvel_ray.model.reranker import Reranker, RerankerModel
 
 DEMO = Path(umarvel_ray.demo.__file__).parent
 BASE = DEMO / "base"
@@ -129,6 +137,50 @@ def test_pretraining_sees_what_the_library_sees(model, captioned):
     _, tokens = Tower(model.model.visual)(patches)
     seen = model.model.get_image_features(expected["pixel_values"], expected["image_grid_thw"])
     torch.testing.assert_close(tokens, torch.stack(list(getattr(seen, "pooler_output", seen))), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def judging():
+    return Judging(DEMO / "data", "validation", read_corpus(DEMO / "data", "validation"), BASE, {})
+
+
+@torch.no_grad()
+def test_pretraining_judges_pairs_as_the_reranker_scores_them(model, tokenizer, judging, monkeypatch):
+    drawn, items = Judging._judged, []
+
+    def remember(self, query, document, answers):
+        items.append((item_of(query), item_of(self.documents[document])))
+        return drawn(self, query, document, answers)
+
+    monkeypatch.setattr(Judging, "_judged", remember)
+    judged = judging.draw(8, 1, random.Random(0))
+    assert [one.answers for one in judged] == [True, False] * 8
+    assert {len(one.pictures) for one in judged} == {0, 1, 2}
+    scores, losses = Reader(model, tokenizer).judge(judged, judging.corpus, judging.encoder.yes_no)
+    reranker = Reranker(RerankerModel.from_pretrained(BASE, judging.encoder.items.settings), judging.encoder)
+    expected = [reranker.score(query, [document])[0] for query, document in items]
+    np.testing.assert_allclose(scores.sigmoid(), expected, atol=1e-5)
+    told = torch.tensor([one.answers for one in judged])
+    likely = torch.where(told, scores.sigmoid(), 1 - scores.sigmoid())
+    assert (losses.exp() * likely >= 1 - 1e-5).all()  # Yes and No share what the other words leave
+
+
+@torch.no_grad()
+def test_pretraining_reads_items_as_the_embedder_does(model, tokenizer, judging):
+    """Below the last layer, where it is taught their meaning."""
+    rows = [row for row in judging.queries if row["image"] is not None and row["text"]][:3]
+    encoder, reader = judging.encoder.items, Reader(model, tokenizer)
+    items = [encoder.encode(item_of(row), "query") for row in rows]
+    shown = [judging.corpus.number[row["image"]] for row in rows]
+    _, tokens = reader.tower(patches_of(torch.from_numpy(judging.corpus.pictures[shown])))
+    embedder = EmbeddingModel.from_pretrained(BASE, encoder.settings).eval()
+    below = []
+    embedder.backbone.model.language_model.layers[-1].register_forward_pre_hook(
+        lambda _, args, kwargs: below.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    batch = collate(items)
+    embedder(batch)
+    torch.testing.assert_close(reader.items(items, tokens), pool(below[0], batch.pool_mask), atol=1e-4, rtol=1e-4)
 
 
 def test_auto_processor_opens_it():

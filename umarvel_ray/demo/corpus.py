@@ -26,13 +26,15 @@ class Turn:
 @dataclass(frozen=True)
 class Corpus:
     """pictures: uint8 (n, 3, 64, 64), all different; per picture its concept and the texts that describe it (maybe
-    none); pairs: (text, passage) that belong together; turns: conversations."""
+    none); pairs: (text, passage) that belong together; turns: conversations; number: a picture's row, by its
+    file's bytes."""
 
     pictures: np.ndarray
     concepts: list[str]
     texts: list[list[str]]
     pairs: list[tuple[str, str]]
     turns: list[Turn]
+    number: dict[bytes, int]
 
     @property
     def passages(self) -> list[str]:
@@ -43,9 +45,9 @@ class Corpus:
 
 def read_corpus(folder: Path, split: str) -> Corpus:
     """Read the rows of one split ("train", or "validation" for monitoring)."""
-    documents = [row for row in _rows(folder / "documents.parquet") if row["split"] == split]
+    documents = [row for row in rows_of(folder / "documents.parquet") if row["split"] == split]
     names = ["text_pairs", "image_pairs", "train"] if split == "train" else [split]
-    queries = [row for name in names for row in _rows(folder / f"{name}.parquet")]
+    queries = [row for name in names for row in rows_of(folder / f"{name}.parquet")]
     by_id = {row["id"]: row for row in documents}
 
     number: dict[bytes, int] = {}
@@ -82,10 +84,10 @@ def read_corpus(folder: Path, split: str) -> Corpus:
     turns += [Turn("What is this?", i, text) for i, own in enumerate(described) for text in own]
     turns += [Turn(text, None, passage) for text, passage in sorted(pairs)]
     pictures = np.stack([_pixels(data) for data in number])
-    return Corpus(pictures, concepts, described, sorted(pairs), turns)
+    return Corpus(pictures, concepts, described, sorted(pairs), turns, number)
 
 
-def _rows(path: Path) -> list[dict]:
+def rows_of(path: Path) -> list[dict]:
     return pq.read_table(path).to_pylist()
 
 

@@ -5,6 +5,8 @@ vision   the tower learns the picture teacher's map, the text teacher's reading 
          drawings of one thing belong together (temporary heads, thrown away)
 text     the language model, its word embeddings given by the text teacher, learns passages and questions
 joint    everything together learns to say what a picture shows, to answer about it, and to say Yes or No
+further  from a finished base: the same, and to tell in the language model what pictures and passages mean, and to judge
+         which documents answer a query
 
 Only the training split is read; validation concepts are looked at to report progress, never learnt from. The learning
 rates follow the processor time used, so the recipe fits a busy machine too; a killed run goes on from its last save.
@@ -14,76 +16,64 @@ import json
 import os
 import random
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Qwen2VLForConditionalGeneration
 
-from umarvel_ray.demo.base_model import (
-    CONTROL_TOKENS,
-    HIDDEN,
-    PATCH,
-    TEMPORAL,
-    build_config,
-    build_tokenizer,
-    save_base,
-)
-from umarvel_ray.demo.corpus import Turn, read_corpus
-from umarvel_ray.demo.drawing import TEACHER_DIM, VIEWS, disturb, make_views, patches_of
-from umarvel_ray.demo.fast_tower import Tower
+from umarvel_ray.demo.base_model import PATCH, TEMPORAL, build_config, build_tokenizer, save_base
+from umarvel_ray.demo.corpus import read_corpus, rows_of
+from umarvel_ray.demo.drawing import make_views, patches_of
+from umarvel_ray.demo.exam import Exam
+from umarvel_ray.demo.judging import Judging
+from umarvel_ray.demo.lessons import Heads, Lessons, Losses
 from umarvel_ray.demo.muon import Muon
-from umarvel_ray.demo.teachers import PATCH_DIM, TextTeacher
+from umarvel_ray.demo.reading import Reader
+from umarvel_ray.demo.teachers import TextTeacher
 from umarvel_ray.demo.vocabulary import choose_pieces, embed_vocabulary
-from umarvel_ray.model.positions import Span, rotary_positions
 
 TEXTS_READ = 9000  # passages whose meaning the text teacher tells, besides every description of a picture
 STAGES = {"vision": 0.55, "text": 0.12, "joint": 0.33}  # shares of the processor time; views come first, uncounted
-SAVE_EVERY = 150.0
-
-
-class Heads(nn.Module):
-    """What is thrown away afterwards: visual tokens and hidden states → the teachers' spaces."""
-
-    def __init__(self, basis: Tensor, width: int) -> None:
-        super().__init__()
-        self.patches = nn.Linear(width, PATCH_DIM)
-        self.cells = nn.Linear(HIDDEN, TEACHER_DIM)
-        self.whole = nn.Linear(HIDDEN, TEACHER_DIM)
-        self.artist = nn.Linear(HIDDEN, 128, bias=False)
-        self.words = nn.Linear(HIDDEN, basis.shape[1])
-        self.sentence = nn.Linear(HIDDEN, basis.shape[1])
-        for head in (self.words, self.sentence):
-            with torch.no_grad():
-                head.weight.copy_(basis.T)
-                head.bias.zero_()
+FURTHER = {"further": 1.0}  # of a run that starts from a base, which reads all texts
+RATES = {"vision": 1.0, "text": 0.5, "joint": 0.4, "further": 0.4}
+SAVE_EVERY = 300.0
 
 
 class Pretraining:
-    """State of one run: model, heads, data, clock. `work` holds views, the log and the resumable state."""
+    """State of one run: model, heads, clock. `work` holds views, the log and the resumable state.
 
-    def __init__(self, data: Path, out: Path, work: Path, minutes: float, seed: int = 0) -> None:
+    Args:
+        start: a finished base to go on from.
+    """
+
+    def __init__(
+        self, data: Path, out: Path, work: Path, minutes: float, start: Path | None = None, seed: int = 0
+    ) -> None:
         torch.manual_seed(seed)
         random.seed(seed)
         work.mkdir(parents=True, exist_ok=True)
-        self.out, self.work, self.seconds = out, work, minutes * 60
-        self.corpus, self.held_out = read_corpus(data, "train"), read_corpus(data, "validation")
+        self.data, self.out, self.work, self.start, self.seconds = data, out, work, start, minutes * 60
+        self.stages = FURTHER if start else STAGES
+        self.state = work / ("further.pt" if start else "state.pt")
+        self.corpus = read_corpus(data, "train")
         self.log(f"{len(self.corpus.pictures)} pictures, {len(self.corpus.passages)} texts")
-        self.words = TextTeacher()
-        pieces, piece_ids = choose_pieces(self.words, self.corpus)
+        self.teacher = TextTeacher()
+        pieces, piece_ids = choose_pieces(self.teacher, self.corpus)
         self.tokenizer = build_tokenizer(pieces)
         config = build_config(len(self.tokenizer))
-        self.model = Qwen2VLForConditionalGeneration(config)
-        table, basis = embed_vocabulary(self.words, piece_ids, [score for _, score in pieces[1:]])
-        self._initialise(table)
+        table, basis = embed_vocabulary(self.teacher, piece_ids, [score for _, score in pieces[1:]])
+        if start:
+            self.model = Qwen2VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+        else:
+            self.model = Qwen2VLForConditionalGeneration(config)
+            self._initialise(table)
+        self.model.get_input_embeddings().weight.requires_grad_(False)  # unseen words must keep their place
         self.heads = Heads(basis, config.vision_config.embed_dim)
-        self.tower = Tower(self.model.model.visual)
-        self.elapsed, self.stage, self.spent = 0.0, "vision", 0.0
-        self.tell = {}
+        self.reader = Reader(self.model, self.tokenizer)
+        self.stage, self.spent = next(iter(self.stages)), 0.0
         size = sum(p.numel() for p in self.model.parameters())
         self.log(f"{size / 1e6:.2f} M parameters, {len(self.tokenizer)} pieces")
 
@@ -103,9 +93,6 @@ class Pretraining:
             values, vectors = torch.linalg.eigh(half.T @ half / len(half))
             kept = vectors[:, -len(projection) :] / (values[-len(projection) :] + 0.05).sqrt()
             projection.copy_((kept.T / TEMPORAL).view(-1, 3, 1, PATCH, PATCH).expand_as(projection))
-        embeddings.requires_grad_(False)  # unseen words must keep their place among the seen ones
-
-    # -- clock, saving, log
 
     def log(self, line: str) -> None:
         line = f"[{time.strftime('%H:%M:%S')}] {line}"
@@ -125,16 +112,16 @@ class Pretraining:
             "spent": self.spent, "optimizers": [o.state_dict() for o in optimizers],
         }  # fmt: skip
         torch.save(state, self.work / "state.tmp")
-        os.replace(self.work / "state.tmp", self.work / "state.pt")
+        os.replace(self.work / "state.tmp", self.state)
 
     def resume(self) -> dict | None:
-        path = self.work / "state.pt"
-        if not path.exists():
+        if not self.state.exists():
             return None
-        state = torch.load(path)
+        state = torch.load(self.state)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.stage, self.spent = state["stage"], state["spent"]
+        random.seed(self.spent)  # not the same draws again
         self.log(f"going on in stage {self.stage} after {self.spent / 60:.1f} min")
         return state
 
@@ -143,63 +130,54 @@ class Pretraining:
         state = self.resume()
         if state is None:
             self.save([])
-        self._prepare()
-        for stage in list(STAGES)[list(STAGES).index(self.stage) :]:
+        meanings = self._meanings()
+        lessons, exam = self._lessons(meanings), self._exam()
+        for stage in list(self.stages)[list(self.stages).index(self.stage) :]:
             self.stage = stage
-            self._stage(getattr(self, f"_{stage}_loss"), STAGES[stage] * self.seconds, state)
+            self._stage(getattr(lessons, stage), exam, self.stages[stage] * self.seconds, state)
             state, self.spent = None, 0.0
         self.log("finished")
 
-    def _prepare(self) -> None:
-        self.views = make_views(self.corpus, self.work, self.log)
-        corpus = self.corpus
-        described = sorted({text for own in corpus.texts for text in own})
-        self.meanings = cached(self.work / "described.pt", lambda: self.words.embed(described))
-        row = {text: i for i, text in enumerate(described)}
-        self.text_rows = [[row[t] for t in own] for own in corpus.texts]
-        named = [min(own, key=len) if own else "" for own in corpus.texts]
-        self.keys = list(zip(corpus.concepts, named, strict=True))
-        groups = defaultdict(list)
-        for i, key in enumerate(self.keys):
-            groups[key].append(i)
-        self.groups = list(groups.values())
-        self.concept_ids = torch.tensor([hash(c) for c in corpus.concepts])
-        # Every description of a picture, for choosing among all of them: its meaning and its picture's concept.
-        told = sorted({(r, corpus.concepts[i]) for i, rows in enumerate(self.text_rows) for r in rows})
-        self.bank_rows = torch.tensor([r for r, _ in told])
-        self.bank = self.meanings[self.bank_rows]
-        self.bank_concepts = torch.tensor([hash(c) for _, c in told])
-        by_kind = defaultdict(list)
-        for turn in corpus.turns:
-            kind = "text" if turn.picture is None else "caption" if turn.prompt == "What is this?" else "question"
-            by_kind[kind].append(turn)
-        self.turns = dict(by_kind)
-        self.ids: dict[str, list[int]] = {}
-        others = sorted({text for pair in corpus.pairs for text in pair} - set(described))
-        others = random.Random(0).sample(others, min(len(others), TEXTS_READ))
-        told_by_teacher = cached(self.work / "others.pt", lambda: self.words.embed(others))
-        read, meanings = described + others, torch.cat([self.meanings, told_by_teacher])
-        by_length = sorted(range(len(read)), key=lambda i: len(read[i]))
-        self.read, self.read_meanings = [read[i] for i in by_length], meanings[by_length]
+    def _meanings(self) -> dict[str, Tensor]:
+        """What the text teacher says of every description of a picture, and of passages."""
+        described = sorted({text for own in self.corpus.texts for text in own})
+        others = sorted({text for pair in self.corpus.pairs for text in pair} - set(described))
+        others = random.Random(0).sample(others, len(others) if self.start else min(len(others), TEXTS_READ))
+        files = {"described": described, f"others-{len(others)}": others}
+        told = [
+            cached(self.work / f"{name}.pt", lambda t=texts: self.teacher.embed(t)) for name, texts in files.items()
+        ]
+        return dict(zip(described + others, torch.cat(told), strict=True))
 
-    def _stage(self, loss_of, seconds: float, state: dict | None) -> None:
-        matrices, rest = [], []
-        trained = {
-            "vision": [self.model.model.visual],
-            "text": [self.model.model.language_model],
-            "joint": [self.model.model.visual, self.model.model.language_model],
-        }[self.stage]
-        scale = {"vision": 1.0, "text": 0.5, "joint": 0.4}[self.stage]
-        for module in trained:
+    def _lessons(self, meanings: dict[str, Tensor]) -> Lessons:
+        views = make_views(self.corpus, self.work, self.log)
+        judging = Judging(self.data, "train", self.corpus, self.work / "base", meanings)
+        instructions = sorted({row["instruction"] for row in rows_of(self.data / "train.parquet")})
+        return Lessons(self.corpus, views, meanings, judging, instructions, self.reader, self.heads)
+
+    def _exam(self) -> Exam:
+        corpus = read_corpus(self.data, "validation")
+        labels = sorted({(c, min(own, key=len)) for c, own in zip(corpus.concepts, corpus.texts, strict=True) if own})
+        judging = Judging(self.data, "validation", corpus, self.work / "base", {})
+        return Exam(corpus, judging, labels, self.teacher.embed([text for _, text in labels]))
+
+    def _stage(self, losses: Callable[[], Losses], exam: Exam, seconds: float, state: dict | None) -> None:
+        matrices, rest, heads = [], [], list(self.heads.parameters())
+        core = self.model.model
+        trained = {"vision": [core.visual], "text": [core.language_model]}
+        for module in trained.get(self.stage, [core.visual, core.language_model]):
             for name, p in module.named_parameters():
                 if p.requires_grad:
                     inner = p.ndim == 2 and (".layers." in f".{name}" or ".blocks." in f".{name}")
                     (matrices if inner else rest).append(p)
-        rates = [3e-3 * scale, 1.5e-3 * scale]
+        scale = RATES[self.stage]
+        rates = [3e-3 * scale, 1.5e-3 * scale, 1.5e-3 * scale]
         optimizers = [
             Muon(matrices, rates[0]),
-            torch.optim.AdamW([*rest, *self.heads.parameters()], rates[1], betas=(0.9, 0.98), weight_decay=0.01),
+            *(torch.optim.AdamW(p, rates[1], betas=(0.9, 0.98), weight_decay=0.01) for p in (rest, heads)),
         ]
+        # Heads that begin anew must not lead a finished tower astray.
+        warm_up = 200 if self.stage == "further" and not state else 30
         if state and state["optimizers"]:
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
@@ -209,11 +187,11 @@ class Pretraining:
         self.model.train()
         while self.spent < seconds:
             done = self.spent / seconds
-            factor = min(1.0, (step + 1) / 30) * min(1.0, (1.0 - done) / 0.7 + 0.01)
-            for optimizer, rate in zip(optimizers, rates, strict=True):
+            factor = min(1.0, (1.0 - done) / 0.7 + 0.01)
+            for optimizer, rate, steps in zip(optimizers, rates, (warm_up, warm_up, 30), strict=True):
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * factor
-            parts = loss_of()
+                    group["lr"] = rate * factor * min(1.0, (step + 1) / steps)
+            parts = losses()
             total = sum(parts.values())
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=False)
@@ -232,208 +210,13 @@ class Pretraining:
                 self.log(f"{self.stage} {100 * done:.0f} % step {step} {told}")
                 told_at = now
             if now - saved_at > SAVE_EVERY:
-                self._checkpoint(optimizers)
+                self._checkpoint(optimizers, exam)
                 saved_at, last = time.time(), time.process_time()
-        self._checkpoint(optimizers)
+        self._checkpoint(optimizers, exam)
 
-    def _checkpoint(self, optimizers: list) -> None:
+    def _checkpoint(self, optimizers: list, exam: Exam) -> None:
         self.save(optimizers)
-        figures = self.monitor()
-        self.log("validation " + json.dumps(figures))
-
-    # -- losses
-
-    def _vision_loss(self, pairs: int = 32) -> dict[str, Tensor]:
-        chosen = []
-        for group in random.choices(self.groups, weights=self._group_weights(), k=pairs):
-            chosen += random.sample(group, 2) if len(group) > 1 else [group[0], group[0]]
-        return self._tower_losses(torch.tensor(chosen))[0]
-
-    def _group_weights(self) -> list[float]:
-        if "weights" not in self.tell:
-            per_concept = Counter(self.keys[g[0]][0] for g in self.groups)
-            self.tell["weights"] = [per_concept[self.keys[g[0]][0]] ** -0.4 for g in self.groups]
-        return self.tell["weights"]
-
-    def _tower_losses(self, chosen: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Neighbours 2i, 2i + 1 of `chosen` show the same. Also returns the visual tokens."""
-        view = [random.randrange(VIEWS) for _ in range(len(chosen))]
-        drawn, inner, target = (
-            torch.stack([kept[v][i] for v, i in zip(view, chosen.tolist(), strict=True)]).float()
-            for kept in (self.views.pictures, self.views.patches, self.views.cells)
-        )
-        middle, tokens = self.tower(patches_of(disturb(drawn)))
-        pooled = tokens.mean(1)
-        patches = F.mse_loss(self.heads.patches(middle), inner)
-        cells = 1 - F.cosine_similarity(self.heads.cells(tokens), target, dim=-1).mean()
-        whole = 1 - F.cosine_similarity(self.heads.whole(pooled), target.mean(1), dim=-1).mean()
-
-        concepts = self.concept_ids[chosen]
-        rows = torch.tensor([random.choice(self.text_rows[i]) if self.text_rows[i] else -1 for i in chosen.tolist()])
-        told = rows >= 0
-        meaning = self.meanings[rows[told]]
-        close = (meaning @ self.bank.T) / 0.05
-        mine = self.bank_rows == rows[told][:, None]
-        others = (self.bank_concepts == concepts[told][:, None]) & ~mine  # the concept's other texts are not wrong
-        close = close.masked_fill(others, -1e4)
-        want = 0.6 * mine / mine.sum(1, keepdim=True) + 0.4 * close.softmax(-1)
-        said = F.normalize(self.heads.words(pooled[told]), dim=-1) @ self.bank.T / 0.05
-        words = -(want * said.masked_fill(others, -1e4).log_softmax(-1)).sum(-1).mean()
-
-        made = F.normalize(self.heads.artist(pooled), dim=-1)
-        alike = made @ made.T / 0.1
-        partner = torch.arange(len(chosen)) ^ 1
-        same = torch.tensor([hash(self.keys[i]) for i in chosen.tolist()])
-        hidden = (same == same[:, None]) & (partner[:, None] != torch.arange(len(chosen)))
-        artist = F.cross_entropy(alike.masked_fill(hidden, -1e4), partner)
-        losses = {"patches": 0.5 * patches, "cells": cells, "whole": whole}
-        return losses | {"words": 0.4 * words, "artist": 0.4 * artist}, tokens
-
-    def _text_loss(self) -> dict[str, Tensor]:
-        """Passages or answers to go on with, and sentences whose meaning the text teacher tells."""
-        turns = random.choices(self.turns["text"], k=20)
-        generated = self._generate([(t if random.random() < 0.5 else Turn("", None, t.answer)) for t in turns], None)
-        return {"generated": generated, **self._meaning_losses(96)}
-
-    def _meaning_losses(self, size: int) -> dict[str, Tensor]:
-        """Texts of like length, read on full attention: each one's meaning, and which of them are alike."""
-        start = random.randrange(len(self.read) - 4 * size)
-        rows = start + torch.randperm(4 * size)[:size]
-        ids, mask = pad([self._tokens(self.read[i])[:64] for i in rows.tolist()])
-        both = torch.zeros(size, 1, ids.shape[1], ids.shape[1]).masked_fill(~mask[:, None, None], -1e9)
-        output = self.model.model.language_model(
-            inputs_embeds=self.model.get_input_embeddings()(ids),
-            attention_mask=both,
-            position_ids=torch.arange(ids.shape[1]).expand(3, *ids.shape),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        # The last layer is left to generation; meaning is read below it.
-        hidden = output.hidden_states[-2] * mask[..., None]
-        read = F.normalize(self.heads.sentence(hidden.sum(1) / mask.sum(1, keepdim=True)), dim=-1)
-        meaning = self.read_meanings[rows]
-        want = (meaning @ meaning.T / 0.05).softmax(-1)
-        alike = -(want * (read @ meaning.T / 0.05).log_softmax(-1)).sum(-1).mean()
-        return {"meaning": 4 * (1 - (read * meaning).sum(-1).mean()), "alike": 0.3 * alike}
-
-    def _joint_loss(self, pairs: int = 24) -> dict[str, Tensor]:
-        turns, chosen = [], []
-        for group in random.choices(self.groups, weights=self._group_weights(), k=pairs):
-            chosen += random.sample(group, 2) if len(group) > 1 else [group[0], group[0]]
-        for i in chosen:
-            turns.append(self._turn_about(i))
-        losses, tokens = self._tower_losses(torch.tensor(chosen))
-        kept = [n for n, turn in enumerate(turns) if turn is not None]
-        generated = self._generate([turns[n] for n in kept], tokens[kept])
-        texts = self._generate(random.choices(self.turns["text"], k=6), None)
-        losses |= self._meaning_losses(24)
-        return {name: 0.5 * loss for name, loss in losses.items()} | {"generated": generated, "text": 0.2 * texts}
-
-    def _turn_about(self, picture: int) -> Turn | None:
-        texts = self.corpus.texts[picture]
-        if not texts:
-            return None
-        kind = random.random()
-        asked = self._asked().get(picture, [])
-        if kind < 0.25 and asked:
-            return random.choice(asked)
-        if kind < 0.5:
-            right = random.random() < 0.5
-            other = random.choice(self.turns["caption"]).picture
-            wrong = self.corpus.concepts[other] != self.corpus.concepts[picture]
-            text = random.choice(texts if right or not wrong else self.corpus.texts[other])
-            return Turn(f"Does the picture show this: {text}?", picture, "Yes" if right or not wrong else "No")
-        return Turn(random.choice(("What is this?", "Describe the picture.", "")), picture, random.choice(texts))
-
-    def _asked(self) -> dict[int, list[Turn]]:
-        if "asked" not in self.tell:
-            self.tell["asked"] = defaultdict(list)
-            for turn in self.turns["question"]:
-                self.tell["asked"][turn.picture].append(turn)
-        return self.tell["asked"]
-
-    def _tokens(self, text: str) -> list[int]:
-        if text not in self.ids:
-            self.ids[text] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return self.ids[text]
-
-    def _generate(self, turns: list[Turn], tokens: Tensor | None, each: bool = False) -> Tensor:
-        """Next-token loss on the answers; `tokens` (n, 16, HIDDEN) are the turns' pictures."""
-        name = CONTROL_TOKENS.index
-        image, rows, answers = name("<|image_pad|>"), [], []
-        for turn in turns:
-            shown = [name("<|vision_start|>"), *[image] * 16, name("<|vision_end|>")] if tokens is not None else []
-            asked = [name("<|im_start|>"), *self._tokens("user"), *shown, *self._tokens(turn.prompt)[:64]]
-            asked += [name("<|im_end|>"), name("<|im_start|>"), *self._tokens("assistant")]
-            answer = [*self._tokens(turn.answer)[:64], name("<|im_end|>")]
-            rows.append(asked + answer)
-            answers.append((len(asked), len(answer)))
-        ids, mask = pad(rows)
-        embedded = self.model.get_input_embeddings()(ids)
-        positions = torch.zeros(3, *ids.shape, dtype=torch.long)
-        for i, row in enumerate(rows):
-            spans = [Span((1, 4, 4))] if tokens is not None else []
-            walked = rotary_positions(np.array(row) == image, spans, "mrope")
-            positions[:, i, : len(row)] = torch.from_numpy(walked.astype(np.int64))
-        if tokens is not None:
-            embedded = embedded.masked_scatter((ids == image)[..., None], tokens)
-        hidden = self.model.model.language_model(
-            inputs_embeds=embedded, attention_mask=mask.long(), position_ids=positions, use_cache=False
-        ).last_hidden_state
-        index = [(i, start - 1 + n) for i, (start, size) in enumerate(answers) for n in range(size)]
-        rows_of, columns = torch.tensor(index).T
-        logits = self.model.lm_head(hidden[rows_of, columns])
-        loss = F.cross_entropy(logits, ids[rows_of, columns + 1], reduction="none" if each else "mean")
-        if not each:
-            return loss
-        sums = torch.zeros(len(turns)).index_add(0, rows_of, loss)
-        return sums / torch.tensor([size for _, size in answers])
-
-    # -- progress on concepts never learnt from
-
-    @torch.no_grad()
-    def monitor(self) -> dict[str, float]:
-        """On validation pictures: finding another drawing of the same concept; finding the right words through the
-        temporary head; how much the right picture lowers a caption's loss against a wrong one."""
-        self.model.eval()
-        corpus = self.held_out
-        tokens = torch.cat([self.tower(patches_of(p))[1] for p in torch.from_numpy(corpus.pictures).split(128)])
-        pooled = tokens.mean(1)
-        figures = {"artist R@5": found_again(pooled, corpus.concepts)}
-        labels = sorted({(c, min(own, key=len)) for c, own in zip(corpus.concepts, corpus.texts, strict=True) if own})
-        if "labels" not in self.tell:
-            self.tell["labels"] = self.words.embed([text for _, text in labels])
-        said = F.normalize(self.heads.words(pooled), dim=-1) @ self.tell["labels"].T
-        right = torch.tensor([[c == label for label, _ in labels] for c in corpus.concepts])
-        named = right.any(1)
-        figures["words R@5"] = right.gather(1, said.topk(5).indices)[named].any(1).float().mean().item()
-        figures["words pool"] = len(labels)
-        told = [i for i, own in enumerate(corpus.texts) if own][::3]
-        turns = [Turn("What is this?", i, min(corpus.texts[i], key=len)) for i in told]
-        wrong = told[len(told) // 2 :] + told[: len(told) // 2]
-        own_loss, other_loss = (self._generate(turns, tokens[list(which)], each=True) for which in (told, wrong))
-        figures["caption loss"] = own_loss.mean().item()
-        figures["right picture wins"] = (own_loss < other_loss).float().mean().item()
-        self.model.train()
-        return {name: round(value, 4) for name, value in figures.items()}
-
-
-def found_again(vectors: Tensor, concepts: list[str]) -> float:
-    """Share of pictures with another picture of their concept among their 5 nearest (centred cosine)."""
-    vectors = F.normalize(vectors - vectors.mean(0), dim=-1)
-    alike = (vectors @ vectors.T).fill_diagonal_(-2.0)
-    same = torch.tensor([[a == b for b in concepts] for a in concepts]).fill_diagonal_(False)
-    return same.gather(1, alike.topk(5).indices)[same.any(1)].any(1).float().mean().item()
-
-
-def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and their mask, (n, longest)."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = True
-    return ids, mask
+        self.log("validation " + json.dumps(exam.figures(self.reader, self.heads)))
 
 
 def cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
