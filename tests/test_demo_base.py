@@ -18,7 +18,7 @@ from tests.with_torchvision import run_with_torchvision
 from umarvel_ray.demo.corpus import read_corpus
 from umarvel_ray.demo.drawing import patches_of
 from umarvel_ray.demo.fast_tower import Tower
-from umarvel_ray.demo.judging import Judging, item_of
+from umarvel_ray.demo.judging import NEAR, Judging, item_of
 from umarvel_ray.demo.reading import Reader
 from umarvel_ray.model.batch import collate
 from umarvel_ray.model.embedding_model import EmbeddingModel
@@ -144,21 +144,56 @@ def judging():
     return Judging(DEMO / "data", "validation", read_corpus(DEMO / "data", "validation"), BASE, {})
 
 
-@torch.no_grad()
-def test_pretraining_judges_pairs_as_the_reranker_scores_them(model, tokenizer, judging, monkeypatch):
-    drawn, items = Judging._judged, []
+@pytest.fixture
+def rows(monkeypatch):
+    """(query, document, answers) of every pair that is drawn."""
+    drawn, judged = [], Judging._judged
 
     def remember(self, query, document, answers):
-        items.append((item_of(query), item_of(self.documents[document])))
-        return drawn(self, query, document, answers)
+        drawn.append((query, self.documents[document], answers))
+        return judged(self, query, document, answers)
 
     monkeypatch.setattr(Judging, "_judged", remember)
+    return drawn
+
+
+def test_wrong_documents_do_not_answer_and_half_are_near_the_right_one(judging, rows):
+    texts = {row["text"] for row in judging.documents.values() if row["text"]}
+    texts |= {text for own in judging.corpus.texts for text in own}
+    generator = np.random.default_rng(0)
+    meanings = {
+        text: F.normalize(torch.from_numpy(generator.standard_normal(384)).float(), dim=0) for text in sorted(texts)
+    }
+    near = Judging(DEMO / "data", "validation", judging.corpus, BASE, meanings)
+    near.draw(400, 3, random.Random(0))
+    assert len(rows) == 1600
+    pool = near.pools["wiki_task1"]
+    places = []
+    for start in range(0, len(rows), 4):
+        (query, right, answers), *others = rows[start : start + 4]
+        assert answers
+        assert right["id"] in query["positive_ids"]
+        meaning = meanings.get(right["text"])
+        for _, wrong, answers in others:
+            assert not answers
+            assert wrong["id"] not in query["positive_ids"]
+            assert wrong["concept"] != query["concept"] or query["task"].endswith("task7")
+            if query["task"] == "wiki_task1":
+                alike = [float(meanings[near.documents[i]["text"]] @ meaning) for i in pool if i != right["id"]]
+                places.append(sum(a > float(meanings[wrong["text"]] @ meaning) for a in alike))
+    share = np.mean(np.array(places) < NEAR)
+    drawn_at_random = NEAR / len(pool)
+    assert abs(share - (0.5 + 0.5 * drawn_at_random)) < 0.12
+
+
+@torch.no_grad()
+def test_pretraining_judges_pairs_as_the_reranker_scores_them(model, tokenizer, judging, rows):
     judged = judging.draw(8, 1, random.Random(0))
     assert [one.answers for one in judged] == [True, False] * 8
     assert {len(one.pictures) for one in judged} == {0, 1, 2}
     scores, losses = Reader(model, tokenizer).judge(judged, judging.corpus, judging.encoder.yes_no)
     reranker = Reranker(RerankerModel.from_pretrained(BASE, judging.encoder.items.settings), judging.encoder)
-    expected = [reranker.score(query, [document])[0] for query, document in items]
+    expected = [reranker.score(item_of(query), [item_of(document)])[0] for query, document, _ in rows]
     np.testing.assert_allclose(scores.sigmoid(), expected, atol=1e-5)
     told = torch.tensor([one.answers for one in judged])
     likely = torch.where(told, scores.sigmoid(), 1 - scores.sigmoid())
