@@ -128,7 +128,7 @@ def placed(case: dict, bases: dict[str, Path]) -> dict:
 def check(result: dict, expected: dict, dtype: str = "float32", start: int = 0) -> None:
     """In fp32 to rounding. In bfloat16 a padded batch rounds otherwise than an item alone, 0.4 % a number.
 
-    That is 1 % of the gradient here and 0.005 of the first loss, half of what is allowed. Adam then makes whole steps
+    That is 1 % of the gradient here and 0.3 % of the first loss, half of what is allowed. Adam then makes whole steps
     of the rounding of gradients near zero: later losses part by up to 0.8 % (two ranks, ZeRO 3), as plain PyTorch in
     bfloat16 parts from itself in fp32. log τ is compared to a tenth of its step, where bfloat16 would round it to a
     multiple of 0.0156.
@@ -138,7 +138,7 @@ def check(result: dict, expected: dict, dtype: str = "float32", start: int = 0) 
     losses = expected["losses"][start:]
     assert result["losses"] == pytest.approx(losses, **({"abs": 1e-5} if exact else {"rel": 0.015}))
     if not exact and start == 0:
-        assert result["losses"][0] == pytest.approx(losses[0], abs=0.01)
+        assert result["losses"][0] == pytest.approx(losses[0], rel=0.005)
     assert result["norms"] == pytest.approx(expected["norms"][start:], rel=norm)
     assert result["log_temperatures"] == pytest.approx(expected["log_temperatures"][start:], abs=tau)
     names = [name for name in expected["state"] if name.startswith("exp_avg.")]
