@@ -15,10 +15,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import umarvel_ray.demo
 from tests.with_torchvision import run_with_torchvision
+from umarvel_ray.data.tables import item_of
 from umarvel_ray.demo.corpus import read_corpus
 from umarvel_ray.demo.drawing import patches_of
 from umarvel_ray.demo.fast_tower import Tower
-from umarvel_ray.demo.judging import NEAR, Judging, item_of
+from umarvel_ray.demo.judging import NEAR, Judging
 from umarvel_ray.demo.reading import Reader
 from umarvel_ray.model.batch import collate
 from umarvel_ray.model.embedding_model import EmbeddingModel

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from umarvel_ray.data.tables import item_of
 from umarvel_ray.demo.corpus import Corpus, rows_of
 from umarvel_ray.model.items import Item
 from umarvel_ray.model.pairs import EncodedPair, PairEncoder, join
@@ -108,14 +109,16 @@ class Judging:
         return self._sides[key]
 
 
-def item_of(row: dict) -> Item:
-    """The library's item for a row of queries or documents."""
-    return {key: row[key] for key in ("text", "image", "instruction") if row.get(key) is not None}
-
-
 def common_start(pairs: list[EncodedPair]) -> int:
     """How many tokens all pairs begin with."""
     shortest = min(pair.length for pair in pairs)
     rows = np.stack([pair.input_ids[:shortest] for pair in pairs])
     same = (rows == rows[0]).all(0)
     return int(same.argmin()) if not same.all() else shortest
+
+
+def after(pair: EncodedPair, start: int) -> EncodedPair:
+    """The pair without its first tokens, whose places it keeps."""
+    return replace(
+        pair, input_ids=pair.input_ids[start:], labels=pair.labels[start:], positions=pair.positions[:, start:]
+    )

@@ -49,11 +49,11 @@ class Lessons:
         views: Views,
         meanings: dict[str, Tensor],
         judging: Judging,
-        instructions: list[str],
         reader: Reader,
         heads: Heads,
     ) -> None:
-        self.corpus, self.views, self.judging, self.instructions = corpus, views, judging, instructions
+        self.corpus, self.views, self.judging = corpus, views, judging
+        self.instructions = sorted({query["instruction"] for query in judging.queries})
         self.reader, self.heads = reader, heads
         named = [min(own, key=len) if own else "" for own in corpus.texts]
         self.keys = list(zip(corpus.concepts, named, strict=True))

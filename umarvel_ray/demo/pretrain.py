@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 
 from umarvel_ray.demo.base_model import PATCH, TEMPORAL, build_config, build_tokenizer, save_base
-from umarvel_ray.demo.corpus import read_corpus, rows_of
+from umarvel_ray.demo.corpus import read_corpus
 from umarvel_ray.demo.drawing import make_views, patches_of
 from umarvel_ray.demo.exam import Exam
 from umarvel_ray.demo.judging import Judging
@@ -152,8 +152,7 @@ class Pretraining:
     def _lessons(self, meanings: dict[str, Tensor]) -> Lessons:
         views = make_views(self.corpus, self.work, self.log)
         judging = Judging(self.data, "train", self.corpus, self.work / "base", meanings)
-        instructions = sorted({row["instruction"] for row in rows_of(self.data / "train.parquet")})
-        return Lessons(self.corpus, views, meanings, judging, instructions, self.reader, self.heads)
+        return Lessons(self.corpus, views, meanings, judging, self.reader, self.heads)
 
     def _exam(self) -> Exam:
         corpus = read_corpus(self.data, "validation")

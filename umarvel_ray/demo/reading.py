@@ -12,11 +12,13 @@ from umarvel_ray.demo.base_model import CONTROL_TOKENS
 from umarvel_ray.demo.corpus import Corpus, Turn
 from umarvel_ray.demo.drawing import patches_of
 from umarvel_ray.demo.fast_tower import Tower
-from umarvel_ray.demo.judging import Judged, common_start
+from umarvel_ray.demo.judging import Judged, after, common_start
 from umarvel_ray.model.batch import collate
 from umarvel_ray.model.items import EncodedItem
+from umarvel_ray.model.pairs import collate_pairs
 from umarvel_ray.model.pooling import pool
 from umarvel_ray.model.positions import Span, rotary_positions
+from umarvel_ray.model.reranker import ReadQuery
 
 IMAGE = CONTROL_TOKENS.index("<|image_pad|>")
 MAX_TOKENS = 64  # of a prompt, of an answer, of a text
@@ -84,20 +86,16 @@ class Reader:
         shared = DynamicCache()
         opening = torch.from_numpy(rows[0].input_ids[None, :start]).long()
         language(inputs_embeds=self._embedded(opening, None), past_key_values=shared)
-        read = [(layer.keys, layer.values) for layer in shared.layers]
-        read = [tuple(x.expand(len(rows), -1, -1, -1) for x in layer) for layer in read]
-        ids, mask = pad([row.input_ids[start:].tolist() for row in rows])
-        positions = torch.zeros(3, *ids.shape, dtype=torch.long)
-        for i, row in enumerate(rows):
-            positions[:, i, : row.length - start] = torch.from_numpy(row.positions[:, start:].astype(np.int64))
+        read = ReadQuery(tuple((layer.keys, layer.values) for layer in shared.layers), start, start)
+        batch = collate_pairs([after(row, start) for row in rows])
         seen = torch.stack([tokens[place[picture]] for one in judged for picture in one.pictures]) if shown else None
         hidden = language(
-            inputs_embeds=self._embedded(ids, seen),
-            attention_mask=torch.cat([mask.new_ones(len(rows), start), mask], 1).long(),
-            position_ids=positions,
-            past_key_values=DynamicCache(read),
+            inputs_embeds=self._embedded(batch.input_ids, seen),
+            attention_mask=torch.cat([batch.attention_mask.new_ones(len(rows), start), batch.attention_mask], 1),
+            position_ids=batch.positions,
+            past_key_values=read.for_candidates(len(rows)),
         ).last_hidden_state
-        logits = self.model.lm_head(hidden[torch.arange(len(rows)), mask.sum(1) - 1])
+        logits = self.model.lm_head(hidden[torch.arange(len(rows)), batch.attention_mask.sum(1) - 1])
         yes, no = yes_no
         answers = torch.tensor([yes if one.answers else no for one in judged])
         return logits[:, yes] - logits[:, no], F.cross_entropy(logits, answers, reduction="none")
