@@ -10,7 +10,7 @@ The client is another process (serve_load.py). One round after another: requests
 items from 32 clients; short texts one by one, against the model's own time for the same texts. Then single items
 arriving at random at 60 % of the raw rate (open loop).
 
-    python benchmarks/serve.py [items=192] [rounds=3]       → benchmarks/results/serve.json
+    python benchmarks/serve.py [items=384] [rounds=3]       → benchmarks/results/serve.json
     RAY_SERVE_ENABLE_HA_PROXY=1 python benchmarks/serve.py  → benchmarks/results/serve-haproxy.json
     python benchmarks/serve.py items=2048 gpu=1             → results/serve-gpu.json: Qwen2-VL-2B's layers, bf16
 """
@@ -63,7 +63,8 @@ WANTED_GPU = {"16 items: ours / raw": 0.85, "single items: ours / plain": 5}
 GPU_SHAPE = "Qwen2-VL-2B's layers, random weights, bf16; a picture is up to 100 tokens"
 WANTED_OVERHEAD_MS = 10
 # Serve's defaults for the plain deployment, where `prepare_environment` sets others for ours.
-DEFAULTS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1"}
+DEFAULTS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}
+NO_ACCESS_LOG = {"enable_access_log": False}  # of Serve's own, as in serve/config.yaml
 
 
 @ray_serve.deployment(
@@ -147,7 +148,7 @@ def make_checkpoint(folder: Path, gpu: bool) -> Path:
     return folder / "bench"
 
 
-def main(items: int = 192, rounds: int = 3, gpu: int = 0) -> None:
+def main(items: int = 384, rounds: int = 3, gpu: int = 0) -> None:
     with tempfile.TemporaryDirectory() as name, start_ray():
         folder = Path(name)
         maker = ItemMaker(folder / "pictures")
@@ -157,13 +158,13 @@ def main(items: int = 192, rounds: int = 3, gpu: int = 0) -> None:
         raw = Embedder.from_pretrained(checkpoint, device, dtype)
         ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         address = f"http://127.0.0.1:{PORT}"
-        ray_serve.run(
-            build(Service(embedder=str(checkpoint), device=device, dtype=dtype, cache_mb=0)),
-            name="ours",
-            route_prefix="/",
-        )
-        ray_serve.run(Plain.bind(str(checkpoint), device, dtype), name="plain", route_prefix="/plain")
-        ray_serve.run(Empty.bind(Nothing.bind()), name="empty", route_prefix="/empty")
+        service = Service(embedder=str(checkpoint), device=device, dtype=dtype, cache_mb=0)
+        for name, path, app in (
+            ("ours", "/", build(service)),
+            ("plain", "/plain", Plain.bind(str(checkpoint), device, dtype)),
+            ("empty", "/empty", Empty.bind(Nothing.bind())),
+        ):
+            ray_serve.run(app, name=name, route_prefix=path, logging_config=NO_ACCESS_LOG)
         ours, plain, empty = f"{address}/v1/embeddings", f"{address}/plain", f"{address}/empty"
         groups = [body(given[start : start + GROUP]) for start in range(0, items, GROUP)]
         singles = [body([item]) for item in given]

@@ -19,6 +19,7 @@ QUIET = {
 SERVE = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # between deployments: half the time of an actor call
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # serve/ blocks no event loop: nothing to guard
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",  # handles are used on event loops alone: one change of thread less
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy.middlewares",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # bytes; by default 4 MiB, a few pictures
 }

@@ -12,6 +12,7 @@ import torch
 from umarvel_ray.model.items import EncodedItem
 from umarvel_ray.model.pictures import Picture
 
+PADDED_SHARE = 1 / 32  # of a token budget; 32 tokens of a CPU's take about as long as what every pass takes at least
 PAD = 0  # padding is masked everywhere, so any token will do that is not a picture's
 
 
@@ -70,19 +71,21 @@ def token_buckets(lengths: Sequence[int], budget: int, packed: bool = False) -> 
     """Group indices, longest first, so that no group's size exceeds `budget` tokens.
 
     A group's size is what is computed: longest × count when padded, the sum when packed. An item longer than the budget
-    has a group of its own. Equal lengths keep their order.
+    has a group of its own. Equal lengths keep their order. Few items of unlike lengths are not padded into one group:
+    where its padding would exceed a `PADDED_SHARE` of the budget, another group takes less time.
     """
     buckets: list[list[int]] = []
-    size = 0
+    size = padding = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         # Padded, every item of a group counts as its first, which is the longest.
         more = lengths[index] if packed or not buckets else lengths[buckets[-1][0]]
-        if buckets and size + more <= budget:
+        if buckets and size + more <= budget and padding + more - lengths[index] <= budget * PADDED_SHARE:
             buckets[-1].append(index)
             size += more
+            padding += more - lengths[index]
         else:
             buckets.append([index])
-            size = lengths[index]
+            size, padding = lengths[index], 0
     return buckets
 
 
