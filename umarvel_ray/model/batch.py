@@ -12,7 +12,7 @@ import torch
 from umarvel_ray.model.items import EncodedItem
 from umarvel_ray.model.pictures import Picture
 
-PADDED_SHARE = 1 / 32  # of a token budget; 32 tokens of a CPU's take about as long as what every pass takes at least
+PADDED_SHARE = 1 / 32  # of a token budget: on a CPU 32 tokens, about as much time as a pass takes at least
 PAD = 0  # padding is masked everywhere, so any token will do that is not a picture's
 
 
