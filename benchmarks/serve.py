@@ -63,7 +63,7 @@ WANTED_GPU = {"16 items: ours / raw": 0.85, "single items: ours / plain": 5}
 GPU_SHAPE = "Qwen2-VL-2B's layers, random weights, bf16; a picture is up to 100 tokens"
 WANTED_OVERHEAD_MS = 10
 # Serve's defaults for the plain deployment, where `prepare_environment` sets others for ours.
-DEFAULTS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}
+DEFAULTS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1"}
 NO_ACCESS_LOG = {"enable_access_log": False}  # of Serve's own, as in serve/config.yaml
 
 
@@ -159,12 +159,12 @@ def main(items: int = 384, rounds: int = 3, gpu: int = 0) -> None:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         address = f"http://127.0.0.1:{PORT}"
         service = Service(embedder=str(checkpoint), device=device, dtype=dtype, cache_mb=0)
-        for name, path, app in (
+        for side, path, app in (
             ("ours", "/", build(service)),
             ("plain", "/plain", Plain.bind(str(checkpoint), device, dtype)),
             ("empty", "/empty", Empty.bind(Nothing.bind())),
         ):
-            ray_serve.run(app, name=name, route_prefix=path, logging_config=NO_ACCESS_LOG)
+            ray_serve.run(app, name=side, route_prefix=path, logging_config=NO_ACCESS_LOG)
         ours, plain, empty = f"{address}/v1/embeddings", f"{address}/plain", f"{address}/empty"
         groups = [body(given[start : start + GROUP]) for start in range(0, items, GROUP)]
         singles = [body([item]) for item in given]
