@@ -44,14 +44,20 @@ def content_key(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
-def load_features(data: Path, cache: Path) -> Features:
-    """Features of all that the Parquet tables in `data` hold; what `cache` knows by content is not computed again."""
+def contents_of(data: Path) -> tuple[list[str], dict[str, bytes]]:
+    """Every text and every picture (by its content's key) of the Parquet tables in `data`, in a fixed order."""
     texts: dict[str, None] = {}
     images: dict[str, bytes] = {}
     for name in TABLES:
         table = pq.read_table(data / f"{name}.parquet")
         texts |= {text: None for text in table["text"].to_pylist() if text}
         images |= {content_key(image): image for image in table["image"].to_pylist() if image}
+    return list(texts), images
+
+
+def load_features(data: Path, cache: Path) -> Features:
+    """Features of all that the tables in `data` hold; what `cache` knows by content is not computed again."""
+    texts, images = contents_of(data)
     return Features(
         _known_or_new(cache / "texts.npz", {content_key(text.encode()): text for text in texts}, embed_texts),
         _known_or_new(cache / "images.npz", images, embed_images),

@@ -1,0 +1,74 @@
+"""Where the demo's distance from the peer comes from: the peer's heads over the demo base's own frozen features.
+
+Texts are read by MiniLM, or as the mean of the base's word embeddings; pictures by EfficientNet-Lite0, or as the mean
+of the visual tokens of the base's tower. No layer of the base's language model takes part: what stands here is what a
+linear map gets of its inputs.
+
+    python benchmarks/peer.py            # the same packages, and the features of the two networks
+    python benchmarks/probe.py           # three seeds, test split; writes benchmarks/results/probe.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from peer import Bench, measure
+from peer_features import Features, contents_of, load_features
+from transformers import Qwen2VLForConditionalGeneration
+
+from umarvel_ray.data.tables import DEMO, open_dataset
+from umarvel_ray.model.items import ItemEncoder
+from umarvel_ray.model.multimodal import tower_features
+from umarvel_ray.recipe import Data, load_recipe
+
+BASE = Path(DEMO).parent / "base"
+RESULTS = Path(__file__).parent / "results" / "probe.json"
+PART = 128  # pictures in one pass of the tower
+
+
+@torch.inference_mode()
+def base_features(texts: list[str], images: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean word embeddings (n, 256) and mean visual tokens (m, 256) of the demo's base, float32."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32).eval()
+    encoder = ItemEncoder.from_pretrained(BASE, load_recipe("demo").model)
+    words = model.get_input_embeddings().weight
+    read = [words[encoder.tokenizer(text, add_special_tokens=False).input_ids].mean(0) for text in texts]
+    seen = []
+    for start in range(0, len(images), PART):
+        pictures = [encoder.pictures({"image": image}, "picture")[0] for image in images[start : start + PART]]
+        tokens = tower_features(model.model.visual, pictures, encoder.picture_format.scale)
+        seen += [picture.mean(0) for picture in tokens]
+    return torch.stack(read).numpy(), torch.stack(seen).numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cache", type=Path, default=Path("runs/peer"), help="where the frozen features are kept")
+    arguments = parser.parse_args()
+    dataset, protocol = open_dataset(Data(root="builtin:demo")), load_recipe("demo").evaluate
+    peer = load_features(DEMO, arguments.cache)
+    texts, images = contents_of(DEMO)
+    words, tokens = base_features(texts, list(images.values()))
+    kinds: dict[str, Features] = {
+        "words of the base, tower of the base": replace(peer, texts=words, images=tokens),
+        "MiniLM, tower of the base": replace(peer, images=tokens),
+        "words of the base, EfficientNet": replace(peer, texts=words),
+        "MiniLM, EfficientNet (the peer)": peer,
+    }
+    result = {}
+    for kind, features in kinds.items():
+        figures = measure(Bench(dataset, features, dataset.tasks("test")), protocol, arguments.seeds)
+        result[kind] = {name: figures[name] for name in ("seeds", "recall", "standard_deviation")}
+        averages = (f"{scope} {figures['recall'][scope]['average']:.3f}" for scope in ("local", "global"))
+        print(f"{kind}: {', '.join(averages)}", flush=True)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
