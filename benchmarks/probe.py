@@ -25,8 +25,9 @@ from umarvel_ray.data.tables import DEMO, open_dataset
 from umarvel_ray.model.items import ItemEncoder
 from umarvel_ray.model.multimodal import tower_features
 from umarvel_ray.recipe import Data, load_recipe
+from umarvel_ray.runs import base_folder
 
-BASE = Path(DEMO).parent / "base"
+BASE = base_folder("builtin:demo")
 RESULTS = Path(__file__).parent / "results" / "probe.json"
 PART = 128  # pictures in one pass of the tower
 
