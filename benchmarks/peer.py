@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from peer_features import LAST, Features, load_features
+from peer_features import LAST, Features, contents_of, load_features
 from torch import nn
 from torch.nn import functional as F
 
@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/peer"), help="where the frozen features are kept")
     arguments = parser.parse_args()
     dataset = open_dataset(Data(root="builtin:demo"))
-    bench = Bench(dataset, load_features(DEMO, arguments.cache), dataset.tasks("test"))
+    bench = Bench(dataset, load_features(*contents_of(DEMO), arguments.cache), dataset.tasks("test"))
     protocol = load_recipe("demo").evaluate
     if arguments.search:
         search(bench, protocol)

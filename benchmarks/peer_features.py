@@ -55,9 +55,8 @@ def contents_of(data: Path) -> tuple[list[str], dict[str, bytes]]:
     return list(texts), images
 
 
-def load_features(data: Path, cache: Path) -> Features:
-    """Features of all that the tables in `data` hold; what `cache` knows by content is not computed again."""
-    texts, images = contents_of(data)
+def load_features(texts: list[str], images: dict[str, bytes], cache: Path) -> Features:
+    """Features of what `contents_of` found; what `cache` knows by content is not computed again."""
     return Features(
         _known_or_new(cache / "texts.npz", {content_key(text.encode()): text for text in texts}, embed_texts),
         _known_or_new(cache / "images.npz", images, embed_images),

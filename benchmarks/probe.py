@@ -19,11 +19,9 @@ import numpy as np
 import torch
 from peer import Bench, measure
 from peer_features import Features, contents_of, load_features
-from transformers import Qwen2VLForConditionalGeneration
 
+from umarvel_ray import Embedder
 from umarvel_ray.data.tables import DEMO, open_dataset
-from umarvel_ray.model.items import ItemEncoder
-from umarvel_ray.model.multimodal import tower_features
 from umarvel_ray.recipe import Data, load_recipe
 from umarvel_ray.runs import base_folder
 
@@ -35,15 +33,14 @@ PART = 128  # pictures in one pass of the tower
 @torch.inference_mode()
 def base_features(texts: list[str], images: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Mean word embeddings (n, 256) and mean visual tokens (m, 256) of the demo's base, float32."""
-    model = Qwen2VLForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32).eval()
-    encoder = ItemEncoder.from_pretrained(BASE, load_recipe("demo").model)
-    words = model.get_input_embeddings().weight
+    embedder = Embedder.from_pretrained(BASE, settings=load_recipe("demo").model)
+    model, encoder = embedder.model, embedder.encoder
+    words = model.backbone.get_input_embeddings().weight
     read = [words[encoder.tokenizer(text, add_special_tokens=False).input_ids].mean(0) for text in texts]
     seen = []
     for start in range(0, len(images), PART):
         pictures = [encoder.pictures({"image": image}, "picture")[0] for image in images[start : start + PART]]
-        tokens = tower_features(model.model.visual, pictures, encoder.picture_format.scale)
-        seen += [picture.mean(0) for picture in tokens]
+        seen += [tokens.mean(0) for tokens in model.run_tower(pictures)]
     return torch.stack(read).numpy(), torch.stack(seen).numpy()
 
 
@@ -53,8 +50,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/peer"), help="where the frozen features are kept")
     arguments = parser.parse_args()
     dataset, protocol = open_dataset(Data(root="builtin:demo")), load_recipe("demo").evaluate
-    peer = load_features(DEMO, arguments.cache)
     texts, images = contents_of(DEMO)
+    peer = load_features(texts, images, arguments.cache)
     words, tokens = base_features(texts, list(images.values()))
     kinds: dict[str, Features] = {
         "words of the base, tower of the base": replace(peer, texts=words, images=tokens),
