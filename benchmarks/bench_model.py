@@ -25,13 +25,13 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from umarvel_ray.data.images import open_image
-from umarvel_ray.data.tables import DEMO
-from umarvel_ray.model.items import EMB, format_string
+from umarvel_ray import demo
+from umarvel_ray.items.images import open_image
+from umarvel_ray.items.template import EMB, format_string
 from umarvel_ray.recipe import ModelSettings
 
 RESULTS = Path(__file__).parent / "results"
-BASE = DEMO.parent / "base"
+BASE = demo.BASE
 SETTINGS = ModelSettings(min_pixels=4 * 16 * 16, max_pixels=100 * 16 * 16)
 TEXT_MODEL = {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 6, "num_attention_heads": 6,
               "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.05}  # fmt: skip
@@ -78,7 +78,7 @@ class ItemMaker:
         self.folder = folder
         self.rng = np.random.default_rng(seed)
         folder.mkdir()
-        rows = pq.read_table(DEMO / "documents.parquet", columns=["text", "image", "source"]).to_pylist()
+        rows = pq.read_table(demo.DATA / "documents.parquet", columns=["text", "image", "source"]).to_pylist()
         self.short = [row["text"] for row in rows if row["text"] and row["source"] in ("emoji", "clipart", "keywords")]
         self.extracts = [row["text"] for row in rows if row["text"] and row["source"] == "wiki"]
         self.images = [row["image"] for row in rows if row["image"]]

@@ -18,8 +18,8 @@ from local_recall import LocalPools
 from PIL import Image
 
 from umarvel_ray import Embedder
-from umarvel_ray.data.images import open_image
 from umarvel_ray.data.tables import item_of, open_dataset
+from umarvel_ray.items.images import open_image
 from umarvel_ray.recipe import load_recipe
 from umarvel_ray.runs import Run
 

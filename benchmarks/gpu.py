@@ -50,17 +50,18 @@ from gpu_model import (
     seconds,
 )
 
+from umarvel_ray.items.encoder import EncodedItem
 from umarvel_ray.model.batch import collate
-from umarvel_ray.model.embedding_model import EmbeddingModel, VisionCache
-from umarvel_ray.model.items import EncodedItem
+from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.lora import add_lora
 from umarvel_ray.model.losses import info_nce
 from umarvel_ray.model.packing import packed_attention
-from umarvel_ray.recipe import ContrastiveStep, Engine, Lora
+from umarvel_ray.model.vision_cache import VisionCache
+from umarvel_ray.recipe import Compute, ContrastivePhase, Lora
 from umarvel_ray.train.embedding_step import LossOf, Passes, TemperedEmbedder, VisualOf, embedding_step
 from umarvel_ray.train.engine import hold_in_fp32, make_engine
-from umarvel_ray.train.jobs import VISION_CACHE_BYTES
-from umarvel_ray.train.tower import FrozenTower
+from umarvel_ray.train.frozen_tower import FrozenTower
+from umarvel_ray.train.phases import VISION_CACHE_BYTES
 
 RESULTS = Path(__file__).parent / "results"
 SECTIONS = ("check", "embed", "train", "memory", "large")
@@ -321,7 +322,7 @@ class Bench:
         return loss.item()
 
     def _make_engine(self) -> None:
-        step = ContrastiveStep(
+        step = ContrastivePhase(
             queries="x", batch_size=1, learning_rate=STILL, lora=Lora(r=self.rank, alpha=2 * self.rank, dropout=0.0)
         )
         add_lora(self.model, step.lora, seed=0)
@@ -330,7 +331,7 @@ class Bench:
         self.tower = FrozenTower(self.model.backbone, self.model.scale, self.device)
         module = TemperedEmbedder(self.model, (-10.0, 10.0)).to(self.device).train()
         dtype = "float32" if self.small else "bfloat16"
-        self.engine = make_engine(module, step, Engine(zero_stage=1, dtype=dtype))
+        self.engine = make_engine(module, step, Compute(zero_stage=1, dtype=dtype))
 
 
 def ratio(times: Sequence[float], ours: Sequence[float]) -> float:

@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from umarvel_ray.estimate.flops import text_backward, text_forward, vision_forward
 from umarvel_ray.estimate.shape import PUBLISHED, Shape, shape_of
-from umarvel_ray.model.batch import Batch, collate, token_buckets
+from umarvel_ray.items.encoder import EncodedItem
+from umarvel_ray.items.pictures import Picture, PixelScale
+from umarvel_ray.items.positions import Span, rotary_positions
+from umarvel_ray.model.batch import ItemBatch, collate, token_buckets
 from umarvel_ray.model.embedding_model import EmbeddingModel
-from umarvel_ray.model.items import EncodedItem
 from umarvel_ray.model.packing import use_packed_attention
-from umarvel_ray.model.pictures import Picture, PixelScale
-from umarvel_ray.model.positions import Span, rotary_positions
 from umarvel_ray.recipe import ModelSettings
 
 SIZES = {"2b": "Qwen/Qwen2-VL-2B-Instruct", "7b": "Qwen/Qwen2-VL-7B-Instruct"}
@@ -117,7 +117,7 @@ class Way:
 
     def batches(
         self, items: Sequence[EncodedItem], budget: int, device: torch.device
-    ) -> Iterator[tuple[list[int], Batch]]:
+    ) -> Iterator[tuple[list[int], ItemBatch]]:
         """Index lists and their batches; the token budget is not for a fixed number."""
         if self.fixed is None:
             buckets = token_buckets([item.length for item in items], budget, self.packed)
@@ -134,7 +134,7 @@ class Way:
         return sum(batch.input_ids.numel() for _, batch in self.batches(items, budget, torch.device("cpu")))
 
 
-def widened(batch: Batch, length: int) -> Batch:
+def widened(batch: ItemBatch, length: int) -> ItemBatch:
     """The batch with more padding."""
     names = ("input_ids", "attention_mask", "pool_mask", "positions")
     more = length - batch.input_ids.shape[1]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from umarvel_ray import Embedder
+from umarvel_ray.data.content import own_pictures, picture_key
 from umarvel_ray.data.tables import Dataset, item_of
-from umarvel_ray.evaluate.metrics import hit_at_k, mean
-from umarvel_ray.mine.filters import own_pictures, picture_key
-from umarvel_ray.mine.topk import topk
 from umarvel_ray.recipe import Evaluate
+from umarvel_ray.retrieve.metrics import hit_at_k, mean
+from umarvel_ray.retrieve.topk import topk
 
 
 class LocalPools:

@@ -29,11 +29,12 @@ from peer_features import LAST, Features, contents_of, load_features
 from torch import nn
 from torch.nn import functional as F
 
-from umarvel_ray.data.tables import DEMO, Dataset, open_dataset
-from umarvel_ray.evaluate.metrics import chance_at_k, hit_at_k, mean
-from umarvel_ray.mine.filters import own_pictures, picture_key
-from umarvel_ray.mine.topk import topk
+from umarvel_ray import demo
+from umarvel_ray.data.content import own_pictures, picture_key
+from umarvel_ray.data.tables import Dataset, open_dataset
 from umarvel_ray.recipe import Data, Evaluate, load_recipe
+from umarvel_ray.retrieve.metrics import chance_at_k, hit_at_k, mean
+from umarvel_ray.retrieve.topk import topk
 
 HERE = Path(__file__).parent
 SCOPES = ("local", "global")
@@ -345,7 +346,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/peer"), help="where the frozen features are kept")
     arguments = parser.parse_args()
     dataset = open_dataset(Data(root="builtin:demo"))
-    bench = Bench(dataset, load_features(*contents_of(DEMO), arguments.cache), dataset.tasks("test"))
+    bench = Bench(dataset, load_features(*contents_of(demo.DATA), arguments.cache), dataset.tasks("test"))
     protocol = load_recipe("demo").evaluate
     if arguments.search:
         search(bench, protocol)

@@ -21,8 +21,8 @@ from local_recall import LocalPools
 from umarvel_ray import Embedder
 from umarvel_ray.data.sample import sample_queries, with_sampled_pools
 from umarvel_ray.data.tables import Dataset, item_of, open_dataset
-from umarvel_ray.evaluate.metrics import mean
 from umarvel_ray.recipe import load_recipe
+from umarvel_ray.retrieve.metrics import mean
 from umarvel_ray.runs import Run
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"

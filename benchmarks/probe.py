@@ -20,8 +20,8 @@ import torch
 from peer import Bench, measure
 from peer_features import Features, contents_of, load_features
 
-from umarvel_ray import Embedder
-from umarvel_ray.data.tables import DEMO, open_dataset
+from umarvel_ray import Embedder, demo
+from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.recipe import Data, load_recipe
 from umarvel_ray.runs import base_folder
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/peer"), help="where the frozen features are kept")
     arguments = parser.parse_args()
     dataset, protocol = open_dataset(Data(root="builtin:demo")), load_recipe("demo").evaluate
-    texts, images = contents_of(DEMO)
+    texts, images = contents_of(demo.DATA)
     peer = load_features(texts, images, arguments.cache)
     words, tokens = base_features(texts, list(images.values()))
     kinds: dict[str, Features] = {

@@ -18,10 +18,10 @@ import torch
 from bench_model import SETTINGS, SHAPE, ItemMaker, arguments, make_model, race, report
 from torch.nn import functional as F
 
-from umarvel_ray.model.batch import token_buckets
-from umarvel_ray.model.embedding_model import VisionCache
-from umarvel_ray.model.pairs import PairEncoder, PairTensors, collate_pairs
+from umarvel_ray.items.pair_encoder import PairEncoder
+from umarvel_ray.model.batch import PairBatch, collate_pairs, token_buckets
 from umarvel_ray.model.reranker import Reranker, RerankerModel
+from umarvel_ray.model.vision_cache import VisionCache
 
 OURS, WHOLE = "umarvel-ray", "whole pairs"
 WANTED = {WHOLE: 3.0}
@@ -45,7 +45,7 @@ def score_whole(reranker: Reranker, query: dict, documents: list[dict]) -> np.nd
 
 
 def answer_logits(
-    model: RerankerModel, batch: PairTensors, visual: dict[str, torch.Tensor], yes_no: tuple[int, int]
+    model: RerankerModel, batch: PairBatch, visual: dict[str, torch.Tensor], yes_no: tuple[int, int]
 ) -> torch.Tensor:
     """Logits of Yes and No after the last token (B, 2), by transformers' model alone."""
     core = model.backbone.model

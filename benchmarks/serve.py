@@ -47,11 +47,11 @@ from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 
-from serve.app import build
-from serve.settings import Service
 from umarvel_ray import Embedder
 from umarvel_ray.model.checkpoint import save_checkpoint
 from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.serving.app import build
+from umarvel_ray.serving.settings import Service
 
 GROUP, CLIENTS, SINGLES = 16, 4, 32
 OPEN_SHARE = 0.6

@@ -39,14 +39,15 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from torch import nn
 from torch.nn import functional as F
 
-from umarvel_ray.model.embedding_model import EmbeddingModel, VisionCache
-from umarvel_ray.model.items import ItemEncoder
+from umarvel_ray.items.encoder import ItemEncoder
+from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.lora import add_lora, lora_config
 from umarvel_ray.model.losses import info_nce
-from umarvel_ray.recipe import ContrastiveStep, Engine, Lora
+from umarvel_ray.model.vision_cache import VisionCache
+from umarvel_ray.recipe import Compute, ContrastivePhase, Lora
 from umarvel_ray.train.embedding_step import Passes, TemperedEmbedder, embedding_step
 from umarvel_ray.train.engine import make_engine, start_step, take_step
-from umarvel_ray.train.tower import FrozenTower
+from umarvel_ray.train.frozen_tower import FrozenTower
 
 OURS, CACHED, PEER, REFERENCE = "umarvel-ray", "umarvel-ray, cached", "sentence-transformers, cached", "reference's way"
 WANTED = {PEER: 2.0, REFERENCE: 2.0}
@@ -57,7 +58,7 @@ PAIRS = (
     ("short text", "image+text"),
     ("short text", "long text"),
 )
-STEP = ContrastiveStep(queries="pairs", batch_size=1, learning_rate=1e-3, lora=Lora(r=16, alpha=32, dropout=0.0))
+STEP = ContrastivePhase(queries="pairs", batch_size=1, learning_rate=1e-3, lora=Lora(r=16, alpha=32, dropout=0.0))
 TEMPERATURE = 0.05
 TOKEN_BUDGET = 1024
 CHUNK = 32
@@ -74,7 +75,7 @@ def our_side(path: Path, cached: bool) -> StepOf:
     model.log_temperature.requires_grad_(False)
     module = TemperedEmbedder(model, (-10.0, 10.0)).train()
     tower = FrozenTower(model.backbone, model.scale, "cpu")
-    engine = make_engine(module, STEP, Engine(zero_stage=0, dtype="float32"))
+    engine = make_engine(module, STEP, Compute(zero_stage=0, dtype="float32"))
     passes = Passes(TOKEN_BUDGET, cached)
 
     def step(queries: Side, documents: Side) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import hypothesis
 import pytest
 
 from umarvel_ray.ray_session import prepare_environment, start_ray
+from umarvel_ray.serving.environment import SERVE
 
-prepare_environment()  # before any test module imports ray
+prepare_environment(SERVE)  # before any test module imports ray
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("unhurried")
@@ -28,7 +30,7 @@ def ray_cluster():
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """An HF directory with a random Qwen2-VL of the demo's shapes, scaled down."""
-    from tests.tiny import make_tiny_base
+    from tests.support.tiny import make_tiny_base
 
     directory = tmp_path_factory.mktemp("tiny_base")
     make_tiny_base(directory)
@@ -40,24 +42,24 @@ def family_base(request, tiny_base, tmp_path_factory) -> Path:
     """A tiny random base of each backbone family."""
     if request.param == "qwen2_vl":
         return tiny_base
-    from tests.tiny import make_tiny_base
+    from tests.support.tiny import make_tiny_base
 
     return make_tiny_base(tmp_path_factory.mktemp(request.param), family=request.param)
 
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Golden vectors and larger data beside the checkout; they are not part of the repository."""
-    directory = REPO.parent / "shared"
+    """Larger data of others, beside the checkout or in UMARVEL_SHARED; not part of the repository."""
+    directory = Path(os.environ.get("UMARVEL_SHARED", REPO.parent / "shared"))
     if not directory.is_dir():
-        pytest.skip("no ../shared beside the checkout")
+        pytest.skip("no larger data at hand (UMARVEL_SHARED)")
     return directory
 
 
 @pytest.fixture(scope="module")
 def run(tiny_base, tmp_path_factory) -> Path:
     """A run folder with tiny random checkpoints, a corpus and its embeddings, as the pipeline leaves it."""
-    from tests.tiny_run import make_run
+    from tests.support.tiny_run import make_run
 
     return make_run(tiny_base, tmp_path_factory.mktemp("runs") / "tiny")
 
@@ -65,7 +67,7 @@ def run(tiny_base, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def address(ray_cluster) -> Iterator[str]:
     """Ray Serve on loopback, without an application."""
-    from tests.served import serve_address
+    from tests.support.served import serve_address
 
     with serve_address() as address:
         yield address

@@ -1,26 +1,31 @@
-"""Rule 3: pooled vectors that the reference code itself computed, matched to 1e-5."""
+"""What the reference code itself computed: pooled vectors, matched to 1e-5, and conversations, matched exactly.
+
+tests/golden/README.md says what each file holds and where it comes from.
+"""
 
 import json
-import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen3VLConfig
 
-from umarvel_ray.model.batch import Batch
+from umarvel_ray.items.encoder import ItemEncoder
+from umarvel_ray.items.pictures import Picture
+from umarvel_ray.model.batch import ItemBatch
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.multimodal import split_features
-from umarvel_ray.model.pictures import Picture
 from umarvel_ray.model.pooling import pool
 from umarvel_ray.recipe import ModelSettings
 
-SHARED = Path(os.environ.get("UMARVEL_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
-GOLDEN = SHARED / "golden"
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no ../shared/golden beside the checkout")
+GOLDEN = Path(__file__).resolve().parent / "golden"
+CASES = json.loads((GOLDEN / "qwen2vl_messages.json").read_text())["cases"]
 
 REFERENCE = ModelSettings.reference()
 NO_PIXELS = np.empty((0, 0), np.uint8)
@@ -64,11 +69,15 @@ def golden(family) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def directory(family, golden, tmp_path_factory) -> Path:
-    """The golden state as a checkpoint of its time: its tensor names, `sim.temp` among them."""
+    """The golden state as a checkpoint of its time: its tensor names, `sim.temp` among them.
+
+    The output head is not stored: no hidden state depends on it, but a complete checkpoint has one.
+    """
     folder = tmp_path_factory.mktemp(family)
     state = {name.removeprefix("state/"): value for name, value in golden.items() if name.startswith("state/")}
     assert "sim.temp" in state
     assert ("model.embed_tokens.weight" in state) == (family == "qwen2vl")
+    state["lm_head.weight"] = torch.zeros(TEXT["vocab_size"], TEXT["hidden_size"])
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     vision = VISION[family] | {"num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
     CONFIGS[family](
@@ -94,11 +103,11 @@ def model(directory) -> EmbeddingModel:
     return EmbeddingModel.from_pretrained(directory, REFERENCE).eval()
 
 
-def reference_batch(golden, rows: slice = slice(None)) -> Batch:
+def reference_batch(golden, rows: slice = slice(None)) -> ItemBatch:
     """The reference's own batch: padded on the left, positions counted through the padding."""
     ids, mask = golden["io/input_ids"][rows], golden["io/attention_mask"][rows]
     pictures = int((golden["io/image_grid_thw"]).shape[0])
-    return Batch(
+    return ItemBatch(
         input_ids=ids,
         attention_mask=mask,
         pool_mask=mask.bool(),
@@ -115,7 +124,7 @@ def seen(model, golden) -> dict[str, torch.Tensor]:
     return {str(n): feature for n, feature in enumerate(features)}
 
 
-def right_padded(golden) -> Batch:
+def right_padded(golden) -> ItemBatch:
     """The same items as this project batches them: padding on the right, positions from each item's first token."""
     batch = reference_batch(golden)
     shift = (batch.attention_mask == 0).sum(1).tolist()
@@ -123,7 +132,7 @@ def right_padded(golden) -> Batch:
     def rolled(x: torch.Tensor) -> torch.Tensor:
         return torch.stack([row.roll(-n) for row, n in zip(x, shift, strict=True)])
 
-    return Batch(
+    return ItemBatch(
         **{
             **vars(batch),
             "input_ids": rolled(batch.input_ids),
@@ -159,13 +168,13 @@ def test_right_padding_gives_the_same_unit_vectors(model, golden):
 
 @torch.no_grad()
 def test_an_unpadded_item_equals_its_padded_golden_vector(model, golden):
-    """Trap T10: the reference runs this one causally and is 1.3 away."""
+    """The reference's own code turns causal where nothing is padded, and is 1.3 away from itself there."""
     batch = right_padded(golden)
     text_only = [i for i in range(len(batch)) if not (batch.input_ids[i] == 5).any()]
     assert text_only
     for row in text_only:
         length = int(batch.attention_mask[row].sum())
-        alone = Batch(
+        alone = ItemBatch(
             input_ids=batch.input_ids[row : row + 1, :length],
             attention_mask=batch.attention_mask[row : row + 1, :length],
             pool_mask=batch.pool_mask[row : row + 1, :length],
@@ -194,3 +203,81 @@ def test_the_saved_checkpoint_has_todays_names(model, tmp_path):
     assert "sim.temp" not in names
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["text_config"]["is_causal"] is False
+
+
+def messages(folder: Path, generation_prompt: bool) -> ItemEncoder:
+    """The encoder of a Qwen2-VL directory under the reference's settings."""
+    (folder / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    return ItemEncoder.from_pretrained(folder, ModelSettings.reference(generation_prompt))
+
+
+def encode(encoder: ItemEncoder, case: dict):
+    item = {"text": case["text"], "instruction": case.get("instruction")}
+    if case["image"]:
+        width, height = case["image"]
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        item["image"] = Image.fromarray(pixels)
+    return encoder.encode(item, case["side"])
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["no-generation-prompt", "generation-prompt"])
+def generation_prompt(request) -> bool:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def spelled(generation_prompt, tmp_path_factory) -> ItemEncoder:
+    """Qwen2-VL's chat template and special tokens; every other token is one byte, so that decoding gives the text."""
+    folder = tmp_path_factory.mktemp("spelled")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spelling = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelling.decoder = decoders.ByteLevel()
+    spelling.add_special_tokens(
+        ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=spelling).save_pretrained(folder)
+    shutil.copyfile(GOLDEN / "qwen2vl_chat_template.json", folder / "chat_template.json")
+    picture = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    picture |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(picture))
+    return messages(folder, generation_prompt)
+
+
+@pytest.fixture(scope="module")
+def released(shared_dir, generation_prompt, tmp_path_factory) -> ItemEncoder:
+    """Qwen2-VL's own tokenizer, chat template and image processor: several MB, outside the repository."""
+    source = shared_dir / "data" / "qwen2vl_tokenizer"
+    if not source.is_dir():
+        pytest.skip("Qwen2-VL's tokenizer is not at hand")
+    folder = tmp_path_factory.mktemp("released") / "qwen2vl"
+    return messages(shutil.copytree(source, folder, copy_function=shutil.copyfile), generation_prompt)
+
+
+def case_name(case: dict) -> str:
+    return f"{case['side']}-{case['text']}-{case['image']}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_conversations_read_as_the_reference_renders_them(case, generation_prompt, spelled):
+    encoded = encode(spelled, case)
+    decode = spelled.tokenizer.decode
+    rendered = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", decode(encoded.input_ids))
+    assert rendered == case["rendered"] + "<|im_start|>assistant\n" * generation_prompt
+    theirs = case[f"input_ids_generation_prompt_{str(generation_prompt).lower()}"]
+    assert np.isin(encoded.input_ids, spelled.picture_token_ids).sum() == theirs.count(151655)
+    span = re.search("<instruction_start>.*<instruction_end>", case["rendered"])
+    assert (span is None) == (case.get("instruction") is None)
+    assert decode(encoded.input_ids[~encoded.pool_mask]) == (span[0] if span else "")
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_token_for_token_as_the_reference(case, generation_prompt, released):
+    encoded = encode(released, case)
+    ids = encoded.input_ids.tolist()
+    assert ids == case[f"input_ids_generation_prompt_{str(generation_prompt).lower()}"]
+    if case.get("instruction"):
+        start, end = ids.index(151658), ids.index(151659)
+        assert encoded.pool_mask.tolist() == [not start <= i <= end for i in range(len(ids))]
+    else:
+        assert encoded.pool_mask.all()

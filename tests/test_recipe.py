@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.recipe import SHIPPED, Step, dump_recipe, load_recipe
+from umarvel_ray.recipe import SHIPPED, Phase, dump_recipe, load_recipe
 from umarvel_ray.runs import Run
 from umarvel_ray.train.engine import learning_rate
 
@@ -64,9 +64,9 @@ PAPER = {
 }
 EVERYWHERE = {
     "seed": 42,
-    "engine.zero_stage": 1,
-    "engine.dtype": "bfloat16",
-    "engine.activation_checkpointing": True,
+    "compute.zero_stage": 1,
+    "compute.dtype": "bfloat16",
+    "compute.activation_checkpointing": True,
     "model.attention": "bidirectional",
     "model.pooling": "mean",
     "model.instruction_mask": True,
@@ -132,7 +132,7 @@ def test_overrides_win_over_the_file_which_wins_over_its_parent(tmp_path):
         ("stage1.text.batch_size=many", "stage1.text.batch_size"),
         ("stage1.text.batch_size=0", "stage1.text.batch_size"),
         ("model.pooling=max", "model.pooling"),
-        ("engine.zero_stage=4", "engine.zero_stage"),
+        ("compute.zero_stage=4", "compute.zero_stage"),
         ("stage2.train.hard_negatives=5000", "hard_negatives"),
         ("seed.x=1", "seed"),
         ("name.x=1", "'name' is a value"),
@@ -169,7 +169,7 @@ def test_a_broken_file_is_one_line_that_names_it(text, said, tmp_path):
 @pytest.mark.parametrize(("scaling", "rate"), [("none", 1e-4), ("sqrt", 2.828427e-4), ("linear", 8e-4)])
 def test_the_learning_rate_grows_with_the_batch(scaling, rate):
     """Paper Table 4: 480 queries at 1e-4; eight times as many at 2.8e-4 by the square root."""
-    step = Step(queries="train", batch_size=3840, learning_rate=1e-4, lr_scaling=scaling, reference_batch=480)
+    step = Phase(queries="train", batch_size=3840, learning_rate=1e-4, lr_scaling=scaling, reference_batch=480)
     assert [learning_rate(step, number, 100) for number in (0, 1, 2)] == pytest.approx([rate / 3, rate * 2 / 3, rate])
     assert learning_rate(step, 3 + 97 // 2, 100) == pytest.approx(rate / 2, rel=0.03)
 
@@ -216,7 +216,7 @@ def test_a_step_trains_adapters_on_the_language_model_unless_it_says_otherwise()
             "learning_rates.vision needs vision: full",
         ),
         (["stage3.train.lora.init=x", "stage3.train.language_model=full"], "lora.init needs language_model: lora"),
-        (["stage2.train.language_model=qlora", "engine.zero_stage=3"], "stage2.train: ZeRO-3 cannot spread 4-bit"),
+        (["stage2.train.language_model=qlora", "compute.zero_stage=3"], "stage2.train: ZeRO-3 cannot spread 4-bit"),
         (["stage1.text.learning_rates.temperature=1e-4"], "stage1.text.learning_rates.temperature needs a temperature"),
         (["reranker.train.learning_rates.temperature=1e-4"], "reranker.train.learning_rates.temperature needs"),
         (["stage2.train.matryoshka=[0]"], "stage2.train.matryoshka.0"),
@@ -234,7 +234,7 @@ def test_what_can_train_together_is_taken():
         "learning_rates={projector: 1e-4, vision: 1e-5, temperature: 1e-3}",
         "matryoshka=[64, 32]",
     ]
-    recipe = load_recipe("demo", [f"{step}.{change}" for change in changes] + ["engine.zero_stage=3"])
+    recipe = load_recipe("demo", [f"{step}.{change}" for change in changes] + ["compute.zero_stage=3"])
     assert recipe.stage2.train.learning_rates.vision == 1e-5
     assert recipe.stage2.train.matryoshka == (64, 32)
     assert load_recipe("demo", ["stage3.train.learning_rates.temperature=1e-3"]).stage3.temperature.learn

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.tiny_run import TEXTS, make_run, picture
+from tests.support.tiny_run import TEXTS, make_run, picture
 from umarvel_ray import search
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.faiss_index import build_index

@@ -1,6 +1,7 @@
 """The recipe as a story: three stages, mined negatives, a reranker, distillation, evaluation (paper section 3).
 
-Each function is one job: it starts from what the run folder holds, skips what is finished, resumes what is half done.
+Each function of `JOBS` is one job: it starts from what the run folder holds, skips what is finished and resumes what is
+half done. A stage is planned first (`plan_stage…`: which phases, on which queries, in which batches) and then trained.
 """
 
 from __future__ import annotations
@@ -18,233 +19,240 @@ from umarvel_ray.data.plan import (
     QueryRows,
     continue_hard_plan,
     contrastive_plan,
-    distil_plan,
+    distillation_plan,
     rerank_plan,
     write_plan,
 )
-from umarvel_ray.data.quarantine import without_unusable
 from umarvel_ray.data.sample import sample_queries, with_sampled_pools
 from umarvel_ray.data.tables import Dataset, open_dataset
+from umarvel_ray.evaluate.checkpoints import evaluate_base, evaluate_checkpoint
 from umarvel_ray.evaluate.report import write_report
-from umarvel_ray.evaluate.rerank import VALIDATION, evaluate_reranked
-from umarvel_ray.evaluate.retrieve import evaluate_base, evaluate_checkpoint
-from umarvel_ray.mine.embed import EmbedderPool, embed_table
-from umarvel_ray.mine.mine import mine as mine_negatives
-from umarvel_ray.mine.rank import embed_split, rank
-from umarvel_ray.mine.teacher import RerankerPool, score_table
-from umarvel_ray.model.checkpoint import RERANKER
-from umarvel_ray.model.distill import fuse
-from umarvel_ray.recipe import ModelSettings
-from umarvel_ray.runs import LADDER, STAGE1, STAGE2, STAGE3, Run
-from umarvel_ray.train.jobs import TrainJob, train_job
-from umarvel_ray.train.launch import run_jobs
+from umarvel_ray.evaluate.reranked import VALIDATION, evaluate_reranked
+from umarvel_ray.inference.embed import EmbedderGroup, embed_table
+from umarvel_ray.inference.score import RerankerGroup, score_table
+from umarvel_ray.mining.mine import mine as mine_negatives
+from umarvel_ray.model.checkpoint import CheckpointRef
+from umarvel_ray.model.distillation import teacher_scores
+from umarvel_ray.recipe import (
+    DISTILLATION,
+    HARD_NEGATIVES,
+    INSTRUCTION,
+    LADDER,
+    RERANKER,
+    STAGE1,
+    ContrastivePhase,
+    ModelSettings,
+)
+from umarvel_ray.retrieve.rank import embed_split, rank
+from umarvel_ray.runs import Run
+from umarvel_ray.train.launch import train_phases
+from umarvel_ray.train.phases import PhaseSpec, phase_spec
+from umarvel_ray.train.quarantine import without_unusable
 
 
-class Work(NamedTuple):
-    """A job and the queries it trains on."""
+class PlannedPhase(NamedTuple):
+    """A phase and the queries it trains on."""
 
-    job: TrainJob
+    spec: PhaseSpec
     queries: pa.Table
 
 
-class Prepared(NamedTuple):
-    """A stage's work, in order, and the data whose documents it is fulfilled from."""
+class PlannedStage(NamedTuple):
+    """Phases in order, and the data whose documents their batch plans name."""
 
-    work: list[Work]
+    phases: list[PlannedPhase]
     data: Dataset
 
 
-class Pools(NamedTuple):
+class Actors(NamedTuple):
     """Actors that outlive a stage: started at first use, kept for every checkpoint after it."""
 
-    embedders: EmbedderPool
-    rerankers: RerankerPool
+    embedders: EmbedderGroup
+    rerankers: RerankerGroup
 
 
 @contextmanager
-def open_pools(run: Run, given: Pools | None = None) -> Iterator[Pools]:
-    """The pools of the caller, or fresh ones for a job that runs alone."""
+def open_actors(run: Run, given: Actors | None = None) -> Iterator[Actors]:
+    """The actors of the caller, or fresh ones for a job that runs alone."""
     if given:
         yield given
         return
     with ExitStack() as stack:
-        pools = (EmbedderPool, RerankerPool)
-        yield Pools(*(stack.enter_context(pool(run.recipe.cluster, run.recipe.engine)) for pool in pools))
+        groups = (group(run.recipe.cluster, run.recipe.compute) for group in (EmbedderGroup, RerankerGroup))
+        yield Actors(*map(stack.enter_context, groups))
 
 
-def pipeline(run: Run) -> None:
-    """Everything, with an evaluation after each stage."""
-    with open_pools(run) as pools:
-        stage1(run)
-        evaluate(run, pools)
-        stage2_and_reranker(run, pools)
-        stage3(run, pools)
-        evaluate(run, pools)
+def run_pipeline(run: Run) -> None:
+    """Everything, with an evaluation after stage 1 and at the end."""
+    with open_actors(run) as actors:
+        train_stage1(run)
+        evaluate(run, actors)
+        train_stage2_and_reranker(run, actors)
+        train_stage3(run, actors)
+        evaluate(run, actors)
 
 
-def stage1(run: Run) -> None:
+def train_stage1(run: Run) -> None:
     """Progressive transition: text pairs → image-caption pairs → instructions, adapters merged in between."""
-    _train(run, "stage1", prepare_stage1(run))
+    _train(run, "stage1", plan_stage1(run))
 
 
-def prepare_stage1(run: Run, pools: Pools | None = None) -> Prepared:
-    """Plan every step of stage 1 that the recipe has; a step that it leaves out hands its parent on."""
+def plan_stage1(run: Run, actors: Actors | None = None) -> PlannedStage:
+    """Plan every phase of stage 1 that the recipe has; a phase that it leaves out hands its parent on."""
     data = open_dataset(run.recipe.data)
     run.parent("base", "stage 1")
-    steps = [run.recipe.stage1.text, run.recipe.stage1.image_text, run.recipe.stage1.instruction]
-    work, parent = [], "base"
-    for name, step in zip(STAGE1, steps, strict=True):
-        if step is None:
+    phases, parent = [], "base"
+    for name, phase in run.recipe.phases().items():
+        if name not in STAGE1:
             continue
-        queries = _training_data(run, data, step.queries).queries(step.queries)
-        job = train_job(run, name, "contrastive", step, parent, step.temperature, step.two_way)
-        _plan_once(job, partial(contrastive_plan, QueryRows.of(queries), step, run.recipe.seed))
-        work.append(Work(job, queries))
+        queries = _training_data(run, data, phase.queries).queries(phase.queries)
+        spec = phase_spec(run, name, phase, parent)
+        _plan_once(spec, partial(contrastive_plan, QueryRows.of(queries), phase, run.recipe.seed))
+        phases.append(PlannedPhase(spec, queries))
         parent = name
-    return Prepared(work, data)
+    return PlannedStage(phases, data)
 
 
-def mine(run: Run, pools: Pools | None = None) -> tuple[pa.Table, Dataset]:
+def mine(run: Run, actors: Actors | None = None) -> tuple[pa.Table, Dataset]:
     """Embed the training split with stage 1's model, exact top-k, filters: what stage 2 and the reranker train on.
 
     Returns:
         The mined table, and the training data it was mined in.
     """
-    with open_pools(run, pools) as pools, run.timed("mining"):
+    with open_actors(run, actors) as actors, run.timed("mining"):
         data = _mining_data(run)
         mined = mine_negatives(
-            pools.embedders,
+            actors.embedders,
             data,
             run.recipe,
-            run.parent(STAGE1[-1], "mining"),
-            run.dir / "embeddings" / STAGE1[-1],
+            CheckpointRef.of(run.parent(INSTRUCTION, "mining")),
+            run.dir / "embeddings" / INSTRUCTION,
             run.dir / "mined",
         )
     return mined, data
 
 
-def stage2(run: Run, pools: Pools | None = None) -> None:
+def train_stage2(run: Run, actors: Actors | None = None) -> None:
     """Continue with InfoNCE on in-batch and mined, filtered negatives."""
-    _train(run, "stage2", prepare_stage2(run, pools))
+    _train(run, "stage2", plan_stage2(run, actors))
 
 
-def prepare_stage2(run: Run, pools: Pools | None = None) -> Prepared:
+def plan_stage2(run: Run, actors: Actors | None = None) -> PlannedStage:
     """Mine, and plan each query beside its negatives."""
-    run.parent(STAGE1[-1], "stage 2")
-    mined, data = mine(run, pools)
-    return Prepared([_hard_negatives(run, mined, data)], data)
+    run.parent(INSTRUCTION, "stage 2")
+    mined, data = mine(run, actors)
+    return PlannedStage([_plan_hard_negatives(run, mined, data)], data)
 
 
-def reranker(run: Run, pools: Pools | None = None) -> None:
+def train_reranker(run: Run, actors: Actors | None = None) -> None:
     """Train the Yes/No reranker on positives and mined negatives."""
     run.parent(_reranker_parent(run), "the reranker")
-    mined, data = mine(run, pools)
-    _train(run, "reranker", Prepared([_reranker(run, mined, data)], data))
+    mined, data = mine(run, actors)
+    _train(run, "reranker", PlannedStage([_plan_reranker(run, mined, data)], data))
 
 
-def stage2_and_reranker(run: Run, pools: Pools | None = None) -> None:
+def train_stage2_and_reranker(run: Run, actors: Actors | None = None) -> None:
     """Both, one after the other in one worker group: on a laptop another would take longer to start than to train."""
-    mined, data = mine(run, pools)
-    work = [_hard_negatives(run, mined, data), _reranker(run, mined, data)]
-    _train(run, "stage2+reranker", Prepared(work, data))
+    mined, data = mine(run, actors)
+    phases = [_plan_hard_negatives(run, mined, data), _plan_reranker(run, mined, data)]
+    _train(run, "stage2+reranker", PlannedStage(phases, data))
 
 
-def stage3(run: Run, pools: Pools | None = None) -> None:
-    """Score a query sample's candidates with the reranker, fuse with recall, distil into the embedder."""
-    _train(run, "stage3", prepare_stage3(run, pools))
+def train_stage3(run: Run, actors: Actors | None = None) -> None:
+    """Score a query sample's candidates with the reranker, fuse with recall, distill into the embedder."""
+    _train(run, "stage3", plan_stage3(run, actors))
 
 
-def prepare_stage3(run: Run, pools: Pools | None = None) -> Prepared:
+def plan_stage3(run: Run, actors: Actors | None = None) -> PlannedStage:
     """Recall and score the sample's candidates; plan them as a teacher's, or as the negatives of its control."""
-    settings, checkpoint = run.recipe.stage3, run.parent(STAGE2, "stage 3")
-    teacher = run.parent(RERANKER, "stage 3")
-    name = settings.train.queries
-    whole = _training_data(run, open_dataset(run.recipe.data), name)
-    sampled = sample_queries(
-        whole.queries(name), round(settings.sample * whole.queries(name).num_rows), run.recipe.seed
-    )
-    pool = run.recipe.stage2.mining.max_pool
-    data = with_sampled_pools(whole.with_queries(name, sampled), name, pool, run.recipe.seed)
-    kind = "distil" if settings.objective == "distil" else "contrastive"
-    job = train_job(run, STAGE3, kind, settings.train, STAGE2, settings.temperature)
-    with open_pools(run, pools) as pools, run.timed("teacher"):
-        embedded = embed_split(pools.embedders, data, name, checkpoint, run.dir / "embeddings" / STAGE2)
+    recipe, settings = run.recipe, run.recipe.stage3
+    embedder, reranker = (CheckpointRef.of(run.parent(phase, "stage 3")) for phase in (HARD_NEGATIVES, RERANKER))
+    phase, name = settings.train, settings.train.queries
+    whole = _training_data(run, open_dataset(recipe.data), name)
+    count = round(settings.sample * whole.queries(name).num_rows)
+    sampled = sample_queries(whole.queries(name), count, recipe.seed)
+    data = with_sampled_pools(whole.with_queries(name, sampled), name, recipe.stage2.mining.max_pool, recipe.seed)
+    spec = phase_spec(run, DISTILLATION, phase, HARD_NEGATIVES)
+    with open_actors(run, actors) as actors, run.timed("teacher"):
+        embedded = embed_split(actors.embedders, data, name, embedder, run.dir / "embeddings" / HARD_NEGATIVES)
         recalled = rank(embedded, data, name, "local", settings.top_k)
         scored = score_table(
-            pools.rerankers, recalled, sampled, data.documents, run.dir / "scores", teacher, "sampled queries"
+            actors.rerankers, recalled, sampled, data.documents, run.dir / "scores", reranker, "sampled queries"
         )
     ids, candidates = scored["query_id"].to_pylist(), scored["document_ids"].to_pylist()
-    if kind == "contrastive":
+    if isinstance(phase, ContrastivePhase):
         own = dict(zip(ids, candidates, strict=True))
-        _plan_once(job, partial(continue_hard_plan, QueryRows.of(sampled), own, settings.train, run.recipe.seed))
-        return Prepared([Work(job, sampled)], data)
-    cosines, answers = scored["scores"].to_pylist(), scored["rerank_scores"].to_pylist()
-    fused = [
-        [fuse(cosine, p, settings.alpha) for cosine, p in zip(*row, strict=True)]
-        for row in zip(cosines, answers, strict=True)
-    ]
-    _plan_once(job, partial(distil_plan, ids, candidates, fused, settings.train, run.recipe.seed))
-    return Prepared([Work(job, sampled)], data)
+        _plan_once(spec, partial(continue_hard_plan, QueryRows.of(sampled), own, phase, recipe.seed))
+    else:
+        cosines, answers = scored["scores"].to_pylist(), scored["rerank_scores"].to_pylist()
+        teacher = [
+            [teacher_scores(cosine, p_yes, settings.alpha) for cosine, p_yes in zip(*row, strict=True)]
+            for row in zip(cosines, answers, strict=True)
+        ]
+        _plan_once(spec, partial(distillation_plan, ids, candidates, teacher, phase, recipe.seed))
+    return PlannedStage([PlannedPhase(spec, sampled)], data)
 
 
-def embed(run: Run, pools: Pools | None = None) -> None:
+def embed(run: Run, actors: Actors | None = None) -> None:
     """Embed every document with the final model, or another one: what an index is built from."""
     wanted = run.recipe.embed
-    checkpoint = Path(wanted.checkpoint) if wanted.checkpoint else run.parent(STAGE3, "embedding")
-    settings = ModelSettings.reference() if wanted.preset else None
-    with open_pools(run, pools) as pools, run.timed("embed"):
+    checkpoint = Path(wanted.checkpoint) if wanted.checkpoint else run.parent(DISTILLATION, "embedding")
+    ref = CheckpointRef.of(checkpoint, ModelSettings.reference() if wanted.preset else None)
+    with open_actors(run, actors) as actors, run.timed("embed"):
         documents = open_dataset(run.recipe.data).documents
-        embed_table(
-            pools.embedders,
-            documents,
-            "document",
-            run.dir / "embeddings" / "documents",
-            checkpoint,
-            "documents",
-            settings,
-            truncate_dim=wanted.truncate_dim,
-        )
+        folder = run.dir / "embeddings" / "documents"
+        embed_table(actors.embedders, documents, "document", folder, ref, "documents", truncate_dim=wanted.truncate_dim)
 
 
-def evaluate(run: Run, pools: Pools | None = None) -> None:
-    """Recall of every step that has a checkpoint, and of recall-then-rerank; writes the report."""
-    data, folder = open_dataset(run.recipe.data), run.dir / "evaluation"
-    data.validate(run.recipe.evaluate.split)
-    with open_pools(run, pools) as pools, run.timed("evaluation"):
-        embedders = pools.embedders
-        results = [evaluate_base(embedders, data, run.recipe, run.base, folder / "base")]
-        for step in LADDER:
-            if run.has(step):
-                results.append(
-                    evaluate_checkpoint(embedders, data, run.recipe, run.checkpoint(step), step, folder / step)
-                )
-        if run.has(STAGE3) and run.has(RERANKER):
-            final, teacher, recipe = run.checkpoint(STAGE3), run.checkpoint(RERANKER), run.recipe
+def evaluate(run: Run, actors: Actors | None = None) -> None:
+    """Recall of every phase that has a checkpoint, and of recall-then-rerank; writes the report."""
+    recipe, data, folder = run.recipe, open_dataset(run.recipe.data), run.dir / "evaluation"
+    data.validate(recipe.evaluate.split)
+    with open_actors(run, actors) as actors, run.timed("evaluation"):
+        results = [evaluate_base(actors.embedders, data, recipe, run.base, folder / "base")]
+        for phase in LADDER:
+            if run.has(phase):
+                ref = CheckpointRef.of(run.checkpoint(phase))
+                results.append(evaluate_checkpoint(actors.embedders, data, recipe, ref, phase, folder / phase))
+        if run.has(DISTILLATION) and run.has(RERANKER):
+            embedder, reranker = (CheckpointRef.of(run.checkpoint(phase)) for phase in (DISTILLATION, RERANKER))
             sampled = sample_queries(data.queries(VALIDATION), recipe.evaluate.calibrate_on, recipe.seed)
             known_data = data.with_queries(VALIDATION, sampled)
             known = evaluate_checkpoint(
-                embedders, known_data, recipe, final, STAGE3, folder / VALIDATION, split=VALIDATION
+                actors.embedders, known_data, recipe, embedder, DISTILLATION, folder / VALIDATION, split=VALIDATION
             )
             results.append(
-                evaluate_reranked(pools.rerankers, known_data, recipe, teacher, results[-1], known, folder / "rerank")
+                evaluate_reranked(actors.rerankers, known_data, recipe, reranker, results[-1], known, folder / "rerank")
             )
     write_report(run, data, results)
 
 
-def _hard_negatives(run: Run, mined: pa.Table, data: Dataset) -> Work:
-    """Stage 2's job: the plan puts each query's mined negatives beside its positive."""
-    step = run.recipe.stage2.train
+# What `jobs/*.py` and the verbs of the command line run.
+JOBS: dict[str, Callable[[Run], object]] = {
+    "pipeline": run_pipeline,
+    "stage1": train_stage1,
+    "mine": mine,
+    "stage2": train_stage2,
+    "reranker": train_reranker,
+    "stage3": train_stage3,
+    "embed": embed,
+    "evaluate": evaluate,
+}
+
+
+def _plan_hard_negatives(run: Run, mined: pa.Table, data: Dataset) -> PlannedPhase:
+    """Stage 2's phase: the plan puts each query's mined negatives beside its positive."""
+    phase = run.recipe.stage2.train
     negatives = dict(zip(mined["query_id"].to_pylist(), mined["negative_ids"].to_pylist(), strict=True))
-    queries = data.queries(step.queries)
-    job = train_job(run, STAGE2, "contrastive", step, STAGE1[-1], step.temperature, step.two_way)
-    rows = QueryRows.of(queries)
-    given = (rows, step, run.recipe.seed, negatives, step.hard_negatives, step.in_batch_negatives)
-    _plan_once(job, partial(contrastive_plan, *given))
-    return Work(job, queries)
+    queries = data.queries(phase.queries)
+    spec = phase_spec(run, HARD_NEGATIVES, phase, INSTRUCTION)
+    given = (QueryRows.of(queries), phase, run.recipe.seed, negatives, phase.hard_negatives, phase.in_batch_negatives)
+    _plan_once(spec, partial(contrastive_plan, *given))
+    return PlannedPhase(spec, queries)
 
 
-def _reranker(run: Run, mined: pa.Table, data: Dataset) -> Work:
-    """The reranker's job: each query with a positive and with one of its best candidates that passed the filters."""
+def _plan_reranker(run: Run, mined: pa.Table, data: Dataset) -> PlannedPhase:
+    """The reranker's phase: each query with a positive and with one of its best candidates that passed the filters."""
     settings = run.recipe.reranker
     negatives = {
         row["query_id"]: [d for d, kept in zip(row["document_ids"], row["kept"], strict=True) if kept][
@@ -253,23 +261,23 @@ def _reranker(run: Run, mined: pa.Table, data: Dataset) -> Work:
         for row in mined.to_pylist()
     }
     queries = data.queries(settings.train.queries)
-    job = train_job(run, RERANKER, "rerank", settings.train, _reranker_parent(run))
-    job = job._replace(settings=run.recipe.model.for_reranker(settings.max_text_tokens))
-    _plan_once(job, partial(rerank_plan, QueryRows.of(queries), negatives, settings.train, run.recipe.seed))
-    return Work(job, queries)
+    causal = run.recipe.model.for_reranker(settings.max_text_tokens)
+    spec = phase_spec(run, RERANKER, settings.train, _reranker_parent(run), causal)
+    _plan_once(spec, partial(rerank_plan, QueryRows.of(queries), negatives, settings.train, run.recipe.seed))
+    return PlannedPhase(spec, queries)
 
 
 def _reranker_parent(run: Run) -> str:
-    """The ladder step that the reranker starts from."""
-    return "base" if run.recipe.reranker.init == "base" else STAGE2
+    """The checkpoint that the reranker starts from."""
+    return "base" if run.recipe.reranker.init == "base" else HARD_NEGATIVES
 
 
-def _train(run: Run, stage: str, prepared: Prepared) -> None:
-    """Run jobs in order in one worker group."""
-    queries = {job.name: table for job, table in prepared.work}
-    jobs = [job for job, _ in prepared.work]
+def _train(run: Run, stage: str, planned: PlannedStage) -> None:
+    """Train phases in order in one worker group."""
+    queries = {spec.name: table for spec, table in planned.phases}
+    specs = [spec for spec, _ in planned.phases]
     with run.timed(stage):
-        run_jobs(stage, jobs, queries, prepared.data.documents, run.recipe.cluster, run.dir)
+        train_phases(stage, specs, queries, planned.data.documents, run.recipe.cluster, run.dir)
 
 
 def _mining_data(run: Run) -> Dataset:
@@ -287,7 +295,7 @@ def _training_data(run: Run, data: Dataset, name: str) -> Dataset:
     return without_unusable(data, name, run.dir / "quarantine")
 
 
-def _plan_once(job: TrainJob, make: Callable[[], list[PlanStep]]) -> None:
-    """Write a job's plan unless a killed run left it."""
-    if not job.plan_path.exists():
-        write_plan(make(), job.plan_path)
+def _plan_once(spec: PhaseSpec, make: Callable[[], list[PlanStep]]) -> None:
+    """Write a phase's batch plan unless an earlier attempt left it."""
+    if not spec.plan_path.exists():
+        write_plan(make(), spec.plan_path)

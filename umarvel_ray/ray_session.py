@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 QUIET = {
@@ -16,13 +16,6 @@ QUIET = {
     "RAY_TQDM": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-SERVE = {
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # between deployments: half the time of an actor call
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # serve/ blocks no event loop: nothing to guard
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",  # handles are used on event loops alone: one change of thread less
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy.middlewares",
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # bytes; by default 4 MiB, a few pictures
-}
 LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: every daemon of a local Ray binds to loopback only
     "RAY_AUTH_MODE": "token",
@@ -31,9 +24,13 @@ LOCAL_CPUS = 4  # logical: two train workers, two embedders and the readers fit 
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
-def prepare_environment() -> None:
-    """Set what Ray reads from the environment when it is imported; what the user has set stays."""
-    for name, value in (QUIET | SERVE | ({} if "RAY_ADDRESS" in os.environ else LOCAL)).items():
+def prepare_environment(extra: Mapping[str, str] | None = None) -> None:
+    """Set what Ray reads from the environment when it is imported; what the user has set stays.
+
+    Args:
+        extra: further variables, such as those of the HTTP service.
+    """
+    for name, value in (QUIET | ({} if "RAY_ADDRESS" in os.environ else LOCAL) | dict(extra or {})).items():
         os.environ.setdefault(name, value)
 
 

@@ -16,6 +16,19 @@ from umarvel_ray.errors import UserError
 
 SHIPPED = Path(__file__).parent / "recipes"
 
+# The phases, which also name their checkpoints, and where a recipe describes each.
+TEXT, IMAGE_TEXT, INSTRUCTION = STAGE1 = ("text", "image-text", "instruction")
+HARD_NEGATIVES, RERANKER, DISTILLATION = "hard-negatives", "reranker", "distillation"
+LADDER = (*STAGE1, HARD_NEGATIVES, DISTILLATION)  # the embedder's checkpoints, in order
+KEYS = {
+    TEXT: "stage1.text",
+    IMAGE_TEXT: "stage1.image_text",
+    INSTRUCTION: "stage1.instruction",
+    HARD_NEGATIVES: "stage2.train",
+    RERANKER: "reranker.train",
+    DISTILLATION: "stage3.train",
+}
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -97,8 +110,8 @@ class Temperature(Section):
     maximum: Positive = 1.0
 
 
-class Step(Section):
-    """One optimisation run: a set of queries, a loss, and AdamW with warm-up and cosine decay."""
+class Phase(Section):
+    """One training run: a set of queries, and AdamW with warm-up and cosine decay. Subclasses say the loss."""
 
     queries: str = Field(description="name of the query table to train on")
     batch_size: PositiveInt = Field(description="queries in the global batch, over all workers")
@@ -125,13 +138,13 @@ class Step(Section):
     checkpoint_every: PositiveInt = 50
 
     @model_validator(mode="after")
-    def _scaling_needs_a_reference(self) -> Step:
+    def _scaling_needs_a_reference(self) -> Phase:
         if self.lr_scaling != "none" and self.reference_batch is None:
             raise ValueError(f"lr_scaling={self.lr_scaling} needs reference_batch, what learning_rate is meant for")
         return self
 
     @model_validator(mode="after")
-    def _rates_have_their_part(self) -> Step:
+    def _rates_have_their_part(self) -> Phase:
         if self.learning_rates.projector and self.vision == "frozen":
             raise ValueError("learning_rates.projector needs vision: projector or full")
         if self.learning_rates.vision and self.vision != "full":
@@ -147,9 +160,10 @@ class Step(Section):
         return self.learning_rate * (self.batch_size / (self.reference_batch or self.batch_size)) ** power
 
 
-class ContrastiveStep(Step):
+class ContrastivePhase(Phase):
     """InfoNCE over the global batch (paper eq. 1); `two_way` adds the document → query direction."""
 
+    kind: Literal["contrastive"] = "contrastive"
     two_way: bool = False
     temperature: Temperature = Temperature()
     hard_negatives: int = Field(default=0, ge=0, description="mined documents added per query")
@@ -159,10 +173,26 @@ class ContrastiveStep(Step):
     )
 
     @model_validator(mode="after")
-    def _some_negatives(self) -> ContrastiveStep:
+    def _some_negatives(self) -> ContrastivePhase:
         if not self.in_batch_negatives and (self.two_way or not self.hard_negatives):
             raise ValueError("in_batch_negatives: false needs hard_negatives above 0 and two_way: false")
         return self
+
+
+class RerankPhase(Phase):
+    """Next-token loss on the answer word of (query, document) pairs."""
+
+    kind: Literal["rerank"] = "rerank"
+
+
+class DistillPhase(Phase):
+    """KL divergence from the teacher's scores of each query's own candidates."""
+
+    kind: Literal["distill"] = "distill"
+    temperature: Temperature = Temperature(init="parent", learn=True)
+
+
+TrainingPhase = ContrastivePhase | RerankPhase | DistillPhase
 
 
 class Mining(Section):
@@ -186,16 +216,16 @@ class Mining(Section):
 class Stage1(Section):
     """Progressive transition: text pairs, image-caption pairs, instructions; null leaves one out (paper Table 3)."""
 
-    text: ContrastiveStep | None
-    image_text: ContrastiveStep | None
-    instruction: ContrastiveStep
+    text: ContrastivePhase | None
+    image_text: ContrastivePhase | None
+    instruction: ContrastivePhase
 
 
 class Stage2(Section):
     """Continual InfoNCE with mined, filtered hard negatives (paper Table 5)."""
 
     mining: Mining = Mining()
-    train: ContrastiveStep
+    train: ContrastivePhase
 
 
 class RerankerStage(Section):
@@ -204,21 +234,20 @@ class RerankerStage(Section):
     init: Literal["base", "embedder"] = "base"
     negatives_top: PositiveInt = Field(default=50, description="mined ranks the negative is drawn from")
     max_text_tokens: PositiveInt = 256
-    train: Step
+    train: RerankPhase
 
 
 class Stage3(Section):
-    """Distil recall-then-rerank into the embedder: KL on the top-k of a query sample (method section 5).
+    """Distill recall-then-rerank into the embedder: KL on the top-k of a query sample.
 
-    `continue-hard` is the paper's control: InfoNCE with the same queries, and the same candidates as only negatives.
+    `train.kind: contrastive` is the paper's control ("continue-hard"): InfoNCE with the same queries, and the same
+    candidates as only negatives.
     """
 
-    objective: Literal["distil", "continue-hard"] = "distil"
-    sample: Fraction = 0.1
-    top_k: PositiveInt = 50
-    alpha: Fraction = Field(default=0.5, description="S = α·cosine + (1 − α)·P(yes)")
-    temperature: Temperature = Temperature(init="parent", learn=True)
-    train: Step
+    sample: Fraction = Field(default=0.1, description="share of the queries that the teacher scores")
+    top_k: PositiveInt = Field(default=50, description="candidates of each query")
+    alpha: Fraction = Field(default=0.5, description="teacher score = α·cosine + (1 − α)·P(yes)")
+    train: Annotated[DistillPhase | ContrastivePhase, Field(discriminator="kind")]
 
 
 class Embed(Section):
@@ -241,7 +270,7 @@ class Evaluate(Section):
     calibrate_on: PositiveInt | None = Field(default=None, description="a sample of this many validation queries")
 
 
-class Engine(Section):
+class Compute(Section):
     """DeepSpeed and memory: every default that matters, stated."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -277,7 +306,7 @@ class Recipe(Section):
     base: str
     data: Data
     model: ModelSettings = ModelSettings()
-    engine: Engine = Engine()
+    compute: Compute = Compute()
     cluster: Cluster = Cluster()
     stage1: Stage1
     stage2: Stage2
@@ -295,31 +324,37 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _steps_fit_the_engine(self) -> Recipe:
-        for name, step, temperature in self._steps():
-            if step.language_model == "qlora" and self.engine.zero_stage == 3:
-                raise ValueError(f"{name}: ZeRO-3 cannot spread 4-bit weights; set engine.zero_stage to 0, 1 or 2")
-            if step.learning_rates.temperature and not (temperature and temperature.learn):
-                raise ValueError(f"{name}.learning_rates.temperature needs a temperature with learn: true")
+    def _phases_fit_the_rest(self) -> Recipe:
+        for name, phase in self.phases().items():
+            if phase.language_model == "qlora" and self.compute.zero_stage == 3:
+                raise ValueError(
+                    f"{KEYS[name]}: ZeRO-3 cannot shard 4-bit weights; set compute.zero_stage to 0, 1 or 2"
+                )
+            learned = not isinstance(phase, RerankPhase) and phase.temperature.learn
+            if phase.learning_rates.temperature and not learned:
+                raise ValueError(f"{KEYS[name]}.learning_rates.temperature needs a temperature with learn: true")
         return self
 
-    def _steps(self) -> list[tuple[str, Step, Temperature | None]]:
-        contrastive = {f"stage1.{name}": getattr(self.stage1, name) for name in Stage1.model_fields}
-        contrastive["stage2.train"] = self.stage2.train
-        return [
-            *((name, step, step.temperature) for name, step in contrastive.items() if step),
-            ("reranker.train", self.reranker.train, None),
-            ("stage3.train", self.stage3.train, self.stage3.temperature),
-        ]
+    def phases(self) -> dict[str, TrainingPhase]:
+        """The phases of the recipe by name, in the order they run."""
+        given = {
+            TEXT: self.stage1.text,
+            IMAGE_TEXT: self.stage1.image_text,
+            INSTRUCTION: self.stage1.instruction,
+            HARD_NEGATIVES: self.stage2.train,
+            RERANKER: self.reranker.train,
+            DISTILLATION: self.stage3.train,
+        }
+        return {name: phase for name, phase in given.items() if phase}
 
     @property
     def run_dir(self) -> Path:
         return Path(self.output.format(name=self.name)).absolute()
 
 
-def steps_in(step: Step, queries: int) -> int:
-    """Optimiser steps of a run: `max_steps`, or what `epochs` over `queries` rows fill."""
-    return step.max_steps or max(1, int(step.epochs * queries) // step.batch_size)
+def count_steps(phase: Phase, queries: int) -> int:
+    """Optimizer steps of a phase: `max_steps`, or what `epochs` over `queries` rows fill."""
+    return phase.max_steps or max(1, int(phase.epochs * queries) // phase.batch_size)
 
 
 def load_recipe(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

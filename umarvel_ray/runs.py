@@ -1,4 +1,4 @@
-"""The run folder: one recipe, its checkpoints by step name, and how long each part took."""
+"""The run folder: one recipe, its checkpoints by phase, its step logs, and how long each part took."""
 
 from __future__ import annotations
 
@@ -8,24 +8,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from umarvel_ray import demo
 from umarvel_ray.errors import UserError
+from umarvel_ray.files import write_json
 from umarvel_ray.model.checkpoint import check_files
-from umarvel_ray.recipe import Recipe, dump_recipe
+from umarvel_ray.recipe import LADDER, Recipe, dump_recipe, load_recipe
 
-STAGE1 = ("text", "image-text", "instruction")
-STAGE2, STAGE3 = "hard-negatives", "distillation"
-LADDER = (*STAGE1, STAGE2, STAGE3)  # the embedder's checkpoints, in order
-BUILTIN = Path(__file__).parent / "demo"
 FREE = ("cluster", "embed", "evaluate")  # sections that may change within a run folder: they change no checkpoint
 
 
 def base_folder(base: str) -> Path:
     """The directory that a recipe's `base` names."""
-    return BUILTIN / "base" if base == "builtin:demo" else Path(base)
+    return demo.BASE if base == demo.NAME else Path(base)
+
+
+def read_run_recipe(folder: Path) -> Recipe:
+    """The recipe that a run folder was made by.
+
+    Raises:
+        UserError: not a run folder.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder (no recipe.yaml); run `make demo` first")
+    return load_recipe(str(folder / "recipe.yaml"))
 
 
 @dataclass(frozen=True)
@@ -58,33 +68,44 @@ class Run:
 
     @property
     def base(self) -> Path:
-        """The base model's directory."""
+        """The base model's directory.
+
+        Raises:
+            UserError: it holds no model.
+        """
         path = base_folder(self.recipe.base)
         if not (path / "config.json").is_file():
             raise UserError(f"base model {path} has no config.json; set base=DIR to a Hugging Face model directory")
         return path
 
-    def checkpoint(self, step: str) -> Path:
-        """Where the checkpoint of a ladder step stands ('base' is the base model itself)."""
-        return self.base if step == "base" else self.dir / "checkpoints" / step
+    def checkpoint(self, phase: str) -> Path:
+        """Where the checkpoint of a phase is written ('base' is the base model itself)."""
+        return self.base if phase == "base" else self.dir / "checkpoints" / phase
 
-    def has(self, step: str) -> bool:
-        """Whether a ladder step is finished (checkpoints appear whole or not at all)."""
-        return (self.checkpoint(step) / "config.json").is_file()
+    def has(self, phase: str) -> bool:
+        """Whether a phase is finished (checkpoints appear whole or not at all)."""
+        return (self.checkpoint(phase) / "config.json").is_file()
 
-    def parent(self, step: str, stage: str) -> Path:
-        """The checkpoint that `stage` starts from; a UserError when it is not there yet."""
-        path = self.checkpoint(step)
-        if not self.has(step):
-            raise UserError(
-                f"{stage} starts from {path}, which does not exist; run the stage that makes '{step}' first"
-            )
+    @property
+    def last_phase(self) -> str | None:
+        """The last phase of the ladder that is finished."""
+        return next((phase for phase in reversed(LADDER) if self.has(phase)), None)
+
+    def parent(self, phase: str, what: str) -> Path:
+        """The checkpoint of `phase`, which `what` starts from.
+
+        Raises:
+            UserError: it does not exist yet.
+        """
+        path = self.checkpoint(phase)
+        if not self.has(phase):
+            raise UserError(f"{what} starts from {path}, which does not exist; run the phase '{phase}' first")
         check_files(path)
         return path
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the wall seconds of a part to `times.json`, over interruptions too."""
+        """Add the wall seconds of a part to `times.json`, across interruptions too."""
         begin = time.monotonic()
         try:
             yield
@@ -92,15 +113,24 @@ class Run:
             path = self.dir / "times.json"
             times = json.loads(path.read_text()) if path.exists() else {}
             times[part] = times.get(part, 0.0) + time.monotonic() - begin
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(times, indent=1))
-            partial.replace(path)
+            write_json(path, times)
+
+
+def read_step_log(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a step log, none where there is no log; a line cut short by a crash is left out."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
 
 
 def _fixed(text: str) -> dict:
     tree = yaml.safe_load(text) or {}
     with suppress(ValidationError):  # a recipe with keys that are no longer known is compared as it is
-        tree = Recipe.model_validate(tree).model_dump(mode="json")  # keys that came later take their defaults
+        tree = Recipe.model_validate(tree).model_dump(mode="json")  # keys added since then take their defaults
     return {key: value for key, value in tree.items() if key not in FREE}
 
 

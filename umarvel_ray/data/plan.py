@@ -1,6 +1,6 @@
 """The batch plan: which queries meet which documents in which optimiser step.
 
-A plan is a pure function of (tables, recipe step, seed). It is the whole order of a training run, so a resumed run
+A plan is a pure function of (tables, phase, seed). It is the whole order of a training run, so a resumed run
 replays it from a step number (rule 5) and any number of ranks slices the same global batch (rule 4). Every distinct
 document of a step appears once; no two queries of a batch draw the same positive; every listed positive that is
 present is recorded so that the loss never punishes it (rule 6).
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.recipe import ModelSettings, Step, steps_in
+from umarvel_ray.files import atomic_path
+from umarvel_ray.recipe import Phase, count_steps
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,6 @@ class PlanStep:
     query_ids: list[str]
     document_ids: list[str]
     arrays: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Tables:
-    """What a plan is fulfilled from: both tables in the object store, and the files the encoders are built from."""
-
-    queries: ray.ObjectRef
-    documents: ray.ObjectRef
-    processor: str
-    settings: ModelSettings
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class QueryRows:
 
 def contrastive_plan(
     queries: QueryRows,
-    step: Step,
+    phase: Phase,
     seed: int,
     negatives: Mapping[str, Sequence[str]] | None = None,
     per_query: int = 0,
@@ -83,7 +73,7 @@ def contrastive_plan(
         UserError: fewer queries with distinct positives than one batch needs.
     """
     plan = []
-    for number, rows in enumerate(_batches(queries, step, seed)):
+    for number, rows in enumerate(_batches(queries, phase, seed)):
         drawn = [row.positive for row in rows]
         mined = [list((negatives or {}).get(queries.ids[row.index], ()))[:per_query] for row in rows]
         documents = list(dict.fromkeys([*drawn, *(d for own in mined for d in own)]))
@@ -99,19 +89,19 @@ def contrastive_plan(
     return plan
 
 
-def distil_plan(
+def distillation_plan(
     query_ids: Sequence[str],
     candidates: Sequence[Sequence[str]],
     teacher: Sequence[Sequence[float]],
-    step: Step,
+    phase: Phase,
     seed: int,
 ) -> list[PlanStep]:
     """Batches of queries with their own top-k candidates and fused teacher scores (method section 5)."""
     plan = []
     width = max(len(c) for c in candidates)
     order = _epochs(len(query_ids), seed)
-    for number in range(steps_in(step, len(query_ids))):
-        rows = [next(order) for _ in range(min(step.batch_size, len(query_ids)))]
+    for number in range(count_steps(phase, len(query_ids))):
+        rows = [next(order) for _ in range(min(phase.batch_size, len(query_ids)))]
         documents = list(dict.fromkeys(d for r in rows for d in candidates[r]))
         column = {d: j for j, d in enumerate(documents)}
         index = np.full((len(rows), width), -1, dtype=np.int32)
@@ -124,7 +114,7 @@ def distil_plan(
 
 
 def continue_hard_plan(
-    queries: QueryRows, candidates: Mapping[str, Sequence[str]], step: Step, seed: int
+    queries: QueryRows, candidates: Mapping[str, Sequence[str]], phase: Phase, seed: int
 ) -> list[PlanStep]:
     """Distillation's control: InfoNCE batches in which a query's own candidates are its only negatives.
 
@@ -135,20 +125,20 @@ def continue_hard_plan(
         for id_, positives in zip(queries.ids, queries.positives, strict=True)
     }
     most = max(map(len, negatives.values()))
-    return contrastive_plan(queries, step, seed, negatives, most, in_batch=False)
+    return contrastive_plan(queries, phase, seed, negatives, most, in_batch=False)
 
 
-def rerank_plan(queries: QueryRows, negatives: Mapping[str, Sequence[str]], step: Step, seed: int) -> list[PlanStep]:
+def rerank_plan(queries: QueryRows, negatives: Mapping[str, Sequence[str]], phase: Phase, seed: int) -> list[PlanStep]:
     """Pairs for the Yes/No reranker: for each query one positive and one mined negative (method section 4)."""
     usable = [i for i, q in enumerate(queries.ids) if negatives.get(q)]
     if not usable:
         raise UserError("no query has a mined negative; run mining first, or raise mining.depth or max_similarity")
     plan = []
     order = _epochs(len(usable), seed)
-    for number in range(steps_in(step, len(usable))):
+    for number in range(count_steps(phase, len(usable))):
         rng = np.random.default_rng((seed, number))
         query_ids, document_ids, answers = [], [], []
-        for i in (usable[next(order)] for _ in range(step.batch_size)):
+        for i in (usable[next(order)] for _ in range(phase.batch_size)):
             for pool, answer in ((queries.positives[i], 1), (negatives[queries.ids[i]], 0)):
                 query_ids.append(queries.ids[i])
                 document_ids.append(pool[rng.integers(len(pool))])
@@ -171,10 +161,8 @@ def write_plan(plan: Sequence[PlanStep], path: Path) -> None:
         "document_ids": [p.document_ids for p in plan],
         **{name: [p.arrays[name].tolist() for p in plan] for name in names},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.table(columns), partial)
-    partial.replace(path)
+    with atomic_path(path) as partial:
+        pq.write_table(pa.table(columns), partial)
 
 
 def read_plan(path: Path) -> list[PlanStep]:
@@ -197,26 +185,26 @@ class _Drawn:
     positive: str
 
 
-def _batches(queries: QueryRows, step: Step, seed: int) -> Iterator[list[_Drawn]]:
-    in_epoch = sum(min(count, step.max_per_task or count) for count in Counter(queries.tasks).values())
-    total = steps_in(step, in_epoch)
+def _batches(queries: QueryRows, phase: Phase, seed: int) -> Iterator[list[_Drawn]]:
+    in_epoch = sum(min(count, phase.max_per_task or count) for count in Counter(queries.tasks).values())
+    total = count_steps(phase, in_epoch)
     made, epoch = 0, 0
     while made < total:
         before = made
-        for batch in _epoch_batches(queries, step, np.random.default_rng((seed, epoch))):
+        for batch in _epoch_batches(queries, phase, np.random.default_rng((seed, epoch))):
             yield batch
             made += 1
             if made == total:
                 return
         if made == before:
             raise UserError(
-                f"queries '{step.queries}' cannot fill one batch of {step.batch_size} with distinct positives"
-                f"{' from one task' if step.homogeneous else ''}; lower batch_size"
+                f"queries '{phase.queries}' cannot fill one batch of {phase.batch_size} with distinct positives"
+                f"{' from one task' if phase.homogeneous else ''}; lower batch_size"
             )
         epoch += 1
 
 
-def _epoch_batches(queries: QueryRows, step: Step, rng: np.random.Generator) -> list[list[_Drawn]]:
+def _epoch_batches(queries: QueryRows, phase: Phase, rng: np.random.Generator) -> list[list[_Drawn]]:
     drawn = [
         _Drawn(int(i), queries.positives[i][rng.integers(len(queries.positives[i]))])
         for i in rng.permutation(len(queries.ids))
@@ -225,12 +213,12 @@ def _epoch_batches(queries: QueryRows, step: Step, rng: np.random.Generator) -> 
     used: Counter[str] = Counter()
     for row in drawn:
         used[queries.tasks[row.index]] += 1
-        if step.max_per_task and used[queries.tasks[row.index]] > step.max_per_task:
+        if phase.max_per_task and used[queries.tasks[row.index]] > phase.max_per_task:
             continue
-        alike = rng.random() < step.homogeneous
+        alike = rng.random() < phase.homogeneous
         groups.setdefault(queries.tasks[row.index] if alike else "", []).append(row)
-    batches = [batch for rows in groups.values() for batch in _distinct_batches(rows, step.batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))] if step.homogeneous else batches
+    batches = [batch for rows in groups.values() for batch in _distinct_batches(rows, phase.batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))] if phase.homogeneous else batches
 
 
 def _distinct_batches(rows: Sequence[_Drawn], size: int) -> Iterator[list[_Drawn]]:

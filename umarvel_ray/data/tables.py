@@ -16,11 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from umarvel_ray import demo
 from umarvel_ray.data.mbeir import read_mbeir
 from umarvel_ray.errors import UserError
 from umarvel_ray.recipe import Data
-
-DEMO = Path(__file__).parent.parent / "demo" / "data"
 
 DOCUMENT_COLUMNS = ("id", "text", "image", "modality", "source")
 QUERY_COLUMNS = (*DOCUMENT_COLUMNS, "instruction", "positive_ids", "task")
@@ -122,7 +121,7 @@ class Dataset:
 
 def folder_of(data: Data) -> Path:
     """The folder that `data.root` names."""
-    return DEMO if data.root == "builtin:demo" else Path(data.root)
+    return demo.DATA if data.root == demo.NAME else Path(data.root)
 
 
 def open_dataset(data: Data) -> Dataset:

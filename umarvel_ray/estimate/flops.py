@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from umarvel_ray.estimate.load import Load
 from umarvel_ray.estimate.shape import Shape, TextShape, VisionShape
-from umarvel_ray.recipe import Engine
+from umarvel_ray.recipe import Compute
 
 
 def text_forward(text: TextShape, tokens: float, length: float) -> float:
@@ -33,21 +33,21 @@ def vision_forward(vision: VisionShape, pictures: float, tokens: int) -> float:
     return pictures * patches * (2 * weights + 4 * vision.width * attended)
 
 
-def step_flops(shape: Shape, load: Load, engine: Engine, picture: int) -> float:
+def step_flops(shape: Shape, load: Load, compute: Compute, picture: int) -> float:
     """FLOPs of one worker in one optimiser step; `picture` is the tokens of one.
 
     A frozen tower runs once a step. One that trains runs as often as the language model; its backward pass costs two
     forward passes, or two of its projector's where that trains alone.
     """
-    text, tokens, step = shape.text, load.tokens, load.step
-    again = engine.activation_checkpointing + (engine.gradient_cache and not load.pairs)
-    whole = step.language_model == "full"
-    own = 2 * (text.matrices if whole else text.lora_parameters(step.lora.r)) * tokens  # for what trains
+    text, tokens, phase = shape.text, load.tokens, load.phase
+    again = compute.activation_checkpointing + (compute.gradient_cache and not load.pairs)
+    whole = phase.language_model == "full"
+    own = 2 * (text.matrices if whole else text.lora_parameters(phase.lora.r)) * tokens  # for what trains
     forward = text_forward(text, tokens, load.length) + (0 if whole else own)
     backward = text_backward(text, tokens, load.length) + (own if whole else 2 * own)
     seen = vision_forward(shape.vision, load.pictures, picture)
-    if step.vision == "full":
+    if phase.vision == "full":
         seen *= 3 + again
-    elif step.vision == "projector":
+    elif phase.vision == "projector":
         seen = (1 + again) * seen + 2 * 2 * shape.vision.mergers * load.pictures * picture
     return (1 + again) * forward + backward + seen

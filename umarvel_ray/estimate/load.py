@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +19,17 @@ import pyarrow.parquet as pq
 from umarvel_ray.data.mbeir import query_files
 from umarvel_ray.data.tables import folder_of
 from umarvel_ray.estimate.shape import Shape
-from umarvel_ray.recipe import Data, Recipe, Step, steps_in
+from umarvel_ray.recipe import (
+    DISTILLATION,
+    HARD_NEGATIVES,
+    KEYS,
+    RERANKER,
+    Data,
+    Recipe,
+    RerankPhase,
+    TrainingPhase,
+    count_steps,
+)
 from umarvel_ray.runs import base_folder
 
 CHARACTERS_PER_TOKEN = 4  # of English under a byte-level vocabulary of 150,000
@@ -44,7 +54,7 @@ class Source:
     rows: Counter[str] | None
     query: Side
     document: Side
-    said: str
+    origin: str
 
     def in_epoch(self, per_task: int | None) -> int | None:
         """Rows of an epoch that takes at most `per_task` of each task."""
@@ -69,9 +79,9 @@ class Load:
     """
 
     name: str
-    step: Step
+    phase: TrainingPhase
     rows: int | None
-    said: str
+    origin: str
     steps: int | None
     queries: int
     documents: int
@@ -99,29 +109,27 @@ class Load:
 
 
 def loads(recipe: Recipe, shape: Shape) -> list[Load]:
-    """The training steps of a recipe, in order."""
-    workers = recipe.cluster.workers
+    """The phases of a recipe, in order, by their keys in it."""
+    workers, mining, stage3 = recipe.cluster.workers, recipe.stage2.mining, recipe.stage3
 
-    def load(name: str, step: Step, documents: int = 1, share: float = 1, most: int | None = None) -> Load:
-        source = read_source(recipe.data, step.queries)
-        rows = source.in_epoch(step.max_per_task)
+    def load(name: str, phase: TrainingPhase, documents: int = 1, share: float = 1, most: int | None = None) -> Load:
+        source = read_source(recipe.data, phase.queries)
+        rows = source.in_epoch(phase.max_per_task)
         rows = rows and min(round(rows * share), most or rows)
-        steps = step.max_steps if rows is None else steps_in(step, rows)
-        queries = math.ceil(step.batch_size / workers)
+        steps = phase.max_steps if rows is None else count_steps(phase, rows)
+        queries = math.ceil(phase.batch_size / workers)
         ends = [item_tokens(side, recipe, shape) for side in (source.query, source.document)]
         pictures = queries * (source.query.pictures + documents * source.document.pictures)
-        return Load(name, step, rows, source.said, steps, queries, queries * documents, *ends, pictures)
+        return Load(KEYS[name], phase, rows, source.origin, steps, queries, queries * documents, *ends, pictures)
 
-    stage1, stage2, stage3 = recipe.stage1, recipe.stage2, recipe.stage3
-    mined = stage2.mining.max_queries
-    progressive = {"stage1.text": stage1.text, "stage1.image_text": stage1.image_text}
-    return [
-        *[load(name, step) for name, step in progressive.items() if step],
-        load("stage1.instruction", stage1.instruction),
-        load("stage2", stage2.train, 1 + stage2.train.hard_negatives, most=mined),
-        _as_pairs(load("reranker", recipe.reranker.train, most=mined), template_tokens(recipe.base, shape)),
-        load("stage3", stage3.train, stage3.top_k, share=stage3.sample),
-    ]
+    more: dict[str, dict[str, Any]] = {
+        HARD_NEGATIVES: {"documents": 1 + recipe.stage2.train.hard_negatives, "most": mining.max_queries},
+        RERANKER: {"most": mining.max_queries},
+        DISTILLATION: {"documents": stage3.top_k, "share": stage3.sample},
+    }
+    found = [load(name, phase, **more.get(name, {})) for name, phase in recipe.phases().items()]
+    template = template_tokens(recipe.base, shape)
+    return [_as_pairs(one, template) if isinstance(one.phase, RerankPhase) else one for one in found]
 
 
 def item_tokens(side: Side, recipe: Recipe, shape: Shape) -> float:

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from umarvel_ray.estimate.load import Load
 from umarvel_ray.estimate.shape import Shape, TextShape, VisionShape
-from umarvel_ray.recipe import Recipe, Step
+from umarvel_ray.recipe import ContrastivePhase, DistillPhase, Phase, Recipe
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
 BUCKET = 500_000_000  # numbers: DeepSpeed's default `reduce_bucket_size`
 LIVE = 1_000_000_000  # weights: DeepSpeed's default `stage3_max_live_parameters`
-NF4 = (4 + 0.127) / 8  # bytes of a 4-bit weight with its quantised constants (QLoRA, arXiv 2305.14314, section 3)
+NF4 = (4 + 0.127) / 8  # bytes of a 4-bit weight with its quantized constants (QLoRA, arXiv 2305.14314, section 3)
 LABELLED = 2  # tokens of a pair that the reranker's loss looks at
 
 
@@ -35,41 +35,41 @@ class Memory(NamedTuple):
 
 def memory(shape: Shape, load: Load, recipe: Recipe) -> Memory:
     """The peak of one optimiser step, part by part."""
-    engine, workers = recipe.engine, recipe.cluster.workers
-    width = WIDTH[engine.dtype]
-    chunk = min(engine.token_budget, load.tokens)
-    kept = 1 if engine.gradient_cache or load.pairs else load.chunks(engine.token_budget)
-    step, checkpointed = load.step, engine.activation_checkpointing
-    whole = step.language_model == "full"
-    rank, dropout = (0, False) if whole else (step.lora.r, step.lora.dropout > 0)
-    text, tower = trained(shape, step)
+    compute, workers = recipe.compute, recipe.cluster.workers
+    width = WIDTH[compute.dtype]
+    chunk = min(compute.token_budget, load.tokens)
+    kept = 1 if compute.gradient_cache or load.pairs else load.chunks(compute.token_budget)
+    phase, checkpointed = load.phase, compute.activation_checkpointing
+    whole = phase.language_model == "full"
+    rank, dropout = (0, False) if whole else (phase.lora.r, phase.lora.dropout > 0)
+    text, tower = trained(shape, phase)
     frozen = shape.text.tables if whole else shape.text.parameters
-    language = language_bytes(frozen, shape.text.parameters, width, engine.zero_stage, workers)
-    if step.language_model == "qlora":
+    language = language_bytes(frozen, shape.text.parameters, width, compute.zero_stage, workers)
+    if phase.language_model == "qlora":
         language -= shape.text.matrices * (width - NF4)
-    spread = workers if engine.zero_stage == 3 and step.vision != "frozen" else 1
+    spread = workers if compute.zero_stage == 3 and phase.vision != "frozen" else 1
     activations = text_activations(shape.text, rank, dropout, width, load.length, checkpointed, kept, whole)
     picture = shape.vision.tokens(recipe.model.max_pixels)
     pictures = min(load.pictures, chunk / picture)
     seen = tower_activations(shape.vision, width)
-    if step.vision == "full":
+    if phase.vision == "full":
         seen += kept * trained_tower_activations(shape.vision, width, checkpointed)
     return Memory(
         language=language,
         tower=(shape.vision.parameters - tower) * width / spread,
-        optimizer=optimizer_bytes(text + tower, engine.zero_stage, workers),
-        bucket=bucket_bytes(text + tower, engine.zero_stage, recipe.cluster.gpus_per_worker > 0),
+        optimizer=optimizer_bytes(text + tower, compute.zero_stage, workers),
+        bucket=bucket_bytes(text + tower, compute.zero_stage, recipe.cluster.gpus_per_worker > 0),
         activations=chunk * activations + pictures * picture * seen,
         loss=loss_bytes(shape, load, recipe),
     )
 
 
-def trained(shape: Shape, step: Step) -> tuple[int, int]:
+def trained(shape: Shape, phase: Phase) -> tuple[int, int]:
     """Parameters that a step trains: adapters or the language model without its tables, and of the tower."""
     text = shape.text
-    whole = step.language_model == "full"
+    whole = phase.language_model == "full"
     tower = {"frozen": 0, "projector": shape.vision.projector, "full": shape.vision.parameters}
-    return text.parameters - text.tables if whole else text.lora_parameters(step.lora.r), tower[step.vision]
+    return text.parameters - text.tables if whole else text.lora_parameters(phase.lora.r), tower[phase.vision]
 
 
 def language_bytes(frozen: int, parameters: int, width: int, zero: int, workers: int) -> float:
@@ -154,10 +154,13 @@ def loss_bytes(shape: Shape, load: Load, recipe: Recipe) -> float:
     """
     workers, text = recipe.cluster.workers, shape.text
     if load.pairs:
-        pairs = min(load.queries, math.ceil(recipe.engine.token_budget / load.length))
-        return pairs * LABELLED * text.vocabulary * (WIDTH[recipe.engine.dtype] + 8)
+        pairs = min(load.queries, math.ceil(recipe.compute.token_budget / load.length))
+        return pairs * LABELLED * text.vocabulary * (WIDTH[recipe.compute.dtype] + 8)
     embeddings = 2 * 4 * text.hidden * load.items * workers
-    if load.name == "stage3":
+    if isinstance(load.phase, DistillPhase):
         return embeddings + 2 * 4 * text.hidden * load.documents
-    columns = load.documents * workers + getattr(load.step, "two_way", False) * load.queries * workers
+    columns = (
+        load.documents * workers
+        + (isinstance(load.phase, ContrastivePhase) and load.phase.two_way) * load.queries * workers
+    )
     return embeddings + 3 * 4 * load.queries * columns + load.queries * load.documents * workers**2

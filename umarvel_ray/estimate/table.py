@@ -17,7 +17,7 @@ from umarvel_ray.estimate.load import (
 from umarvel_ray.estimate.memory import Memory, memory
 from umarvel_ray.estimate.shape import Shape, read_shape
 from umarvel_ray.recipe import Recipe
-from umarvel_ray.train.jobs import VISION_CACHE_BYTES
+from umarvel_ray.train.phases import VISION_CACHE_BYTES
 
 PEAK, PEAK_OF = 989e12, "an H100 SXM's 989 TFLOP/s in bf16"
 UTILISATION = 0.4
@@ -50,23 +50,23 @@ def _work(recipe: Recipe, shape: Shape, steps: Sequence[Load]) -> str:
     work = ["queries", "documents", "tokens", "chunks", "TFLOP"]
     rows = [["per worker and step", *work, "rows", "known from", "steps", "hours"]]
     for load in steps:
-        flops = step_flops(shape, load, recipe.engine, picture)
-        counts = [load.queries, load.documents, round(load.tokens), load.chunks(recipe.engine.token_budget)]
+        flops = step_flops(shape, load, recipe.compute, picture)
+        counts = [load.queries, load.documents, round(load.tokens), load.chunks(recipe.compute.token_budget)]
         hours = f"{_hours(flops * load.steps):.2f}" if gpu and load.steps else "-"
-        row = [*map(_count, counts), _short(flops / 1e12), _count(load.rows), load.said, _count(load.steps), hours]
+        row = [*map(_count, counts), _short(flops / 1e12), _count(load.rows), load.origin, _count(load.steps), hours]
         rows.append([load.name, *row])
     note = f"\nhours: of all steps, at {UTILISATION:.0%} of {PEAK_OF}, recomputation counted" if gpu else ""
     return _aligned(rows) + note
 
 
 def _memory(recipe: Recipe, shape: Shape, steps: Sequence[Load]) -> str:
-    engine = recipe.engine
+    compute = recipe.compute
     rows = [["GiB per worker", *Memory._fields, "sum"]]
     for load in steps:
         parts = memory(shape, load, recipe)
         rows.append([load.name, *(_short(part / GIB) for part in (*parts, sum(parts)))])
-    note = f"ZeRO-{engine.zero_stage}, {engine.dtype}; leave a tenth free for the device's own context and fragments"
-    if engine.cache_vision:
+    note = f"ZeRO-{compute.zero_stage}, {compute.dtype}; leave a tenth free for the device's own context and fragments"
+    if compute.cache_vision:
         note += f"\nhost memory: up to {VISION_CACHE_BYTES / GIB:.0f} GiB a worker for the vision cache"
     return f"{_aligned(rows)}\n{note}"
 

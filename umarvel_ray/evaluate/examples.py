@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from umarvel_ray.data.images import BadImage, open_image
+from umarvel_ray.data.content import picture_key
 from umarvel_ray.data.tables import Dataset
-from umarvel_ray.evaluate.metrics import hit_at_k
-from umarvel_ray.evaluate.results import StepResult, positives_of
-from umarvel_ray.mine.filters import picture_key
+from umarvel_ray.evaluate.results import LadderResult
+from umarvel_ray.items.images import BadImage, image_type, open_image
+from umarvel_ray.retrieve.metrics import hit_at_k, positives_of
 
 SHOWN = 5  # documents per query
 KEEP_BYTES = 6_000  # a stored picture up to this size is shown as it is
 THUMBNAIL = 128
+SHOWN_AS_IS = ("png", "jpeg", "webp", "gif")
 PICTURE_BUDGET = 3_000_000
-SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
 
 
 class Pictures:
@@ -98,26 +98,26 @@ def choose(first: dict[str, float], last: dict[str, float]) -> list[tuple[str, s
 
 
 def examples(
-    dataset: Dataset, split: str, results: Sequence[StepResult], final: StepResult, pictures: Pictures
+    dataset: Dataset, split: str, results: Sequence[LadderResult], final: LadderResult, pictures: Pictures
 ) -> dict[str, list[Example]]:
     """By task, example queries with the first documents of every step's local ranking."""
     positives = positives_of(dataset, split)
     queries = {row["id"]: row for row in dataset.queries(split).to_pylist()}
-    rankings = {result.step: _by_query(result.ranking("local")) for result in results}
+    rankings = {result.name: _by_query(result.ranking("local")) for result in results}
     shown: dict[str, list[Example]] = {}
     for task, numbers in final.scores["local"].items():
-        ids = [id_ for id_, row in rankings[final.step].items() if row["task"] == task]
+        ids = [id_ for id_, row in rankings[final.name].items() if row["task"] == task]
 
         def recall(step: str, ids=ids, k=int(numbers["k"])) -> dict[str, float]:
             found = rankings[step]
             return {id_: hit_at_k(found[id_]["document_ids"], positives[id_], k) for id_ in ids if id_ in found}
 
-        for why, id_ in choose(recall(results[0].step), recall(final.step)):
+        for why, id_ in choose(recall(results[0].name), recall(final.name)):
             example = Example(why, _card(queries[id_], pictures))
             example.query.instruction = queries[id_]["instruction"]
             for result in results:
-                row = rankings[result.step].get(id_, {"document_ids": [], "scores": []})
-                example.found[result.step] = [
+                row = rankings[result.name].get(id_, {"document_ids": [], "scores": []})
+                example.found[result.name] = [
                     _card(document, pictures, document["id"] in positives[id_], score)
                     for document, score in zip(
                         _documents(dataset, row["document_ids"][:SHOWN]), row["scores"][:SHOWN], strict=True
@@ -142,8 +142,8 @@ def _card(row: dict, pictures: Pictures, hit: bool = False, score: float | None 
 def _small(image: bytes | str) -> tuple[str, bytes]:
     """The picture's format and bytes, made smaller where it is large."""
     if isinstance(image, bytes) and len(image) <= KEEP_BYTES:
-        kind = next((kind for start, kind in SIGNATURES.items() if image.startswith(start)), None)
-        if kind:
+        kind = image_type(image)
+        if kind in SHOWN_AS_IS:
             return kind, image
     picture = open_image(image, "report")
     picture.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -18,8 +18,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.mine.embed import describe
-from umarvel_ray.model.checkpoint import read_provenance
+from umarvel_ray.model.checkpoint import CheckpointRef, read_provenance
 from umarvel_ray.model.embedder import Embedder
 
 try:
@@ -99,7 +98,7 @@ def _meta(path: Path, revision: str | None, model: Embedder) -> ModelMeta:
     known = {
         "loader": MtebEncoder,
         "name": f"umarvel-ray/{recipe.get('name', 'checkpoint')}-{path.name}",
-        "revision": revision or describe(path)["identity"][:16],
+        "revision": revision or CheckpointRef.of(path).identity[:16],
         "n_parameters": sum(weights.numel() for weights in model.model.backbone.parameters()),
         "embed_dim": model.dimension,
         "max_tokens": model.encoder.settings.max_text_tokens,

@@ -6,7 +6,6 @@ write_report(run, dataset, results)      # results in the order of the ladder
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from umarvel_ray.data.tables import Dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.evaluate.charts import Line, bar_chart, duration, line_chart, smooth
 from umarvel_ray.evaluate.examples import Pictures, examples
-from umarvel_ray.evaluate.results import AVERAGE, RERANKED, SCOPES, StepResult
-from umarvel_ray.evaluate.run_files import write_run
+from umarvel_ray.evaluate.results import AVERAGE, RERANKED, SCOPES, LadderResult
+from umarvel_ray.evaluate.trec import write_run
+from umarvel_ray.files import write_json, write_text
 from umarvel_ray.recipe import dump_recipe
-from umarvel_ray.runs import Run
-from umarvel_ray.train.log import read_log
+from umarvel_ray.runs import Run, read_step_log
 
 TASK_SHAPES = {
     "0": "text → image",
@@ -38,7 +37,7 @@ TASK_SHAPES = {
 }
 
 
-def write_report(run: Run, dataset: Dataset, results: Sequence[StepResult]) -> Path:
+def write_report(run: Run, dataset: Dataset, results: Sequence[LadderResult]) -> Path:
     """Write all files of the report under `run.dir/report` and return the page's path.
 
     Args:
@@ -49,39 +48,38 @@ def write_report(run: Run, dataset: Dataset, results: Sequence[StepResult]) -> P
         UserError: the folder cannot be written.
     """
     folder = run.dir / "report"
-    final = [result for result in results if result.step != RERANKED][-1]
+    final = [result for result in results if result.name != RERANKED][-1]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "metrics.json", json.dumps(metrics(results), indent=1) + "\n")
-        _write(folder / "table.md", table(results))
+        write_json(folder / "metrics.json", metrics(results))
+        write_text(folder / "table.md", table(results))
         for scope, name in (("local", "run.trec"), ("global", "run-global.trec")):
             rows = final.ranking(scope).to_pylist()
             ranked = ((row["query_id"], row["document_ids"], row["scores"]) for row in rows)
-            write_run(folder / name, ranked, f"umarvel-{final.step}")
-        _write(folder / "index.html", page(run, dataset, results, final))
+            write_run(folder / name, ranked, f"umarvel-{final.name}")
+        write_text(folder / "index.html", page(run, dataset, results, final))
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error.strerror}") from None
     print(f"{table(results, scopes=('local',), averages_only=True)}\nreport: {folder / 'index.html'}")
     return folder / "index.html"
 
 
-def metrics(results: Sequence[StepResult]) -> dict[str, Any]:
+def metrics(results: Sequence[LadderResult]) -> dict[str, Any]:
     """The ladder as numbers: recall by step, scope and task; beside it chance, k and the other metrics."""
     return {
-        "ladder": [{"step": result.step, "local": result.local, "global": result.global_} for result in results],
+        "ladder": [{"step": result.name, "local": result.local, "global": result.global_} for result in results],
         "chance": {scope: results[-1].chance(scope) for scope in SCOPES},
         "k": {task: int(numbers["k"]) for task, numbers in results[-1].scores["local"].items()},
-        "details": {result.step: {**result.scores, "notes": result.notes} for result in results},
+        "details": {result.name: {**result.scores, "notes": result.notes} for result in results},
     }
 
 
-def table(results: Sequence[StepResult], scopes: Sequence[str] = SCOPES, averages_only: bool = False) -> str:
+def table(results: Sequence[LadderResult], scopes: Sequence[str] = SCOPES, averages_only: bool = False) -> str:
     """Markdown: one row per task, chance in the column beside the steps."""
     lines = []
     for scope in scopes:
         chance, steps = results[-1].chance(scope), [_recalls(result, scope) for result in results]
         lines += [f"### {scope.capitalize()} pools", ""] if not averages_only else []
-        lines.append(f"| recall, {scope} | k | queries | chance | {' | '.join(result.step for result in results)} |")
+        lines.append(f"| recall, {scope} | k | queries | chance | {' | '.join(result.name for result in results)} |")
         lines.append(f"|---|---:|---:|---:|{'---:|' * len(results)}")
         for task, numbers in results[-1].scores[scope].items():
             if not averages_only:
@@ -96,7 +94,7 @@ def table(results: Sequence[StepResult], scopes: Sequence[str] = SCOPES, average
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def page(run: Run, dataset: Dataset, results: Sequence[StepResult], final: StepResult) -> str:
+def page(run: Run, dataset: Dataset, results: Sequence[LadderResult], final: LadderResult) -> str:
     """The whole report as one HTML file."""
     split, pictures = run.recipe.evaluate.split, Pictures()
     shown = examples(dataset, split, results, final, pictures)
@@ -110,7 +108,7 @@ def page(run: Run, dataset: Dataset, results: Sequence[StepResult], final: StepR
         version=__version__,
         split=split,
         recipe=dump_recipe(run.recipe),
-        steps=[result.step for result in results],
+        steps=[result.name for result in results],
         results=results,
         final=final,
         base=results[0],
@@ -128,21 +126,31 @@ def page(run: Run, dataset: Dataset, results: Sequence[StepResult], final: StepR
         times=_times(run),
         examples=shown,
         pictures=pictures.uris,
-        notes=[(result.step, name, value) for result in results for name, value in result.notes.items()],
+        notes=[(result.name, name, value) for result in results for name, value in result.notes.items()],
     )
 
 
-def _recalls(result: StepResult, scope: str) -> dict[str, float]:
+def scores_of(run: Run, phase: str) -> dict[str, Any] | None:
+    """A phase's recall for its model card: {"k", "chance", "local", "global"} by task; None where not measured."""
+    path = run.dir / "report" / "metrics.json"
+    report = json.loads(path.read_text()) if path.is_file() else {"ladder": []}
+    for row in report["ladder"]:
+        if row["step"] == phase:
+            return {"k": report["k"], "chance": report["chance"], "local": row["local"], "global": row["global"]}
+    return None
+
+
+def _recalls(result: LadderResult, scope: str) -> dict[str, float]:
     return result.local if scope == "local" else result.global_
 
 
-def _ladder(results: Sequence[StepResult], task: str, small: bool = False) -> str:
+def _ladder(results: Sequence[LadderResult], task: str, small: bool = False) -> str:
     lines = [
         Line(f"{scope} pools", [_recalls(result, scope)[task] for result in results], scope, dots=True)
         for scope in reversed(SCOPES)
     ]
     chance = [result.chance("local")[task] for result in results]
-    steps = [result.step for result in results]
+    steps = [result.name for result in results]
     title = f"Recall of {task} by step"
     if small:
         return line_chart([Line("chance", chance, "chance"), *lines], title, [""] * len(steps), 240, 104, 0, 1)
@@ -155,7 +163,7 @@ def _curves(run: Run) -> list[dict[str, Any]]:
     curves = []
     logs = sorted((run.dir / "train").glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime)
     for path in logs:
-        log = read_log(path)
+        log = read_step_log(path)
         if not log:
             continue
         losses = [line["loss"] for line in log]
@@ -182,9 +190,3 @@ def _times(run: Run) -> dict[str, Any] | None:
     if not times:
         return None
     return {"total": duration(sum(times.values())), "chart": Markup(bar_chart(times, "Wall time of each part"))}
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -10,24 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from umarvel_ray.data.tables import Dataset, item_of, open_dataset
+from umarvel_ray.data.tables import Dataset, open_dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.faiss_index import Index, is_saved, make_index, open_index
-from umarvel_ray.mine.embeddings import embedder_of, read_embeddings
+from umarvel_ray.index.hits import Hit
+from umarvel_ray.inference.embeddings import embedder_of, read_embeddings
+from umarvel_ray.model.vectors import truncate_array
 from umarvel_ray.recipe import Data
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A retrieved document: its row (id, text, image, modality, source), cosine, and P(yes) once reranked."""
-
-    document: dict[str, Any]
-    score: float
-    rerank_score: float | None = None
-
-    @property
-    def item(self) -> dict[str, Any]:
-        return item_of(self.document)
 
 
 @dataclass(frozen=True)
@@ -52,23 +41,18 @@ class Corpus:
         return cls(index, dataset)
 
     def search(self, vector: np.ndarray, top_k: int) -> list[Hit]:
-        """The best documents for one unit vector (d,), best first; see `cut`."""
-        [scores], [ids] = self.index.search(cut(vector, self.index.dimension)[None], top_k)
+        """The best documents for one unit vector (d,), best first; a longer vector is truncated like the documents'."""
+        [scores], [ids] = self.index.search(truncate_array(vector[None], self.index.dimension), top_k)
         rows = rows_of(self.dataset.documents, [self.dataset.row_of[id_] for id_ in ids])
         return [Hit(row, float(score)) for row, score in zip(rows, scores, strict=True)]
 
 
 def made_with(folder: str | Path) -> str | None:
-    """Identity of the model (see `describe`) that made an index or a folder of embeddings; None where it is not known.
+    """Identity of the checkpoint that made an index or a folder of embeddings; None where it is not known.
 
     Raises: see `open_index`.
     """
     return open_index(folder).checkpoint if is_saved(folder) else embedder_of(folder)
-
-
-def cut(vector: np.ndarray, dimension: int) -> np.ndarray:
-    """A unit vector (d,) in the dimension of an index whose documents were cut (`embed.truncate_dim`)."""
-    return vector if len(vector) <= dimension else vector[:dimension] / np.linalg.norm(vector[:dimension])
 
 
 def rows_of(table: pa.Table, rows: Iterable[int]) -> list[dict[str, Any]]:

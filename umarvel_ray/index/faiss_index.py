@@ -9,15 +9,15 @@ Mining and evaluation never use it (rule 7).
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import faiss
 import numpy as np
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.mine.embeddings import embedder_of, read_embeddings
-from umarvel_ray.mine.topk import topk
+from umarvel_ray.files import atomic_path, write_json
+from umarvel_ray.inference.embeddings import embedder_of, read_embeddings
+from umarvel_ray.retrieve.topk import topk
 
 FLAT_UP_TO = 200_000  # exact search over this many vectors still answers in tens of milliseconds
 TRAIN_VECTORS = 400_000
@@ -86,11 +86,9 @@ class Index:
         """
         folder = Path(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".ids.partial").write_text(json.dumps({"checkpoint": self.checkpoint, "ids": self.ids}))
-            faiss.write_index(self._index, str(folder / ".index.partial"))
-            os.replace(folder / ".ids.partial", folder / "ids.json")
-            os.replace(folder / ".index.partial", folder / "index.faiss")
+            with atomic_path(folder / "index.faiss") as partial:
+                faiss.write_index(self._index, str(partial))
+                write_json(folder / "ids.json", {"checkpoint": self.checkpoint, "ids": self.ids}, indent=None)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot write the index to {folder}: {error}") from None
 

@@ -53,7 +53,7 @@ class LiveIndex:
 
         Args:
             folder: the writer's; None where nothing is ever added.
-            identity: the checkpoint's, as `describe` gives it.
+            identity: the checkpoint's (see `CheckpointRef`).
             base: searched too; its own folder stays as it is.
 
         Raises:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from umarvel_ray.errors import UserError
+from umarvel_ray.files import sync_folder
 
 MAGIC = b"UMWL"
 _HEADER = struct.Struct("<4sIII")
@@ -56,15 +57,6 @@ def log_path(folder: Path, first: int) -> Path:
 def log_files(folder: Path) -> list[int]:
     """The number of the first commit of each file, ascending."""
     return sorted(int(name[4:]) for name in os.listdir(folder) if name.startswith("log-"))
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names that were created, renamed or removed in the folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_log(folder: Path, start: Position) -> Iterator[tuple[Position, bytes]]:

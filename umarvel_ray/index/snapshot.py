@@ -18,7 +18,8 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from umarvel_ray.index.log import RESTORE, Damaged, Position, sync_folder
+from umarvel_ray.files import sync_folder
+from umarvel_ray.index.log import RESTORE, Damaged, Position
 from umarvel_ray.index.records import Add
 
 PARTIAL = ".snapshot.partial"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -25,7 +24,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.index.log import RESTORE, Damaged, LogWriter, Position, log_files, log_path, read_log, sync_folder
+from umarvel_ray.files import write_json
+from umarvel_ray.index.log import RESTORE, Damaged, LogWriter, Position, log_files, log_path, read_log
 from umarvel_ray.index.records import Add, Delete, Record, decode, encode
 from umarvel_ray.index.snapshot import PARTIAL, Snapshot, open_snapshot, snapshot_path, snapshots, write_snapshot
 
@@ -69,7 +69,7 @@ class IndexWriter:
         """Create a live index or go on with one; a commit that a crash cut short is taken off the log's end.
 
         Args:
-            identity: the checkpoint's, as `describe` gives it.
+            identity: the checkpoint's (see `CheckpointRef`).
             base_ids: ids of the documents that the base holds, if any: a deletion of these must outlive the log.
             wait_s: how long to wait for another writer to end.
 
@@ -198,13 +198,8 @@ def check_index(folder: Path, identity: str, dimension: int) -> bool:
 
 def _create(folder: Path, identity: str, dimension: int) -> None:
     log_path(folder, 1).touch()  # before index.json: a replica that sees that one can follow
-    partial = folder / ".index.json.partial"
-    with partial.open("w") as file:
-        json.dump({"format": FORMAT, "identity": identity, "dimension": dimension}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(folder / "index.json")
-    sync_folder(folder)
+    facts = {"format": FORMAT, "identity": identity, "dimension": dimension}
+    write_json(folder / "index.json", facts, durable=True)
 
 
 def _locked(folder: Path, wait_s: float) -> BinaryIO:

@@ -14,10 +14,11 @@ import transformers
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from umarvel_ray.compat.transformers import attention_in_use
 from umarvel_ray.errors import UserError
+from umarvel_ray.items.family import read_model_config, without_deepstack
+from umarvel_ray.items.template import load_tokenizer
 from umarvel_ray.model.checkpoint import check_files
-from umarvel_ray.model.family import read_config, without_deepstack
-from umarvel_ray.model.items import load_tokenizer
 from umarvel_ray.model.packing import ATTENTION, packed_arguments, use_packed_attention
 from umarvel_ray.recipe import ModelSettings
 
@@ -25,21 +26,21 @@ NEW_ROWS_SEED = 0
 
 
 def load_backbone(
-    path: str | Path, settings: ModelSettings, dtype: torch.dtype | str = torch.float32, quantised: bool = False
+    path: str | Path, settings: ModelSettings, dtype: torch.dtype | str = torch.float32, quantized: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load weights and tokenizer on the CPU, in eval mode.
 
     Args:
-        quantised: the language model's linear layers in 4 bits, on the GPU where there is one (see `four_bit`).
+        quantized: the language model's linear layers in 4 bits, on the GPU where there is one (see `four_bit`).
 
     Raises:
         UserError: missing or truncated files, another architecture, attention that does not obey the settings; no
-            bitsandbytes to quantise with.
+            bitsandbytes to quantize with.
     """
     check_files(path)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     transformers_logging.disable_progress_bar()
-    config = read_config(path)
+    config = read_model_config(path)
     config.text_config.is_causal = settings.attention == "causal"
     if not settings.deepstack:
         without_deepstack(config)
@@ -49,7 +50,7 @@ def load_backbone(
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        quantization_config=four_bit(dtype) if quantised else None,
+        quantization_config=four_bit(dtype) if quantized else None,
     )
     # transformers would go on with random values in their place.
     if bad := sorted(report["missing_keys"]) or [name for name, *_ in report["mismatched_keys"]]:
@@ -63,7 +64,7 @@ def load_backbone(
 
 
 def four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with quantised constants (QLoRA, arXiv 2305.14314, section 3), of the language model's linear layers alone.
+    """NF4 with quantized constants (QLoRA, arXiv 2305.14314, section 3), of the language model's linear layers alone.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -95,7 +96,7 @@ def probe_attention(model: PreTrainedModel, attention: str) -> None:
     device = table.device
     forms = [([], {"attention_mask": torch.tensor([[1, 1]], device=device)})]
     forms.append(([0], {"attention_mask": torch.tensor([[1, 1, 0]], device=device)}))
-    if model.config.text_config._attn_implementation == ATTENTION:
+    if attention_in_use(model) == ATTENTION:
         bounds = torch.tensor([0, 2], dtype=torch.int32, device=device)
         forms.append(([], packed_arguments(bounds, 2, attention == "causal")))
     for padding, form in forms:
@@ -108,7 +109,7 @@ def probe_attention(model: PreTrainedModel, attention: str) -> None:
         if moved != (attention == "bidirectional"):
             raise UserError(
                 f"attention '{attention}' did not take effect under transformers {transformers.__version__} with "
-                f"'{model.config.text_config._attn_implementation}' attention; install transformers>=5.2"
+                f"'{attention_in_use(model)}' attention; install transformers>=5.2"
             )
 
 

@@ -9,8 +9,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 
-from umarvel_ray.model.items import EncodedItem
-from umarvel_ray.model.pictures import Picture
+from umarvel_ray.items.encoder import EncodedItem
+from umarvel_ray.items.pair_encoder import IGNORED, EncodedPair
+from umarvel_ray.items.pictures import Picture
 
 PADDED_SHARE = 1 / 32  # of a token budget: on a CPU 32 tokens, about as much time as a pass takes at least
 PAD = 0  # padding is masked everywhere, so any token will do that is not a picture's
@@ -45,7 +46,7 @@ class Sequences:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch(Sequences):
+class ItemBatch(Sequences):
     """Items; pool_mask: bool (B or 1, L), False on padding."""
 
     pool_mask: torch.Tensor
@@ -91,9 +92,9 @@ def token_buckets(lengths: Sequence[int], budget: int, packed: bool = False) -> 
 
 def collate(
     items: Sequence[EncodedItem], device: torch.device | str = "cpu", packed: bool = False, pad: int = PAD
-) -> Batch:
+) -> ItemBatch:
     """A batch of at least one item."""
-    return Batch(**arrange(items, {"input_ids": pad, "pool_mask": False}, packed)).to(device)
+    return ItemBatch(**arrange(items, {"input_ids": pad, "pool_mask": False}, packed)).to(device)
 
 
 def arrange(sequences: Sequence[Encoded], fill: Mapping[str, int | bool], packed: bool) -> dict[str, Any]:
@@ -128,3 +129,15 @@ def arrange(sequences: Sequence[Encoded], fill: Mapping[str, int | bool], packed
         "longest": longest,
         "pictures": tuple(picture for sequence in sequences for picture in sequence.pictures),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(Sequences):
+    """Pairs, or one side of them; labels: int64 (B or 1, L)."""
+
+    labels: torch.Tensor
+
+
+def collate_pairs(pairs: Sequence[EncodedPair], device: torch.device | str = "cpu", packed: bool = False) -> PairBatch:
+    """A batch of at least one pair."""
+    return PairBatch(**arrange(pairs, {"input_ids": PAD, "labels": IGNORED}, packed)).to(device)

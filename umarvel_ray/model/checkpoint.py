@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import platform
-import shutil
 import struct
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,14 +15,47 @@ from pydantic import ValidationError
 
 from umarvel_ray import __version__
 from umarvel_ray.errors import UserError
+from umarvel_ray.files import atomic_folder
+from umarvel_ray.model.companions import write_companions
 from umarvel_ray.recipe import ModelSettings
-from umarvel_ray.release.card import RERANKER
-from umarvel_ray.release.companions import write_card, write_sentence_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROVENANCE = "umarvel.json"
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """Which checkpoint: its directory (absolute), how it is used, and a digest of its weights and settings.
+
+    Equal identities mean equal embeddings, or equal scores of a reranker.
+    """
+
+    path: str
+    settings: ModelSettings
+    identity: str
+
+    @classmethod
+    def of(cls, checkpoint: str | Path, settings: ModelSettings | None = None) -> CheckpointRef:
+        """The checkpoint in a directory.
+
+        Args:
+            settings: in place of its own; a base needs them, for it has none.
+
+        Raises:
+            UserError: files missing or truncated; a base without settings.
+        """
+        path = Path(checkpoint).absolute()
+        check_files(path)
+        settings = settings or load_settings(path)
+        digest = hashlib.sha256(settings.model_dump_json().encode())
+        for file in sorted(path.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        for name in ("tokenizer.json", "preprocessor_config.json", "config.json"):
+            digest.update((path / name).read_bytes() if (path / name).exists() else b"")
+        return cls(str(path), settings, digest.hexdigest())
 
 
 class HasBackbone(Protocol):
@@ -41,7 +74,7 @@ def save_checkpoint(model: HasBackbone, path: str | Path, settings: ModelSetting
 
     Args:
         model: its adapters merged.
-        provenance: temperature, stage, parent, recipe, data, metrics; the versions are added here.
+        provenance: temperature, phase, parent, recipe, data, metrics; the versions are added here.
 
     Raises:
         UserError: the disk is full or `path` cannot be written.
@@ -49,19 +82,13 @@ def save_checkpoint(model: HasBackbone, path: str | Path, settings: ModelSetting
     backbone = model.backbone
     if any(".lora_" in name for name in backbone.state_dict()):
         raise ValueError("merge the adapters before saving: merge_lora(model)")
-    path = Path(path)
-    fresh = path.with_name(f".{path.name}.writing")
     try:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        backbone.save_pretrained(fresh)
-        _save_processor(backbone.name_or_path, fresh, settings)
-        record = {"settings": settings.model_dump(mode="json"), **provenance, "versions": _versions()}
-        (fresh / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
-        write_card(fresh, record)
-        if provenance.get("stage") != RERANKER:
-            write_sentence_transformers(fresh)
-        _replace(fresh, path)
+        with atomic_folder(path) as fresh:
+            backbone.save_pretrained(fresh)
+            _save_processor(backbone.name_or_path, fresh, settings)
+            record = {"settings": settings.model_dump(mode="json"), **provenance, "versions": _versions()}
+            (fresh / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
+            write_companions(fresh, record)
     except OSError as error:
         raise UserError(f"{path}: checkpoint cannot be written ({error.strerror or error})") from None
 
@@ -123,22 +150,13 @@ def _is_whole(file: Path) -> bool:
 
 def _save_processor(source: str, target: Path, settings: ModelSettings) -> None:
     # Imported here: who only looks at a checkpoint's files does without transformers.
-    from umarvel_ray.model.items import load_tokenizer
-    from umarvel_ray.model.pictures import CONFIG, read_config
+    from umarvel_ray.items.pictures import CONFIG, read_picture_config
+    from umarvel_ray.items.template import load_tokenizer
 
     load_tokenizer(source).save_pretrained(target)
     size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     changes = {} if settings.resize_twice else {"size": size}
-    (target / CONFIG).write_text(json.dumps(read_config(source) | changes, indent=2) + "\n")
-
-
-def _replace(fresh: Path, path: Path) -> None:
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.rename(path, old)
-    os.rename(fresh, path)
-    shutil.rmtree(old, ignore_errors=True)
+    (target / CONFIG).write_text(json.dumps(read_picture_config(source) | changes, indent=2) + "\n")
 
 
 def _versions() -> dict[str, str]:

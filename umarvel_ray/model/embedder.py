@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from umarvel_ray.errors import UserError
+from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
+from umarvel_ray.items.item import Item
 from umarvel_ray.model.batch import collate, default_budget, token_buckets
 from umarvel_ray.model.checkpoint import load_settings
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.int8 import load_as
-from umarvel_ray.model.items import EncodedItem, Item, ItemEncoder
-from umarvel_ray.model.losses import truncate
 from umarvel_ray.model.packing import is_packed
+from umarvel_ray.model.vectors import truncate
 from umarvel_ray.recipe import ModelSettings
 
 WINDOW = 512  # items decoded at once; the pictures of two windows are held in memory

@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 (out, in) times a scale for each row, at most half a step from the original.
 
-    Activations are not quantised: their scales would make an item's vector depend on what shares its batch.
+    Activations are not quantized: their scales would make an item's vector depend on what shares its batch.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -32,7 +32,7 @@ class Int8Linear(nn.Module):
         return result if self.bias is None else result + self.bias
 
 
-def quantise(model: nn.Module) -> None:
+def quantize(model: nn.Module) -> None:
     """Replace every linear layer in the model."""
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -41,10 +41,10 @@ def quantise(model: nn.Module) -> None:
 
 
 def load_as(dtype: torch.dtype | str, device: torch.device | str, load: Callable[[torch.dtype | str], Model]) -> Model:
-    """The model that `load` gives, in a dtype of PyTorch or in "int8": then activations and what is not quantised are
+    """The model that `load` gives, in a dtype of PyTorch or in "int8": then activations and what is not quantized are
     float32 on a CPU, bfloat16 on a GPU."""
     if dtype != INT8:
         return load(dtype)
     model = load(torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    quantise(model.backbone.model.language_model)
+    quantize(model.backbone.model.language_model)
     return model

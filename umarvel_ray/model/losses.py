@@ -46,11 +46,6 @@ def info_nce(
     return loss / len(queries)
 
 
-def truncate(vectors: torch.Tensor, dimension: int) -> torch.Tensor:
-    """The first coordinates of (N, D) unit vectors, as unit vectors again: (N, `dimension`), float32 when shorter."""
-    return vectors if dimension == vectors.shape[1] else F.normalize(vectors[:, :dimension].float(), dim=-1)
-
-
 class _GatherRows(torch.autograd.Function):
     """Concatenate every rank's rows; the backward pass sums over ranks the gradient of this rank's rows."""
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from umarvel_ray.items.pictures import Picture, PixelScale
 from umarvel_ray.model.batch import Sequences
 from umarvel_ray.model.packing import packed_arguments
-from umarvel_ray.model.pictures import Picture, PixelScale
 
 
 def tower_features(visual: nn.Module, pictures: Sequence[Picture], scale: PixelScale) -> tuple[torch.Tensor, ...]:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
+
+from umarvel_ray.compat.transformers import sdpa_attention_forward, use_attention
 
 # transformers hands a tower's pictures over in one piece only to an attention with "flash" in its name.
 ATTENTION = "umarvel_flash"
@@ -31,9 +31,7 @@ def is_packed(choice: bool | Literal["auto"], device: torch.device | str) -> boo
 
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Let a model of transformers read packed rows as well as padded batches."""
-    AttentionInterface.register(ATTENTION, attention_forward)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    model.config._attn_implementation = ATTENTION
+    use_attention(model, ATTENTION, attention_forward)
 
 
 def packed_arguments(bounds: torch.Tensor, longest: int, causal: bool) -> dict[str, Any]:

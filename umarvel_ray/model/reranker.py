@@ -20,16 +20,16 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from umarvel_ray.errors import UserError
+from umarvel_ray.items.item import Item
+from umarvel_ray.items.pair_encoder import EncodedPair, PairEncoder
+from umarvel_ray.items.pictures import Picture, PictureFormat, PixelScale
 from umarvel_ray.model.backbone import load_backbone
-from umarvel_ray.model.batch import token_buckets
-from umarvel_ray.model.checkpoint import PROVENANCE, RERANKER, load_settings, read_provenance
-from umarvel_ray.model.embedding_model import VisionCache
+from umarvel_ray.model.batch import PairBatch, collate_pairs, token_buckets
+from umarvel_ray.model.checkpoint import PROVENANCE, load_settings, read_provenance
 from umarvel_ray.model.int8 import load_as
-from umarvel_ray.model.items import Item
 from umarvel_ray.model.multimodal import last_hidden_state, read_pictures, tower_features
-from umarvel_ray.model.pairs import EncodedPair, PairEncoder, PairTensors, collate_pairs
-from umarvel_ray.model.pictures import Picture, PictureFormat, PixelScale
-from umarvel_ray.recipe import ModelSettings
+from umarvel_ray.model.vision_cache import VisionCache
+from umarvel_ray.recipe import RERANKER, ModelSettings
 
 VISION_CACHE_BYTES = 256 * 2**20
 
@@ -63,16 +63,16 @@ class RerankerModel(nn.Module):
         path: str | Path,
         settings: ModelSettings,
         dtype: torch.dtype | str = torch.float32,
-        quantised: bool = False,
+        quantized: bool = False,
     ) -> RerankerModel:
         """Load a base, an embedder's checkpoint or a reranker's, with causal attention.
 
-        `quantised`, raises: see `load_backbone`.
+        `quantized`, raises: see `load_backbone`.
         """
-        backbone, _ = load_backbone(path, settings.model_copy(update={"attention": "causal"}), dtype, quantised)
+        backbone, _ = load_backbone(path, settings.model_copy(update={"attention": "causal"}), dtype, quantized)
         return cls(backbone, PictureFormat.from_pretrained(path, settings).scale)
 
-    def forward(self, batch: PairTensors, visual: Visual | None = None) -> torch.Tensor:
+    def forward(self, batch: PairBatch, visual: Visual | None = None) -> torch.Tensor:
         """Next-token loss on the labelled tokens.
 
         Args:
@@ -91,7 +91,7 @@ class RerankerModel(nn.Module):
         return sums / torch.bincount(pairs, minlength=len(batch))
 
     @torch.no_grad()
-    def read_query(self, query: PairTensors, visual: Visual | None = None) -> ReadQuery:
+    def read_query(self, query: PairBatch, visual: Visual | None = None) -> ReadQuery:
         """Run the part of the prompt that all candidates share (a batch of one)."""
         cache = DynamicCache()
         self._read(query, visual, cache=cache)
@@ -100,7 +100,7 @@ class RerankerModel(nn.Module):
 
     @torch.no_grad()
     def answer_logits(
-        self, query: ReadQuery, candidates: PairTensors, token_ids: Sequence[int], visual: Visual | None = None
+        self, query: ReadQuery, candidates: PairBatch, token_ids: Sequence[int], visual: Visual | None = None
     ) -> torch.Tensor:
         """Logits of `token_ids` at the answer's place: float32 (B, len(token_ids))."""
         count = len(candidates)
@@ -121,7 +121,7 @@ class RerankerModel(nn.Module):
 
     def _read(
         self,
-        batch: PairTensors,
+        batch: PairBatch,
         visual: Visual | None,
         positions: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -157,10 +157,10 @@ class Reranker:
         Raises:
             UserError: not a checkpoint, or another stage's; missing or truncated files.
         """
-        stage = read_provenance(path).get("stage")
-        if stage != RERANKER:
+        phase = read_provenance(path).get("phase")
+        if phase != RERANKER:
             raise UserError(
-                f"{Path(path) / PROVENANCE}: stage is '{stage}', not '{RERANKER}'; give a reranker checkpoint"
+                f"{Path(path) / PROVENANCE}: phase is '{phase}', not '{RERANKER}'; give a reranker checkpoint"
             )
         settings = load_settings(path)
         encoder = PairEncoder.from_pretrained(path, settings, settings.max_text_tokens)
@@ -197,5 +197,5 @@ class Reranker:
             scores[bucket] = logits.softmax(dim=1)[:, 0].cpu().numpy()
         return scores
 
-    def _tensors(self, sides: Sequence[EncodedPair]) -> PairTensors:
+    def _tensors(self, sides: Sequence[EncodedPair]) -> PairBatch:
         return collate_pairs(sides, self.device)

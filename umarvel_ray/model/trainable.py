@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from umarvel_ray.model.checkpoint import HasBackbone
 from umarvel_ray.model.lora import add_lora
-from umarvel_ray.recipe import Step
+from umarvel_ray.recipe import Phase
 
 PARTS = ("language_model", "projector", "vision", "temperature")
 VISION = {"frozen": (), "projector": ("projector",), "full": ("projector", "vision")}
@@ -20,8 +20,8 @@ def part_of(name: str) -> str:
     return "temperature" if name.endswith("log_temperature") else "language_model"
 
 
-def make_trainable(model: HasBackbone, step: Step, seed: int) -> None:
-    """Leave `requires_grad` on what the step trains alone, in place; adapters are added where it trains those.
+def make_trainable(model: HasBackbone, phase: Phase, seed: int) -> None:
+    """Leave `requires_grad` on what the phase trains alone, in place; adapters are added where it trains those.
 
     The token tables (embeddings and lm_head, one tensor in some models) never train: a batch touches few of their rows,
     and their optimiser state is large. `log_temperature` keeps its own `requires_grad`.
@@ -30,12 +30,12 @@ def make_trainable(model: HasBackbone, step: Step, seed: int) -> None:
         UserError: see `add_lora`.
     """
     backbone = model.backbone
-    if step.language_model == "full":
+    if phase.language_model == "full":
         backbone.requires_grad_(False)
         backbone.model.language_model.requires_grad_(True)
         backbone.get_input_embeddings().requires_grad_(False)
     else:
-        add_lora(model, step.lora, seed)
+        add_lora(model, phase.lora, seed)
     for name, parameter in backbone.named_parameters():
-        if part_of(name) in VISION[step.vision]:
+        if part_of(name) in VISION[phase.vision]:
             parameter.requires_grad_(True)

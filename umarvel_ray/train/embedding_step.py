@@ -18,11 +18,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from umarvel_ray.items.encoder import EncodedItem
+from umarvel_ray.items.pictures import Picture
 from umarvel_ray.model.batch import collate, token_buckets
 from umarvel_ray.model.embedding_model import EmbeddingModel
-from umarvel_ray.model.items import EncodedItem
 from umarvel_ray.model.losses import gather_rows
-from umarvel_ray.model.pictures import Picture
 
 VisualOf = Callable[[Sequence[Picture]], dict[str, torch.Tensor] | None]
 LossOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, slice], torch.Tensor]

@@ -24,31 +24,37 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from torch.nn import functional as F
 
+from umarvel_ray.compat.deepspeed import (
+    clear_gradients,
+    own_partition,
+    reset_adam,
+    set_gradient_norm,
+    without_extensions,
+)
 from umarvel_ray.model.trainable import PARTS, part_of
-from umarvel_ray.recipe import Engine, Step
+from umarvel_ray.recipe import Compute, Phase
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def learning_rate(step: Step, number: int, total: int) -> float:
+def learning_rate(phase: Phase, number: int, total: int) -> float:
     """Linear warm-up over `warmup_ratio` of the run, then cosine to zero (method section 2)."""
-    warmup = math.ceil(step.warmup_ratio * total)
+    warmup = math.ceil(phase.warmup_ratio * total)
     if number < warmup:
-        return step.peak_rate * (number + 1) / warmup
-    return step.peak_rate * 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, total - warmup)))
+        return phase.peak_rate * (number + 1) / warmup
+    return phase.peak_rate * 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, total - warmup)))
 
 
-def deepspeed_config(step: Step, engine: Engine) -> dict[str, Any]:
+def deepspeed_config(phase: Phase, compute: Compute) -> dict[str, Any]:
     """ZeRO, precision, clipping and reduction, spelled out."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": step.clip_norm if engine.zero_stage else 0.0,  # without ZeRO: `make_engine`
+        "gradient_clipping": phase.clip_norm if compute.zero_stage else 0.0,  # without ZeRO: `make_engine`
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": engine.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
+        "zero_optimization": {"stage": compute.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
         "steps_per_print": 10**9,
     }
 
@@ -60,34 +66,34 @@ def hold_in_fp32(module: torch.nn.Module) -> None:
             p.data = p.data.float()
 
 
-def make_engine(module: torch.nn.Module, step: Step, engine: Engine) -> deepspeed.DeepSpeedEngine:
+def make_engine(module: torch.nn.Module, phase: Phase, compute: Compute) -> deepspeed.DeepSpeedEngine:
     """Wrap a module whose trainable parameters are its `requires_grad` ones."""
     optimizer = torch.optim.AdamW(
-        parameter_groups(module, step), lr=step.peak_rate, betas=step.adam_betas, eps=step.adam_eps
+        parameter_groups(module, phase), lr=phase.peak_rate, betas=phase.adam_betas, eps=phase.adam_eps
     )
-    if engine.dtype == "bfloat16":
+    if compute.dtype == "bfloat16":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         # Without autocast's cache, which would keep a second copy of every weight under ZeRO-3.
         module.forward = torch.autocast(device, torch.bfloat16, cache_enabled=False)(module.forward)
-    wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(step, engine))
-    if not engine.zero_stage:
-        # DeepSpeed would clip here too, but not tell the norm.
-        trainable = [p for _, p in _trainable(wrapped)]
-
+    without_extensions()
+    wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(phase, compute))
+    trainable = [p for _, p in _trainable(wrapped)]
+    if not compute.zero_stage:
+        # DeepSpeed would clip here too, but not report the norm.
         def clip(*_) -> None:
-            wrapped._global_grad_norm = torch.nn.utils.clip_grad_norm_(trainable, step.clip_norm)
+            set_gradient_norm(wrapped, torch.nn.utils.clip_grad_norm_(trainable, phase.clip_norm))
 
         optimizer.register_step_pre_hook(clip)
-    _prime(wrapped, steps=0)
+    reset_adam(wrapped, trainable, steps=0)
     return wrapped
 
 
-def parameter_groups(module: torch.nn.Module, step: Step) -> list[dict[str, Any]]:
+def parameter_groups(module: torch.nn.Module, phase: Phase) -> list[dict[str, Any]]:
     """AdamW's groups, the language model's first: matrices decay; biases, norms and the temperature do not.
 
-    `relative_rate` is a part's own learning rate over the step's.
+    `relative_rate` is a part's own learning rate over the phase's.
     """
-    rates = step.learning_rates.model_dump()
+    rates = phase.learning_rates.model_dump()
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -95,8 +101,8 @@ def parameter_groups(module: torch.nn.Module, step: Step) -> list[dict[str, Any]
     return [
         {
             "params": groups[part, decays],
-            "weight_decay": step.weight_decay if decays else 0.0,
-            "relative_rate": (rates.get(part) or step.learning_rate) / step.learning_rate,
+            "weight_decay": phase.weight_decay if decays else 0.0,
+            "relative_rate": (rates.get(part) or phase.learning_rate) / phase.learning_rate,
         }
         for part in PARTS
         for decays in (True, False)
@@ -113,12 +119,7 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
 def start_step(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
     """Set the learning rate and clear the gradients, before a step's first backward pass."""
     set_learning_rate(engine, rate)
-    if engine.zero_optimization_stage() == 3:
-        # DeepSpeed clears no gradient: the first backward pass after a step overwrites it. So one that a parameter gets
-        # in a later pass alone (log τ) would add to the last step's, and passes without a forward between them would
-        # all overwrite. From zero, and never "first", they add up.
-        engine.optimizer.grad_partitions_flat_buffer.zero_()
-        engine.optimizer.micro_step_id = 1
+    clear_gradients(engine)
 
 
 def take_step(engine: deepspeed.DeepSpeedEngine) -> float:
@@ -149,13 +150,13 @@ def capture(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 def restore(engine: deepspeed.DeepSpeedEngine, state: dict[str, torch.Tensor], steps: int) -> None:
     """Put a captured state back into a fresh engine; `steps` is how many optimiser steps it had taken."""
-    _prime(engine, steps)
+    reset_adam(engine, [p for _, p in _trainable(engine)], steps)
     stage = engine.zero_optimization_stage()
     for name, p in _trainable(engine):
         values = {key: state[f"{key}.{name}"].to(engine.device) for key in ("param", *MOMENTS)}
         if stage == 3:
             # DeepSpeed's full setters do not reckon with a last partition that is padding.
-            own = {key: _own_partition(value, p) for key, value in values.items()}
+            own = {key: own_partition(value, p) for key, value in values.items()}
             safe_set_local_fp32_param(p, own["param"])
             for key in MOMENTS:
                 safe_set_local_optimizer_state(p, own[key], key)
@@ -174,33 +175,6 @@ def load_trainable(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> N
         for name, p in module.named_parameters():
             if p.requires_grad:
                 p.copy_(state[f"param.{name}"])
-
-
-def _own_partition(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's slice of a whole tensor under ZeRO-3: equal slices, zeros behind the end."""
-    size = parameter.ds_tensor.numel()
-    flat = value.flatten()
-    padded = F.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
-    return padded[size * dist.get_rank() :][:size]
-
-
-def _prime(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
-    """Zero Adam state before the first step: DeepSpeed links its fragments when only the first group has stepped."""
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
-        flat = [p for _, p in _trainable(engine)]
-    else:
-        zero = engine.optimizer
-        flat = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-    for p in flat:
-        engine.basic_optimizer.state[p] = {
-            "step": torch.tensor(float(steps)),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-    if stage in (1, 2):
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _trainable(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, torch.nn.Parameter]]:

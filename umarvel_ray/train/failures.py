@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 from umarvel_ray.data.plan import PlanStep, read_plan
 from umarvel_ray.model.batch import token_buckets
-from umarvel_ray.train.jobs import TrainJob
-from umarvel_ray.train.log import read_log
+from umarvel_ray.runs import read_step_log
+from umarvel_ray.train.phases import PhaseSpec
 
 
 class StepError(RuntimeError):
@@ -37,7 +37,7 @@ def check_finite(name: str, plan: PlanStep, loss: float, grad_norm: float) -> No
 
 
 @contextmanager
-def memory_watched(job: TrainJob, step: int, rank: int, lengths: Sequence[int], packed: bool) -> Iterator[None]:
+def memory_watched(spec: PhaseSpec, step: int, rank: int, lengths: Sequence[int], packed: bool) -> Iterator[None]:
     """Turn an allocation that failed into a line that says what to lower.
 
     Args:
@@ -51,14 +51,14 @@ def memory_watched(job: TrainJob, step: int, rank: int, lengths: Sequence[int], 
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        budget = job.engine.token_budget
+        budget = spec.compute.token_budget
         chunks = [[lengths[index] for index in bucket] for bucket in token_buckets(lengths, budget, packed)]
         tokens = max(sum(chunk) if packed else len(chunk) * max(chunk) for chunk in chunks)
         how = "packed" if packed else "padded"
         raise StepError(
-            f"{job.name}: rank {rank} is out of memory at step {step}, with up to {tokens} {how} tokens in a chunk "
-            f"and {max(lengths)} in an item; lower engine.token_budget ({budget}), or model.max_pixels where an item "
-            f"is larger than that; engine.gradient_cache and engine.activation_checkpointing save memory too"
+            f"{spec.name}: rank {rank} is out of memory at step {step}, with up to {tokens} {how} tokens in a chunk "
+            f"and {max(lengths)} in an item; lower compute.token_budget ({budget}), or model.max_pixels where an item "
+            f"is larger than that; compute.gradient_cache and compute.activation_checkpointing save memory too"
         ) from error
 
 
@@ -84,17 +84,17 @@ def describe(errors: Mapping[int, Exception]) -> str:
     return f"rank {rank}: {last[rank]}"
 
 
-def under_way(jobs: Sequence[TrainJob]) -> TrainJob:
+def under_way(specs: Sequence[PhaseSpec]) -> PhaseSpec:
     """The first that is not done; the last one where only its last report was left."""
-    return next((job for job in jobs if not job.done), jobs[-1])
+    return next((spec for spec in specs if not spec.done), specs[-1])
 
 
-def record_failure(jobs: Sequence[TrainJob], errors: Mapping[int, Exception]) -> None:
+def record_failure(specs: Sequence[PhaseSpec], errors: Mapping[int, Exception]) -> None:
     """Append a failed worker group to the `failures.jsonl` of the job that was under way, with its step and items."""
-    job = under_way(jobs)
-    done = read_log(job.log_path) if job.log_path.exists() else []
+    spec = under_way(specs)
+    done = read_step_log(spec.log_path)
     number = done[-1]["step"] + 1 if done else 0
-    plan = read_plan(job.plan_path)
+    plan = read_plan(spec.plan_path)
     items = plan[number] if number < len(plan) else None  # None: all steps were done, the checkpoint was not
     line = {
         "step": number,
@@ -103,5 +103,5 @@ def record_failure(jobs: Sequence[TrainJob], errors: Mapping[int, Exception]) ->
         "query_ids": items.query_ids if items else [],
         "document_ids": items.document_ids if items else [],
     }
-    with job.failures_path.open("a") as file:
+    with spec.failures_path.open("a") as file:
         file.write(json.dumps(line) + "\n")

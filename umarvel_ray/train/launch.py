@@ -14,44 +14,45 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from umarvel_ray.data.plan import Tables, read_plan
+from umarvel_ray.data.plan import read_plan
 from umarvel_ray.errors import UserError
 from umarvel_ray.progress import progress
 from umarvel_ray.recipe import Cluster
+from umarvel_ray.runs import read_step_log
 from umarvel_ray.train.failures import describe, record_failure, under_way
-from umarvel_ray.train.jobs import TrainJob
-from umarvel_ray.train.log import read_log
+from umarvel_ray.train.phases import PhaseSpec
+from umarvel_ray.train.stream import Tables
 
 
-def run_jobs(
+def train_phases(
     stage: str,
-    jobs: Sequence[TrainJob],
+    specs: Sequence[PhaseSpec],
     queries: dict[str, pa.Table],
     documents: pa.Table,
     cluster: Cluster,
     run_dir: Path,
 ) -> None:
-    """Run jobs in order in one worker group; done ones are skipped, a half-done one resumes at its last checkpoint.
+    """Train phases in order in one worker group; done ones are skipped, a half-done one resumes at its last checkpoint.
 
     Args:
         stage: name of the Ray Train run, under `run_dir/train_state`.
-        queries: the query table of each job, by job name.
+        queries: the query table of each phase, by its name.
 
     Raises:
         UserError: the workers' own one-line error, or the failure budget is used up.
     """
-    todo = [job for job in jobs if not job.done]
+    todo = [spec for spec in specs if not spec.done]
     if not todo:
         return
-    for job in todo:
-        job.error_path.unlink(missing_ok=True)
+    for spec in todo:
+        spec.error_path.unlink(missing_ok=True)
     corpus = ray.put(documents)
     processor = todo[0].parent  # later parents do not exist yet; all share its tokenizer
-    tables = {job.name: Tables(ray.put(queries[job.name]), corpus, processor, job.settings) for job in todo}
+    tables = {spec.name: Tables(ray.put(queries[spec.name]), corpus, processor, spec.settings) for spec in todo}
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={
-            "jobs": list(todo),
+            "specs": list(todo),
             "tables": tables,
             "tasks": max(1, cluster.preprocess_tasks // cluster.workers),
             "cpus_per_task": 1 if cluster.gpus_per_worker else 0.5,
@@ -78,12 +79,12 @@ def run_jobs(
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
-        raise UserError(_told(todo) or _used_up(stage, todo, error)) from error
+        raise UserError(_user_error(todo) or _used_up(stage, todo, error)) from error
     finally:
         finished.set()
         follower.join()
-    if told := _told(todo):
-        raise UserError(told)
+    if error := _user_error(todo):
+        raise UserError(error)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -93,36 +94,36 @@ def _train_worker(config: dict[str, Any]) -> None:
     train_worker(config)
 
 
-def _told(jobs: Sequence[TrainJob]) -> str | None:
-    """The error of a user's that a worker wrote down."""
-    return next((job.error_path.read_text() for job in jobs if job.error_path.exists()), None)
+def _user_error(specs: Sequence[PhaseSpec]) -> str | None:
+    """The user error recorded by a worker."""
+    return next((spec.error_path.read_text() for spec in specs if spec.error_path.exists()), None)
 
 
-def _follow(jobs: Sequence[TrainJob], finished: threading.Event) -> None:
-    for job in jobs:
-        with progress(len(read_plan(job.plan_path)), f"train {job.name}", "step") as bar:
+def _follow(specs: Sequence[PhaseSpec], finished: threading.Event) -> None:
+    for spec in specs:
+        with progress(len(read_plan(spec.plan_path)), f"train {spec.name}", "step") as bar:
             shown = 0
-            while not finished.is_set() and not job.done:
+            while not finished.is_set() and not spec.done:
                 time.sleep(1)
-                done = len(read_log(job.log_path)) if job.log_path.exists() else 0
+                done = len(read_step_log(spec.log_path))
                 bar.update(max(0, done - shown))
                 shown = max(shown, done)
-        if finished.is_set() and not job.done:
+        if finished.is_set() and not spec.done:
             return
 
 
 class _FailureLog(UserCallback):
     """Writes down every failure of the worker group, from Ray Train's controller: a lost worker cannot tell its own."""
 
-    def __init__(self, jobs: Sequence[TrainJob]) -> None:
-        self.jobs = list(jobs)
+    def __init__(self, specs: Sequence[PhaseSpec]) -> None:
+        self.specs = list(specs)
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         with suppress(OSError):  # a full disk may be the failure
-            record_failure(self.jobs, worker_exceptions)
+            record_failure(self.specs, worker_exceptions)
 
 
-def _used_up(stage: str, jobs: Sequence[TrainJob], error: ray.train.WorkerGroupError) -> str:
-    path = under_way(jobs).failures_path
+def _used_up(stage: str, specs: Sequence[PhaseSpec], error: ray.train.WorkerGroupError) -> str:
+    path = under_way(specs).failures_path
     where = f"; failures and their items are in {path}" if path.exists() else ""
     return f"{describe(error.worker_failures)} (stage {stage}: cluster.max_failures is used up{where})"

@@ -8,7 +8,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from umarvel_ray.model.pairs import EncodedPair, collate_pairs
+from umarvel_ray.items.pair_encoder import EncodedPair
+from umarvel_ray.model.batch import collate_pairs
 from umarvel_ray.train.embedding_step import Passes, VisualOf, chunk_seed, equal_chunks
 
 

@@ -8,32 +8,34 @@ import torch
 import torch.distributed as dist
 
 from umarvel_ray.data.plan import PlanStep
-from umarvel_ray.data.stream import PairBatch, RankBatch
-from umarvel_ray.model.distill import distillation_loss
-from umarvel_ray.model.losses import info_nce, truncate
+from umarvel_ray.model.distillation import distillation_loss
+from umarvel_ray.model.losses import info_nce
+from umarvel_ray.model.vectors import truncate
+from umarvel_ray.recipe import ContrastivePhase, DistillPhase
 from umarvel_ray.train.embedding_step import LossOf, Passes, VisualOf, embedding_step
-from umarvel_ray.train.jobs import TrainJob
+from umarvel_ray.train.phases import PhaseSpec
 from umarvel_ray.train.rerank_step import rerank_step
+from umarvel_ray.train.stream import RankItems, RankPairs
 
 
 def run_step(
     engine: deepspeed.DeepSpeedEngine,
-    job: TrainJob,
-    batch: RankBatch | PairBatch,
+    spec: PhaseSpec,
+    batch: RankItems | RankPairs,
     passes: Passes,
     visual_of: VisualOf,
 ) -> tuple[float, float, int]:
     """Accumulate one step's exact global gradient; returns the global loss, τ (0 for the reranker) and real tokens."""
-    seed = job.seed + batch.plan.step
-    if isinstance(batch, PairBatch):
+    seed = spec.seed + batch.plan.step
+    if isinstance(batch, RankPairs):
         loss = rerank_step(engine, batch.pairs, len(batch.plan.query_ids), passes, visual_of, seed)
         return loss, 0.0, _total(sum(batch.lengths), engine.device)
-    loss_of = _contrastive(batch.plan, job) if job.kind == "contrastive" else _distil(batch.plan)
+    loss_of = _loss_of(batch.plan, spec.phase)
     loss, temperature = embedding_step(engine, batch.queries, batch.documents, loss_of, passes, visual_of, seed)
     return loss, temperature, _total(sum(batch.lengths), engine.device)
 
 
-def excused(plan: PlanStep) -> np.ndarray:
+def not_negatives(plan: PlanStep) -> np.ndarray:
     """(N, M) bool: what is no negative of each query of a contrastive step.
 
     Its listed positives; and all that is not its own where the plan lists each query's `own` negatives.
@@ -45,22 +47,25 @@ def excused(plan: PlanStep) -> np.ndarray:
     return matrix
 
 
-def _contrastive(plan: PlanStep, job: TrainJob) -> LossOf:
-    """InfoNCE, or its mean over the dimensions that the step trains, the whole included (arXiv 2205.13147, eq. 1)."""
-    shorter = getattr(job.step, "matryoshka", ())
+def _loss_of(plan: PlanStep, phase: ContrastivePhase | DistillPhase) -> LossOf:
+    return _contrastive(plan, phase) if isinstance(phase, ContrastivePhase) else _distillation(plan)
+
+
+def _contrastive(plan: PlanStep, phase: ContrastivePhase) -> LossOf:
+    """InfoNCE, or its mean over the dimensions that the phase trains, the whole included (arXiv 2205.13147, eq. 1)."""
     targets = torch.from_numpy(plan.arrays["targets"]).long()
-    relevant = torch.from_numpy(excused(plan))
+    relevant = torch.from_numpy(not_negatives(plan))
 
     def loss_of(queries, documents, log_temperature, rows):
         device = queries.device
-        given = (targets.to(device), relevant.to(device), log_temperature, rows, job.two_way)
-        dimensions = sorted({*shorter, queries.shape[1]})
+        given = (targets.to(device), relevant.to(device), log_temperature, rows, phase.two_way)
+        dimensions = sorted({*phase.matryoshka, queries.shape[1]})
         return sum(info_nce(truncate(queries, d), truncate(documents, d), *given) for d in dimensions) / len(dimensions)
 
     return loss_of
 
 
-def _distil(plan: PlanStep) -> LossOf:
+def _distillation(plan: PlanStep) -> LossOf:
     candidates = torch.from_numpy(plan.arrays["candidates"]).long()
     teacher = torch.from_numpy(plan.arrays["teacher"])
 

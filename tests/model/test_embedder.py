@@ -1,0 +1,174 @@
+"""The library's front door: shapes, order, inputs, refusals."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import umarvel_ray
+from umarvel_ray.errors import UserError
+from umarvel_ray.items.encoder import ItemEncoder
+from umarvel_ray.model.embedder import WINDOW, Embedder
+from umarvel_ray.model.int8 import quantize
+from umarvel_ray.recipe import ModelSettings
+
+SETTINGS = ModelSettings(min_pixels=4096, max_pixels=4096)
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny_base) -> Embedder:
+    return Embedder.from_pretrained(tiny_base, settings=SETTINGS)
+
+
+def test_the_package_offers_it():
+    assert umarvel_ray.Embedder is Embedder
+
+
+def test_a_vector_is_the_unit_mean_of_the_stock_models_states(family_base):
+    """Against transformers' own forward, pixels, positions and DeepStack included, pooled here by hand."""
+    embedder = Embedder.from_pretrained(family_base, settings=SETTINGS)
+    item = {"image": Image.effect_noise((64, 64), 60).convert("RGB"), "text": "boats", "instruction": "find it"}
+    encoded = ItemEncoder.from_pretrained(family_base, SETTINGS).encode(item, "query")
+    ids = torch.from_numpy(encoded.input_ids).long()[None]
+    core = embedder.model.backbone.model
+    with torch.no_grad():
+        states = core(
+            input_ids=ids,
+            pixel_values=embedder.model.scale([picture.pixels for picture in encoded.pictures]),
+            image_grid_thw=torch.tensor([picture.grid for picture in encoded.pictures]),
+            mm_token_type_ids=(ids == core.config.image_token_id).int(),
+            attention_mask=torch.ones_like(ids),
+        ).last_hidden_state[0]
+    tokens = embedder.encoder.tokenizer.convert_ids_to_tokens(ids[0])
+    start, end = tokens.index("<instruction_start>"), tokens.index("<instruction_end>")
+    mean = torch.cat([states[:start], states[end + 1 :]]).mean(0)
+    np.testing.assert_allclose(embedder.encode_query([item])[0], (mean / mean.norm()).numpy(), atol=1e-5)
+
+
+def test_shapes_order_and_type(embedder):
+    texts = [f"{'a red fox ' * (i % 7)}number {i}" for i in range(40)]
+    vectors = embedder.encode_document(texts, token_budget=64)
+    assert vectors.dtype == np.float32
+    assert vectors.shape == (40, embedder.dimension)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    for i in (0, 6, 39):
+        np.testing.assert_allclose(embedder.encode_document([texts[i]])[0], vectors[i], atol=1e-5)
+
+
+def test_more_items_than_a_window(embedder):
+    vectors = embedder.encode_document([str(i % 5) for i in range(WINDOW + 3)])
+    assert vectors.shape[0] == WINDOW + 3
+    np.testing.assert_allclose(vectors, np.resize(vectors[:5], vectors.shape), atol=1e-5)
+
+
+def test_truncated_vectors_are_the_first_coordinates_at_unit_norm(tiny_base, embedder):
+    short = Embedder.from_pretrained(tiny_base, settings=SETTINGS, truncate_dim=5)
+    items = ["a red fox", {"text": "boats", "image": Image.new("RGB", (64, 64), "red")}]
+    first = embedder.encode_document(items)[:, :5]
+    assert short.dimension == 5
+    for encode in (short.encode_query, short.encode_document):
+        np.testing.assert_allclose(encode(items), first / np.linalg.norm(first, axis=1, keepdims=True), atol=1e-6)
+    assert short.encode_query([]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dimension", [0, -1, 33])
+def test_a_dimension_that_the_model_lacks_is_refused(tiny_base, dimension):
+    with pytest.raises(UserError, match=f"truncate_dim is {dimension}; give 1 to 32"):
+        Embedder.from_pretrained(tiny_base, settings=SETTINGS, truncate_dim=dimension)
+
+
+def test_nothing_gives_nothing(embedder):
+    assert embedder.encode_query([]).shape == (0, embedder.dimension)
+    assert embedder.encode([]).shape == (0, embedder.dimension)
+
+
+def test_a_string_is_a_text_and_no_instruction_makes_both_sides_alike(embedder):
+    np.testing.assert_array_equal(embedder.encode_query(["boats"]), embedder.encode_document([{"text": "boats"}]))
+
+
+def test_the_instruction_matters_though_it_is_not_pooled(embedder):
+    one, two = embedder.encode_query([{"text": "boats", "instruction": i} for i in ("find images", "find texts")])
+    assert np.abs(one - two).max() > 1e-3
+
+
+def test_similarity_is_the_cosine(embedder):
+    a, b = embedder.encode_query(["boats", "fox"]), embedder.encode_document(["boats", "snow", "a"])
+    scores = embedder.similarity(a, b)
+    assert scores.shape == (2, 3)
+    assert scores[0, 0] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_bad_item_is_named_by_its_place(embedder):
+    with pytest.raises(UserError, match=r"document 1: picture gone.png not found"):
+        embedder.encode_document(["fine", {"image": "gone.png"}])
+    with pytest.raises(TypeError, match="list of items"):
+        embedder.encode_query("boats")
+
+
+def test_a_base_needs_settings(tiny_base):
+    with pytest.raises(UserError, match=r"umarvel.json: not found"):
+        Embedder.from_pretrained(tiny_base)
+
+
+def test_bfloat16_is_close(tiny_base, embedder):
+    half = Embedder.from_pretrained(tiny_base, dtype="bfloat16", settings=SETTINGS)
+    vectors = half.encode_query(["a red fox", "boats"])
+    assert vectors.dtype == np.float32
+    assert (vectors * embedder.encode_query(["a red fox", "boats"])).sum(1).min() > 0.99
+
+
+def test_int8_is_close_smaller_and_as_independent_of_the_batch(tiny_base, embedder, tmp_path):
+    small = Embedder.from_pretrained(tiny_base, dtype="int8", settings=SETTINGS)
+    items = ["a red fox", {"image": Image.new("RGB", (64, 64), "red"), "text": "boats " * 20}, "b"]
+    vectors = small.encode_document(items)
+    assert 0.99 < (vectors * embedder.encode_document(items)).sum(1).min() < 1 - 1e-6
+    alone = np.concatenate([small.encode_document([item]) for item in items])
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
+
+    def size(one: Embedder) -> int:
+        torch.save(one.model.backbone.model.language_model.layers.state_dict(), tmp_path / "layers")
+        return (tmp_path / "layers").stat().st_size
+
+    assert size(small) < 0.5 * size(embedder)
+
+
+def test_int8_weights_are_half_a_step_from_the_original():
+    linear = nn.Linear(40, 24)
+    with torch.no_grad():
+        linear.weight[3] = 0
+    given, exact = torch.randn(5, 40), linear.weight.detach().clone()
+    model = nn.Sequential(linear)
+    quantize(model)
+    stored = model[0].steps * model[0].scale[:, None]
+    assert ((stored - exact).abs() <= exact.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    torch.testing.assert_close(model(given), given @ stored.T + linear.bias)
+
+
+@pytest.mark.parametrize("generation_prompt", [False, True])
+def test_the_reference_preset_embeds_as_the_authors_code(family_base, generation_prompt):
+    """Method 1.1 to 1.5 by hand: their conversation, plain counting for positions, no DeepStack, the masked mean."""
+    embedder = Embedder.from_pretrained(family_base, preset="reference", generation_prompt=generation_prompt)
+    picture = Image.effect_noise((64, 64), 60).convert("RGB")
+    told = "<instruction_start>Find it.<instruction_end> boats."
+    run = "<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"
+    text = f"<|im_start|>user\n{run}{told}<|im_end|>\n<|im_start|>assistant\n<emb>.<|im_end|>\n"
+    text += "<|im_start|>assistant\n" if generation_prompt else ""
+    tokenizer, core = embedder.encoder.tokenizer, embedder.model.backbone.model
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    opened = embedder.encoder.pictures({"image": picture}, "x")
+    with torch.no_grad():
+        seen = core.visual(embedder.model.scale([opened[0].pixels]), grid_thw=torch.tensor([opened[0].grid]))
+        embeds = core.get_input_embeddings()(ids)
+        embeds[ids == core.config.image_token_id] = seen.pooler_output
+        states = core.language_model(inputs_embeds=embeds, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+    tokens = tokenizer.convert_ids_to_tokens(ids[0])
+    start, end = tokens.index("<instruction_start>"), tokens.index("<instruction_end>")
+    mean = torch.cat([states[:start], states[end + 1 :]]).mean(0)
+    ours = embedder.encode_query([{"image": picture, "text": "boats", "instruction": "find it"}])[0]
+    np.testing.assert_allclose(ours, (mean / mean.norm()).numpy(), atol=1e-5)
+
+
+def test_a_preset_that_is_not_known_is_refused(tiny_base):
+    with pytest.raises(UserError, match="preset 'refrence' is not known"):
+        Embedder.from_pretrained(tiny_base, preset="refrence")

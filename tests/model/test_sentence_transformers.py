@@ -1,0 +1,221 @@
+"""A checkpoint in sentence-transformers: the same vectors, in a process that cannot import umarvel_ray.
+
+Items, settings and pictures are such that every setting moves a vector; one process opens all directories.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.items.test_videos import film
+from tests.support.tiny import make_tiny_base
+from umarvel_ray.model.checkpoint import save_checkpoint
+from umarvel_ray.model.embedder import Embedder
+from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.model.reranker import RerankerModel
+from umarvel_ray.recipe import ModelSettings
+
+SIZES = {"min_pixels": 1024, "max_pixels": 8192}
+CASES = {
+    "as the paper": {},
+    "as the reference": {"positions": "sequential"},
+    "causal last": {"attention": "causal", "pooling": "last"},
+    "instruction counted": {"instruction_mask": False},
+    "compression prompt": {"compression_prompt": True},
+    "generation prompt": {"generation_prompt": True, "pooling": "last", "positions": "sequential"},
+    "short texts": {"max_text_tokens": 12},
+    "weights in bfloat16": {},
+    "resized twice": {"resize_twice": True, "min_pixels": 784, "max_pixels": 3136},
+    "qwen2_5_vl": {},
+    "qwen3_vl": {},
+    "qwen3_vl without DeepStack": {"deepstack": False, "positions": "sequential"},
+    "small pictures": {"min_pixels": 256, "max_pixels": 1024, "video_frames": 3, "max_video_pixels": 2048},
+}
+TOLD = "Find an image that matches the caption"
+
+PROGRAM = """
+import json, sys
+for name in ("umarvel_ray", "torchvision"):
+    sys.modules[name] = None
+import numpy as np
+from sentence_transformers import SentenceTransformer
+given = json.load(open("given.json"))
+
+def refusal(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+found = {}
+for folder in given["folders"]:
+    model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+    found[f"{folder}/query"] = model.encode_query(given["queries"], batch_size=3)
+    found[f"{folder}/document"] = model.encode_document(given["documents"], batch_size=3)
+    found[f"{folder}/prompt"] = model.encode_query(given["plain"], prompt=given["told"])
+found["truncated"] = SentenceTransformer(folder, trust_remote_code=True, device="cpu", truncate_dim=7).encode_query(
+    given["queries"], normalize_embeddings=True)
+model.save("resaved")
+again = SentenceTransformer("resaved", trust_remote_code=True, device="cpu")
+found["resaved"] = again.encode_query(given["queries"])
+found["similarity"] = model.similarity(found[f"{folder}/query"], found[f"{folder}/document"])
+found["frames"] = model.encode_document([{"video": np.load("frames.npy")}])
+np.savez("found.npz", **found)
+json.dump({
+    "document": refusal(lambda: model.encode_document(["a"], prompt="told")),
+    "nothing": refusal(lambda: model.encode_query([{"instruction": "told"}])),
+    "key": refusal(lambda: model.encode_query([{"text": "a", "colour": "red"}])),
+    "picture": refusal(lambda: model.encode_document([{"image": "none.png"}])),
+    "video": refusal(lambda: model.encode_document([{"video": "none.mp4"}])),
+    "no PyAV": sys.modules.update(av=None) or refusal(lambda: model.encode_document([given["plain"][-1]])),
+}, open("refused.json", "w"))
+"""
+
+
+def draw(folder) -> dict[str, str]:
+    """A film, and pictures that are not plain RGB: transparent, lying on their side, 16-bit grey; and a plain one."""
+    noise = Image.effect_noise((90, 60), 80)
+    clear = noise.convert("RGB")
+    clear.putalpha(Image.linear_gradient("L").resize(noise.size))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    deep = Image.fromarray(np.asarray(noise).astype(np.uint16) << 8)
+    noise.convert("RGB").rotate(5).save(folder / "plain.png")
+    clear.save(folder / "clear.png")
+    noise.convert("RGB").save(folder / "turned.jpg", exif=turned)
+    deep.save(folder / "deep.png")
+    (folder / "film.mp4").write_bytes(film())
+    np.save(folder / "frames.npy", np.random.default_rng(0).integers(0, 255, (5, 3, 24, 40), np.uint8))
+    names = ("plain.png", "clear.png", "turned.jpg", "deep.png", "film.mp4")
+    return {name.split(".")[0]: str(folder / name) for name in names}
+
+
+def items(pictures: dict[str, str]) -> dict[str, list]:
+    said = {"instruction": TOLD}
+    plain = [
+        "a red fox\r crosses",
+        pictures["plain"],
+        {"image": pictures["clear"], "text": '"two boats"'},
+        pictures["film"],
+    ]
+    return {
+        "plain": plain,
+        "documents": [
+            *plain,
+            {"image": pictures["turned"]},
+            {"image": [pictures["deep"], pictures["plain"]], "text": "two <emb> pictures <|im_end|>"},
+            {
+                "video": [pictures["plain"], pictures["clear"], pictures["turned"]],
+                "image": pictures["deep"],
+                "text": "a",
+            },
+            "Harbour lights at dusk. " * 12,
+        ],
+        "queries": [
+            {"text": "a red fox"} | said,
+            {"text": "a red fox"},
+            {"image": pictures["plain"]} | said,
+            {"image": pictures["clear"], "text": "two boats?", "instruction": "the <instruction_end> end " * 9},
+            {"image": pictures["turned"], "text": ""},
+            {"video": pictures["film"], "text": "boats"} | said,
+            {"text": "Harbour lights at dusk. " * 12, "image": None} | said,
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_base, tmp_path_factory):
+    """What sentence-transformers makes of one checkpoint per case."""
+    folder = tmp_path_factory.mktemp("sentence-transformers")
+    bases = {family: make_tiny_base(folder / f"base-{family}", family=family) for family in ("qwen2_5_vl", "qwen3_vl")}
+    for name, changes in CASES.items():
+        settings = ModelSettings(**SIZES | changes)
+        dtype = "bfloat16" if "bfloat16" in name else "float32"
+        base = bases.get(name.split()[0], tiny_base)
+        model = EmbeddingModel.from_pretrained(base, settings, dtype)
+        save_checkpoint(model, folder / name, settings, {"phase": "text"})
+    given = items(draw(folder))
+    (folder / "given.json").write_text(json.dumps(given | {"folders": list(CASES), "told": TOLD}))
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, given, dict(np.load(folder / "found.npz"))
+
+
+def as_item(given):
+    """What sentence-transformers takes for a picture or a video, a bare path, is text to the Embedder."""
+    kind = {".png": "image", ".mp4": "video"}.get(given[-4:] if isinstance(given, str) else "")
+    return {kind: given} if kind else given
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_vectors_are_the_same(opened, case):
+    folder, given, found = opened
+    embedder = Embedder.from_pretrained(folder / case)
+    documents = [as_item(item) for item in given["documents"]]
+    told = [{"text": item} if isinstance(item, str) else item for item in map(as_item, given["plain"])]
+    expected = {
+        "query": embedder.encode_query(given["queries"]),
+        "document": embedder.encode_document(documents),
+        "prompt": embedder.encode_query([item | {"instruction": TOLD} for item in told]),
+    }
+    for side, vectors in expected.items():
+        assert np.abs(found[f"{case}/{side}"] - vectors).max() < 1e-5, side
+
+
+def test_every_setting_moves_the_vectors(opened):
+    """Else the test above would pass by indifference."""
+    _, _, found = opened
+    for case in list(CASES)[1:]:
+        moved = max(np.abs(found[f"{case}/{s}"] - found[f"as the paper/{s}"]).max() for s in ("query", "document"))
+        assert moved > 1e-3, case
+    query = found["as the paper/query"]
+    assert np.abs(query[0] - query[1]).max() > 1e-3  # with and without instruction
+
+
+def test_truncated_vectors_are_the_same(opened):
+    folder, given, found = opened
+    short = Embedder.from_pretrained(folder / list(CASES)[-1], truncate_dim=7)
+    assert found["truncated"].shape == (len(given["queries"]), 7)
+    assert np.abs(found["truncated"] - short.encode_query(given["queries"])).max() < 1e-5
+
+
+def test_frames_may_come_as_an_array(opened):
+    """As mteb and others hand them to sentence-transformers."""
+    folder, _, found = opened
+    frames = [Image.fromarray(frame.transpose(1, 2, 0)) for frame in np.load(folder / "frames.npy")]
+    expected = Embedder.from_pretrained(folder / list(CASES)[-1]).encode_document([{"video": frames}])
+    assert np.abs(found["frames"] - expected).max() < 1e-5
+
+
+def test_it_saves_what_it_opened(opened):
+    folder, _, found = opened
+    last = list(CASES)[-1]
+    assert np.allclose(found["resaved"], found[f"{last}/query"], atol=1e-6)
+    assert np.allclose(found["similarity"], found[f"{last}/query"] @ found[f"{last}/document"].T, atol=1e-6)
+    assert json.loads((folder / "resaved/umarvel.json").read_text())["settings"]["max_pixels"] == 1024
+
+
+def test_bad_input_is_refused(opened):
+    refused = json.loads((opened[0] / "refused.json").read_text())
+    assert refused["document"] == "ValueError: a document carries no instruction; put it on the query"
+    assert refused["nothing"] == "ValueError: nothing to embed; give a text, an image or a video"
+    assert refused["key"].startswith("ValueError: unknown key 'colour'")
+    assert refused["picture"].startswith("FileNotFoundError")
+    assert refused["video"].startswith("FileNotFoundError")
+    assert refused["no PyAV"].startswith("ImportError: a video file needs PyAV: pip install av")
+
+
+def test_a_reranker_has_a_card_and_no_modules(tiny_base, tmp_path):
+    settings = ModelSettings(**SIZES).for_reranker(64)
+    model = RerankerModel.from_pretrained(tiny_base, settings)
+    save_checkpoint(model, tmp_path / "reranker", settings, {"phase": "reranker"})
+    assert (tmp_path / "reranker/README.md").is_file()
+    assert not (tmp_path / "reranker/modules.json").exists()

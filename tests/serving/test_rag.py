@@ -1,0 +1,90 @@
+"""docs/rag.md as it stands: its code runs against the service with the real LangChain and LlamaIndex."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ray import serve
+
+from tests.conftest import REPO
+from tests.support.served import call, service_of
+from umarvel_ray.model.embedder import Embedder
+from umarvel_ray.serving.app import build
+
+CLIENTS = Path(sys.prefix) / "clients"  # `make test-all` installs requirements-clients.lock there
+DOCUMENTS = ["a red fox", "two boats near a pier"]
+FOUND = """
+import json
+print(json.dumps({
+    "vectors": [[query_vector, *document_vectors], [node_query_vector, *node_document_vectors]],
+    "documents": [[one.id, one.page_content, one.metadata["image"], one.metadata["score"]] for one in documents],
+    "nodes": [[one.node.node_id, one.node.text, getattr(one.node, "image", None), one.score] for one in nodes],
+    "context": context,
+}))
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CLIENTS.is_dir(), reason="no LangChain and LlamaIndex: make test-all installs them"),
+]
+
+
+@pytest.fixture(scope="module")
+def service(run):
+    return service_of(run)
+
+
+@pytest.fixture(scope="module")
+def url(address, service) -> str:
+    serve.run(build(service), name="umarvel", route_prefix="/")
+    return address
+
+
+@pytest.fixture(scope="module")
+def found(url, tmp_path_factory) -> dict:
+    """What the blocks of the page compute, in another process."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (REPO / "docs/rag.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 5
+    code = "".join(blocks).replace("http://localhost:8000", url) + FOUND
+    folder = tmp_path_factory.mktemp("clients")
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(CLIENTS), "HOME": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_embedding_classes_are_the_library(found, service):
+    embedder = Embedder.from_pretrained(service.embedder)
+    expected = np.concatenate([embedder.encode_query(["a red fox"]), embedder.encode_document(DOCUMENTS)])
+    for vectors in found["vectors"]:
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_retrievers_are_the_search(found, url):
+    body = {"query": "a red fox", "top_k": 3, "rerank": True, "return_documents": True}
+    _, answer, _ = call(f"{url}/v1/search", body)
+    hits = [(hit["id"], hit["document"]["text"] or "", hit["document"]["image"]) for hit in answer["results"]]
+    assert len(hits) == 3
+    assert [tuple(one[:3]) for one in found["documents"]] == hits
+    base64 = [image and image.partition(",")[2] for _, _, image in hits]
+    assert [tuple(one[:3]) for one in found["nodes"]] == [
+        (id_, text, image) for (id_, text, _), image in zip(hits, base64, strict=True)
+    ]
+    for kind in ("documents", "nodes"):
+        np.testing.assert_allclose(
+            [one[3] for one in found[kind]], [hit["score"] for hit in answer["results"]], atol=1e-5
+        )
+    parts = [part["image_url"]["url"] if "image_url" in part else part["text"] for part in found["context"]]
+    assert parts == [part for _, text, image in hits for part in (text, image) if part]

@@ -1,0 +1,53 @@
+"""A running service for tests, and how they talk to it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ray import serve
+
+from umarvel_ray.serving.settings import Service
+
+
+def service_of(run: Path, **changes) -> Service:
+    """What a run of `make_run` serves."""
+    given = {
+        "embedder": str(run / "checkpoints" / "distillation"),
+        "reranker": str(run / "checkpoints" / "reranker"),
+        "index": str(run / "evaluation" / "distillation" / "test-documents"),
+        "data": str(run / "data"),
+        "live": str(run / "live"),
+        "threads": 1,
+    }
+    return Service(**(given | changes))
+
+
+@contextmanager
+def serve_address() -> Iterator[str]:
+    """Ray Serve on a free port of loopback, until the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+
+
+def call(url: str, body: dict | bytes | None = None, **headers: str) -> tuple[int, dict, dict]:
+    """Status, JSON and headers of a GET, or of a POST when there is a body."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | headers)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.load(answer), answer.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error), error.headers

@@ -1,0 +1,63 @@
+"""Rule 8 in training: a bad picture never stops a run, and never disappears without a reason."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support.mini_data import make_mini_data
+from umarvel_ray.data.tables import open_dataset
+from umarvel_ray.errors import UserError
+from umarvel_ray.recipe import Data
+from umarvel_ray.train.quarantine import without_unusable
+
+
+def broken(folder, table, column, rows, value):
+    path = folder / f"{table}.parquet"
+    whole = pq.read_table(path)
+    values = whole[column].to_pylist()
+    ids = [whole["id"][row].as_py() for row in rows]
+    for row in rows:
+        values[row] = value
+    index = whole.column_names.index(column)
+    pq.write_table(whole.set_column(index, column, pa.array(values, whole.schema.field(column).type)), path)
+    return ids
+
+
+def with_image(folder, table, count):
+    return [row for row, image in enumerate(pq.read_table(folder / f"{table}.parquet")["image"].to_pylist()) if image][
+        :count
+    ]
+
+
+def test_bad_rows_are_set_aside_with_their_reason(ray_cluster, tmp_path):
+    folder = make_mini_data(tmp_path / "data")
+    bad_queries = broken(folder, "train", "image", with_image(folder, "train", 2), b"not a picture")
+    alone = next(row for row in pq.read_table(folder / "train.parquet").to_pylist() if row["task"] == "emoji_task3")
+    documents = pq.read_table(folder / "documents.parquet")["id"].to_pylist()
+    (bad_document,) = broken(folder, "documents", "text", [documents.index(alone["positive_ids"][0])], None)
+    dataset = open_dataset(Data(root=str(folder)))
+    before = dataset.queries("train")
+    clean = without_unusable(dataset, "train", tmp_path / "quarantine")
+
+    file = pq.read_table(tmp_path / "quarantine" / "train.parquet").to_pylist()
+    reasons = {(row["table"], row["id"]): row["reason"] for row in file}
+    assert reasons["documents", bad_document].startswith(f"documents {bad_document}: nothing to embed")
+    assert all(
+        reasons["train", id_].startswith(f"train {id_}: not a picture in a known format (") for id_ in bad_queries
+    )
+    lost = {row["id"] for row in file if row["table"] == "train"}
+    assert {*bad_queries, alone["id"]} <= lost
+    assert clean.queries("train").num_rows + len(lost) == before.num_rows
+    assert bad_document not in {d for ids in clean.queries("train")["positive_ids"].to_pylist() for d in ids}
+    again = without_unusable(dataset, "train", tmp_path / "quarantine")
+    assert again.queries("train").equals(clean.queries("train"))
+
+
+def test_nothing_left_is_an_error(ray_cluster, tmp_path):
+    folder = make_mini_data(tmp_path / "data")
+    count = pq.read_metadata(folder / "text_pairs.parquet").num_rows
+    broken(folder, "text_pairs", "text", range(count), None)
+    with pytest.raises(UserError, match="no usable query in 'text_pairs'"):
+        without_unusable(open_dataset(Data(root=str(folder))), "text_pairs", tmp_path / "quarantine")

@@ -1,0 +1,30 @@
+"""Find a private name of another package, or say in one line which versions have it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from umarvel_ray.errors import UserError
+
+
+def private(package: str, versions: str, module: str, name: str) -> Any:
+    """The object `name` (`Class.attribute` too) of a module.
+
+    Args:
+        versions: of `package` that are known to have it, for the error.
+
+    Raises:
+        UserError: the installed version does not have it.
+    """
+    try:
+        found = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"{package} {version(package)} has no {module}.{name}; install {package}{versions}, which this version of "
+            "umarvel-ray was tested with"
+        ) from None
+    return found

@@ -1,0 +1,83 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_path(path: str | Path, durable: bool = False) -> Iterator[Path]:
+    """A path beside `path` to write one file to: renamed to `path` when the block ends, removed when it fails.
+
+    Args:
+        durable: the file and its name are on the disk when the block has ended.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        if durable:
+            _sync_file(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_text(path: str | Path, text: str, durable: bool = False) -> None:
+    """Write a UTF-8 text file atomically. Raises: see `atomic_path`."""
+    with atomic_path(path, durable) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 1, durable: bool = False) -> None:
+    """Write a JSON file atomically. Raises: see `atomic_path`."""
+    write_text(path, json.dumps(value, indent=indent) + "\n", durable)
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """A fresh folder beside `folder` to fill: it takes the place of `folder` when the block ends.
+
+    What an interrupted attempt left is removed first, an existing `folder` only once the new one is complete.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    fresh, old = (folder.with_name(f".{folder.name}.{word}") for word in ("writing", "old"))
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were created, renamed or removed in the folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,50 @@
+"""Reading embeddings back from their shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from umarvel_ray.inference.shards import is_complete, read_manifest, read_shards
+
+
+class Embeddings(NamedTuple):
+    """Row i of `vectors` embeds `ids[i]`."""
+
+    ids: list[str]
+    vectors: np.ndarray  # float32 (n, d), unit norm
+
+    def row_of(self) -> dict[str, int]:
+        return {id_: row for row, id_ in enumerate(self.ids)}
+
+
+def embedding_table(ids: list[str], vectors: np.ndarray) -> pa.Table:
+    """ids and float32 (n, d) as `id: string, embedding: fixed_size_list<float32>[d]`."""
+    flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
+    embedding = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    return pa.table([pa.array(ids, pa.string()), embedding], names=["id", "embedding"])
+
+
+def vectors_of(table: pa.Table) -> np.ndarray:
+    """The embedding column as float32 (n, d); n may be 0."""
+    column = table["embedding"]
+    flat = column.combine_chunks().flatten() if table.num_rows else pa.array([], pa.float32())
+    return flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, column.type.list_size)
+
+
+def read_embeddings(folder: str | Path) -> Embeddings:
+    """All embeddings of a finished embed job, in the order of its input rows, quarantined rows left out.
+
+    Raises:
+        UserError: the folder holds no finished job.
+    """
+    table = read_shards(Path(folder))
+    return Embeddings(table["id"].to_pylist(), vectors_of(table))
+
+
+def embedder_of(folder: str | Path) -> str | None:
+    """Identity of the checkpoint (see `CheckpointRef`) that a finished embed job used; None where there is none."""
+    return read_manifest(Path(folder))["inputs"].get("checkpoint") if is_complete(Path(folder)) else None

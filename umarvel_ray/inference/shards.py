@@ -1,0 +1,112 @@
+"""Resumable sharded output: each shard is one Parquet file written once; a rerun does only what is missing.
+
+A folder holds `shard-00000.parquet` …, `quarantine.parquet` (id, reason) and `manifest.json`, which records the inputs
+(what was computed, from what) and, when complete, the counts: rows = written + quarantined. The rows a shard could not
+use travel in its own schema metadata, so a shard and its quarantine appear in one atomic rename. A folder made from
+other inputs is emptied first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.files import atomic_path, write_json
+
+QUARANTINE = pa.schema([("id", pa.string()), ("reason", pa.string())])
+_META = b"umarvel.quarantine"
+
+Quarantined = list[tuple[str, str]]
+
+
+def open_output(folder: Path, inputs: dict, shards: int) -> list[int]:
+    """Make the folder ready for what is computed from these inputs, and list the shards that are still missing.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if _read_manifest(folder).get("inputs") != inputs:
+            for old in (*folder.glob("*.parquet"), *folder.glob(".*.partial")):
+                old.unlink()
+            _write_manifest(folder, {"inputs": inputs, "shards": shards, "complete": False})
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; free space or choose another output") from None
+    return [index for index in range(shards) if not shard_path(folder, index).exists()]
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.parquet"
+
+
+def write_shard(folder: Path, index: int, table: pa.Table, quarantined: Quarantined) -> None:
+    """Write one shard atomically, with the (id, reason) rows that could not be used."""
+    table = table.replace_schema_metadata({_META: json.dumps(quarantined)})
+    path = shard_path(folder, index)
+    try:
+        with atomic_path(path) as partial:
+            pq.write_table(table, partial)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another output") from None
+
+
+def close_output(folder: Path, rows: int, facts: dict | None = None) -> dict:
+    """Write `quarantine.parquet`, reconcile the counts, mark the manifest complete, add `facts` and return it.
+
+    Raises:
+        UserError: written + quarantined rows are not the input rows.
+    """
+    manifest = _read_manifest(folder)
+    written, quarantined = 0, []
+    for index in range(manifest["shards"]):
+        file = pq.ParquetFile(shard_path(folder, index))
+        written += file.metadata.num_rows
+        quarantined += json.loads(file.schema_arrow.metadata[_META])
+    if written + len(quarantined) != rows:
+        raise UserError(f"{folder}: {written} + {len(quarantined)} quarantined of {rows} rows; delete the folder")
+    columns = [[row[0] for row in quarantined], [row[1] for row in quarantined]]
+    with atomic_path(folder / "quarantine.parquet") as partial:
+        pq.write_table(pa.table(columns, schema=QUARANTINE), partial)
+    manifest |= {"complete": True, "rows": rows, "written": written, "quarantined": len(quarantined)}
+    manifest |= facts or {}
+    _write_manifest(folder, manifest)
+    return manifest
+
+
+def is_complete(folder: Path) -> bool:
+    return bool(_read_manifest(folder).get("complete"))
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a complete output.
+
+    Raises:
+        UserError: there is none, or the job that writes it has not finished.
+    """
+    if not is_complete(folder):
+        raise UserError(f"{folder}: no complete manifest.json; run the job that writes it (again)")
+    return _read_manifest(folder)
+
+
+def read_shard(folder: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+    return pq.read_table(shard_path(folder, index), columns=columns).replace_schema_metadata(None)
+
+
+def read_shards(folder: Path) -> pa.Table:
+    """Every row of a complete output, in shard order."""
+    return pa.concat_tables([read_shard(folder, i) for i in range(read_manifest(folder)["shards"])])
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / "manifest.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_manifest(folder: Path, manifest: dict) -> None:
+    write_json(folder / "manifest.json", manifest)

@@ -1,0 +1,215 @@
+"""From an item to token ids, pooling mask and pixels: U-MARVEL's message template (method sections 1.1 to 1.4).
+
+One conversation per item, the same on both sides: a user turn with the pictures, then the text, and an assistant turn
+`<emb>.`, rendered with the checkpoint's own chat template. A query's instruction stands before its text, wrapped in
+`<instruction_start>…<instruction_end>`; the span, both tags included, stays out of the mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.items.family import Family, family_of, read_model_config
+from umarvel_ray.items.item import Item, check_item
+from umarvel_ray.items.limits import OWN_FILES, MediaLimits
+from umarvel_ray.items.pictures import Picture, PictureFormat, read_picture, read_video
+from umarvel_ray.items.positions import Span, rotary_positions
+from umarvel_ray.items.template import (
+    EMB,
+    IMAGE,
+    INSTRUCTION_END,
+    INSTRUCTION_START,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    format_string,
+    load_tokenizer,
+    text_part,
+    user_turn,
+)
+from umarvel_ray.recipe import ModelSettings
+
+TEXT_SLOT = "\x00"
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """One tokenised item.
+
+    input_ids: int32 (L,); pool_mask: bool (L,), True where a token enters the pooled mean; positions: int32 (3, L)
+    rotary positions; pictures: in the order of their tokens, images before the video.
+    """
+
+    input_ids: np.ndarray
+    pool_mask: np.ndarray
+    positions: np.ndarray
+    pictures: tuple[Picture, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+
+class ItemEncoder:
+    """Tokenises items and prepares their pictures on the CPU. Picklable; holds no weights."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, pictures: PictureFormat, family: Family, settings: ModelSettings
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.picture_format = pictures
+        self.settings = settings
+        self.family = family
+        self.picture_token_ids = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
+        self._emb, self._start, self._end = tokenizer.convert_tokens_to_ids([EMB, INSTRUCTION_START, INSTRUCTION_END])
+        self._frames: dict[tuple[bool, ...], tuple[str, str]] = {}
+        # Control tokens written out in a user's text would be read as structure.
+        self._control = re.compile("|".join(re.escape(token) for token in tokenizer.get_added_vocab()))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, settings: ModelSettings, limits: MediaLimits = OWN_FILES) -> ItemEncoder:
+        """Read tokenizer, chat template and image processor from an HF directory.
+
+        Args:
+            limits: which pictures and videos are opened at all.
+
+        Raises:
+            UserError: the directory lacks one of them.
+        """
+        try:
+            tokenizer = load_tokenizer(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+        family = family_of(read_model_config(path), path)
+        return cls(tokenizer, PictureFormat.from_pretrained(path, settings, limits), family, settings)
+
+    def within(self, limits: MediaLimits) -> ItemEncoder:
+        """The same, but for which pictures and videos are opened at all."""
+        return ItemEncoder(self.tokenizer, replace(self.picture_format, limits=limits), self.family, self.settings)
+
+    def encode(self, item: Item | str, side: str, where: str = "item") -> EncodedItem:
+        """Encode one item; a bare string is text.
+
+        Args:
+            item: {"text"?, "image"? (one or a list), "video"?, "instruction"? (queries only)}.
+            side: "query" or "document".
+            where: names the item (file and row, or id) in errors.
+
+        Raises:
+            UserError: nothing to embed, a key that is not known, an instruction on a document, a bad picture.
+        """
+        item = check_item(item, where)
+        if side == "document" and item.get("instruction"):
+            raise UserError(f"{where}: a document carries no instruction; put it on the query")
+        pictures = self.pictures(item, where)
+        text = self._text(item.get("instruction"), item.get("text")) + self._prompt(item)
+        before, after = self._frame(pictures)
+        input_ids = self.tokenize(before + text + after, pictures)
+        return EncodedItem(
+            input_ids=input_ids,
+            pool_mask=self._pool_mask(input_ids),
+            positions=self.positions(input_ids, pictures),
+            pictures=pictures,
+        )
+
+    def pictures(self, item: Item, where: str) -> tuple[Picture, ...]:
+        """Open, resize and cut into patches the item's images, then its video."""
+        images = item.get("image", [])
+        opened = [
+            read_picture(image, self.picture_format, where)
+            for image in (images if isinstance(images, list | tuple) else [images])
+        ]
+        if "video" in item:
+            opened.append(read_video(item["video"], self.picture_format, where))
+        return tuple(opened)
+
+    def tokenize(self, rendered: str, pictures: Sequence[Picture]) -> np.ndarray:
+        """Token ids int32 (L,) of a rendered conversation, in which each picture becomes its run of picture tokens."""
+        if self.family.timestamps:  # each step brings its own tags
+            rendered = rendered.replace(f"{VISION_START}{VIDEO}{VISION_END}", VIDEO)
+        head, *rest = re.split(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}", rendered)
+        written = [self._written(picture) for picture in pictures]
+        text = head + "".join(run + part for run, part in zip(written, rest, strict=True))
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(encoding.ids, dtype=np.int32)
+
+    def positions(self, input_ids: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
+        """Rotary positions int32 (3, L), as the settings ask."""
+        spans = [span for picture in pictures for span in self._spans(picture)]
+        return rotary_positions(np.isin(input_ids, self.picture_token_ids), spans, self.settings.positions)
+
+    def _written(self, picture: Picture) -> str:
+        steps, rows, columns = picture.grid
+        run = rows * columns // self.picture_format.merge_size**2
+        if not picture.is_video:
+            return IMAGE * run
+        if not self.family.timestamps:
+            return VIDEO * steps * run
+        return "".join(f"<{second:.1f} seconds>{VISION_START}{VIDEO * run}{VISION_END}" for second in picture.seconds)
+
+    def _spans(self, picture: Picture) -> list[Span]:
+        steps, rows, columns = picture.grid
+        merge = self.picture_format.merge_size
+        if picture.is_video and self.family.timestamps:
+            return [Span((1, rows // merge, columns // merge))] * steps
+        apart = 1.0
+        if self.family.tokens_per_second and picture.is_video and steps > 1:
+            apart = self.family.tokens_per_second * (picture.seconds[1] - picture.seconds[0])
+        return [Span((steps, rows // merge, columns // merge), apart)]
+
+    def clean(self, text: str | None) -> str:
+        """Text without control tokens, in the form `format_string` gives."""
+        return format_string(self._control.sub(" ", text or ""))
+
+    def cut(self, text: str, tokens: int) -> str:
+        """The longest beginning of `text` within that many tokens."""
+        if len(text.encode()) <= tokens:  # a token is at least a byte
+            return text
+        ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        if len(ids) <= tokens:
+            return text
+        return self.tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+
+    def _frame(self, pictures: Sequence[Picture]) -> tuple[str, str]:
+        """The rendered conversation before and after the user's text; rendering anew takes longer than the rest."""
+        moving = tuple(picture.is_video for picture in pictures)
+        if moving not in self._frames:
+            rendered = self.tokenizer.apply_chat_template(
+                [user_turn(TEXT_SLOT, pictures), {"role": "assistant", "content": [text_part(f"{EMB}.")]}],
+                tokenize=False,
+                add_generation_prompt=self.settings.generation_prompt,
+            )
+            before, _, after = rendered.partition(TEXT_SLOT)
+            self._frames[moving] = before, after
+        return self._frames[moving]
+
+    def _text(self, instruction: str | None, text: str | None) -> str:
+        limit = self.settings.max_text_tokens
+        if not instruction:
+            return self.cut(self.clean(text), limit)
+        tags = (INSTRUCTION_START, INSTRUCTION_END) if self.settings.instruction_mask else ("", "")
+        told = self.cut(self.clean(instruction), max(limit - 2, 0))
+        wanted = self._control.sub(" ", text or "")
+        # Cleaned as one string (method 1.2): the text keeps its own first letter, and an empty one leaves a full stop.
+        return self.cut(format_string(f"{tags[0]}{told}{tags[1]} {wanted}"), limit)
+
+    def _prompt(self, item: Item) -> str:
+        if not self.settings.compression_prompt:
+            return ""
+        kinds = [word for key, word in (("image", "image"), ("video", "video"), ("text", "sentence")) if key in item]
+        shown = " and ".join(kinds)
+        return f"\nSummarize above {shown} in one word: "
+
+    def _pool_mask(self, input_ids: np.ndarray) -> np.ndarray:
+        if self.settings.pooling == "last":
+            return np.roll(input_ids == self._emb, -1)
+        opened = np.cumsum(input_ids == self._start)
+        closed = np.cumsum(input_ids == self._end) - (input_ids == self._end)
+        return opened == closed

@@ -1,0 +1,150 @@
+"""The reranker's prompt: one user turn with a query and a candidate, answered Yes or No (method section 4).
+
+The wording is the reference's without its stray indentation and its typo. The query comes first and is tokenised apart
+from the candidate, so the tokens up to "Candidate:" are the same for every candidate and can be computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from umarvel_ray.errors import UserError
+from umarvel_ray.items.encoder import ItemEncoder
+from umarvel_ray.items.item import Item, check_item
+from umarvel_ray.items.pictures import Picture
+from umarvel_ray.items.template import EMB, picture_parts, text_part
+from umarvel_ray.recipe import ModelSettings
+
+TASK = (
+    "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the requirements of "
+    "the query. If it does, respond with 'Yes'; if it does not, respond with 'No'."
+)
+IGNORED = -100  # a position without a label
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A tokenised pair, or one side of it.
+
+    input_ids: int32 (L,); labels: int32 (L,), −100 except on the answer word and the end of the turn; positions: int32
+    (3, L) rotary positions, from 0; pictures: the query's, then the document's.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    pictures: tuple[Picture, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def next_position(self) -> int:
+        """Where what follows goes on: every side ends in text."""
+        return int(self.positions.max()) + 1
+
+
+class PairEncoder:
+    """Tokenises (query, document) pairs and prepares their pictures on the CPU. Picklable; holds no weights.
+
+    `answer_ids`: the tokens of "Yes" and "No"; `end_id` closes the assistant's turn.
+    """
+
+    def __init__(self, items: ItemEncoder, max_text_tokens: int) -> None:
+        self.items = items
+        self.max_text_tokens = max_text_tokens
+        self.answer_ids = {word: self._ids(word) for word in ("Yes", "No")}
+        said = items.tokenizer.apply_chat_template(
+            [{"role": "user", "content": []}, {"role": "assistant", "content": [text_part(EMB)]}], tokenize=False
+        )
+        self.end_id = self._ids(said.split(EMB)[1])[0]
+        if self.answer_ids["Yes"][0] == self.answer_ids["No"][0]:
+            raise UserError("the tokenizer begins 'Yes' and 'No' with the same token; use one that tells them apart")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, settings: ModelSettings, max_text_tokens: int) -> PairEncoder:
+        """Read tokenizer, chat template and image processor from an HF directory.
+
+        Args:
+            max_text_tokens: where a query's (instruction and text together) or a document's text is cut.
+
+        Raises:
+            UserError: a file is missing, or the tokenizer cannot tell Yes from No.
+        """
+        return cls(ItemEncoder.from_pretrained(path, settings), max_text_tokens)
+
+    @property
+    def yes_no(self) -> tuple[int, int]:
+        """The first token of each answer: the two logits a score is made of."""
+        return self.answer_ids["Yes"][0], self.answer_ids["No"][0]
+
+    def encode(
+        self, query: Item | str, document: Item | str, answer: bool | None = None, where: str = "pair"
+    ) -> EncodedPair:
+        """The whole conversation; with `answer`, the reply and its labels too.
+
+        Raises:
+            UserError: an empty item, a key that is not known, an instruction on the document, a bad picture.
+        """
+        parts = [self.encode_query(query, where), self.encode_document(document, where)]
+        return join(parts if answer is None else [*parts, self.reply(answer)])
+
+    def encode_query(self, item: Item | str, where: str = "query") -> EncodedPair:
+        """Everything up to and including "Candidate:". Raises: see `encode`."""
+        item = check_item(item, where)
+        pictures = self.items.pictures(item, where)
+        told = self.items.clean(item.get("instruction"))
+        text = self._cut(f"{told} {item.get('text') or ''}")
+        prompt, _ = self._render([*picture_parts(pictures), text_part(text)], [])
+        return self._side(prompt, pictures)
+
+    def encode_document(self, item: Item | str, where: str = "document") -> EncodedPair:
+        """The candidate and the assistant's header. Raises: see `encode`."""
+        item = check_item(item, where)
+        if item.get("instruction"):
+            raise UserError(f"{where}: a document carries no instruction; put it on the query")
+        pictures = self.items.pictures(item, where)
+        _, prompt = self._render([], [*picture_parts(pictures), text_part(self._cut(item.get("text") or ""))])
+        return self._side(prompt, pictures)
+
+    def reply(self, answer: bool) -> EncodedPair:
+        """The answer word and the end of the turn, labelled."""
+        ids = np.asarray([*self.answer_ids["Yes" if answer else "No"], self.end_id], dtype=np.int32)
+        return EncodedPair(ids, ids, self.items.positions(ids, ()), ())
+
+    def _render(self, query: list[dict], document: list[dict]) -> tuple[str, str]:
+        # <emb> marks the border: cleaning takes it out of users' texts, so it occurs once.
+        content = [text_part(f"{TASK}\nQuery: "), *query, text_part(f"\nCandidate: {EMB}"), *document]
+        rendered = self.items.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        before, after = rendered.split(EMB)
+        return before, after
+
+    def _side(self, prompt: str, pictures: tuple[Picture, ...]) -> EncodedPair:
+        input_ids = self.items.tokenize(prompt, pictures)
+        positions = self.items.positions(input_ids, pictures)
+        return EncodedPair(input_ids, np.full_like(input_ids, IGNORED), positions, pictures)
+
+    def _cut(self, text: str) -> str:
+        return self.items.cut(self.items.clean(text), self.max_text_tokens)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.items.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def join(parts: Sequence[EncodedPair]) -> EncodedPair:
+    """Query, document and reply as one sequence; positions go on where the part before ended."""
+    starts = accumulate((part.next_position for part in parts), initial=0)
+    return EncodedPair(
+        input_ids=np.concatenate([part.input_ids for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        positions=np.concatenate([part.positions + start for part, start in zip(parts, starts, strict=False)], axis=1),
+        pictures=tuple(picture for part in parts for picture in part.pictures),
+    )

@@ -1,0 +1,60 @@
+"""The files that let other libraries open a checkpoint: sentence-transformers' own, and the model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from umarvel_ray.model.card import model_card
+from umarvel_ray.recipe import RERANKER
+
+MODULE = Path(__file__).with_name("umarvel_embedding.py")
+MODULES = (  # folder, class
+    ("", f"{MODULE.stem}.UMarvelEmbedding"),
+    ("1_Pooling", "sentence_transformers.sentence_transformer.modules.Pooling"),
+    ("2_Normalize", "sentence_transformers.base.modules.Normalize"),
+)
+
+
+def write_companions(folder: Path, record: dict[str, Any]) -> None:
+    """The model card, and for an embedder what sentence-transformers reads; `record` is what `umarvel.json` holds."""
+    _write_card(folder, record)
+    if record.get("phase") != RERANKER:
+        _write_sentence_transformers(folder)
+
+
+def _write_card(folder: Path, record: dict[str, Any]) -> None:
+    """`README.md` of a checkpoint whose `umarvel.json` holds `record`."""
+    (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+
+
+def _write_sentence_transformers(folder: Path) -> None:
+    """What `SentenceTransformer(folder, trust_remote_code=True)` reads beside the weights.
+
+    The pooling is always a mean: which tokens enter it, our module says (`umarvel_embedding.py`).
+    """
+    config = json.loads((folder / "config.json").read_text())
+    dimension = config["text_config"]["hidden_size"]
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": kind} for index, (path, kind) in enumerate(MODULES)
+    ]
+    _write(folder / "modules.json", modules)
+    _write(folder / "1_Pooling" / "config.json", {"embedding_dimension": dimension, "pooling_mode": "mean"})
+    _write(folder / "2_Normalize" / "config.json", {})
+    _write(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": {"query": "", "document": ""},
+            "similarity_fn_name": "cosine",
+            "requirements": {"sentence-transformers": ">=6", "transformers": ">=5.17"},
+        },
+    )
+    shutil.copyfile(MODULE, folder / MODULE.name)
+
+
+def _write(file: Path, content: Any) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n")

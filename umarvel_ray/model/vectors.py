@@ -1,0 +1,19 @@
+"""Embeddings in fewer dimensions: the first coordinates, scaled to unit norm again (Matryoshka, arXiv 2205.13147)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+
+def truncate(vectors: torch.Tensor, dimension: int) -> torch.Tensor:
+    """The first coordinates of (N, D) unit vectors, as unit vectors again: (N, `dimension`), float32 when shorter."""
+    return vectors if dimension >= vectors.shape[1] else F.normalize(vectors[:, :dimension].float(), dim=-1)
+
+
+def truncate_array(vectors: np.ndarray, dimension: int) -> np.ndarray:
+    """`truncate` for numpy arrays (N, D)."""
+    if dimension >= vectors.shape[1]:
+        return vectors
+    return truncate(torch.tensor(vectors), dimension).numpy()  # a copy: arrays from Ray's object store are read-only

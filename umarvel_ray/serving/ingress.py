@@ -1,0 +1,48 @@
+"""The routes over HTTP: JSON, limits, pictures and tokens on CPUs, apart from the models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import BackpressureConfig
+
+from umarvel_ray import __version__
+from umarvel_ray.serving.auth import Keys
+from umarvel_ray.serving.backend import Backend
+from umarvel_ray.serving.errors import REFUSALS, RETRY_AFTER_S, add_handlers
+from umarvel_ray.serving.middleware import guard
+from umarvel_ray.serving.routes import cohere, embeddings, index, page, rerank, search, system
+from umarvel_ray.serving.settings import Limits, Service
+
+
+def make_app(backend: Backend | None, limits: Limits, keys: Keys) -> FastAPI:
+    """The routes before `backend`, behind limits and keys; without a backend only the OpenAPI schema is of use."""
+    app = FastAPI(
+        title="umarvel-ray", version=__version__, description="Universal multimodal embeddings, reranking and search."
+    )
+    app.state.backend = backend
+    add_handlers(app)
+    for module in (embeddings, cohere, rerank, search, index, system, page):
+        app.include_router(module.router, responses=REFUSALS)
+    guard(app, limits, keys)
+    return app
+
+
+@serve.deployment(
+    max_ongoing_requests=256,
+    max_queued_requests=256,
+    backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
+    ray_actor_options={"num_cpus": 0.25},
+)
+@serve.ingress()
+class Ingress:
+    """One process that reads requests; `parts` are what else `Backend` asks for."""
+
+    def __init__(self, service: Service, keys: Keys, **parts: Any) -> None:
+        self._limits, self._keys = service.limits, keys
+        self._backend = Backend(service, **parts)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_app(self._backend, self._limits, self._keys)

@@ -1,0 +1,187 @@
+"""What stands before the routes: request ids, the access log, keys, rate and body limits. Plain ASGI, so that bodies
+pass through as they come.
+
+`guard(app, limits, keys)` puts it all on an app. A refusal has OpenAI's error object; nothing a client wrote (body,
+query string, key, a path that is no route) is ever logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import re
+import time
+import traceback
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from umarvel_ray.serving.auth import ANONYMOUS, Keys, RateLimit
+from umarvel_ray.serving.errors import error_body
+from umarvel_ray.serving.settings import Limits
+
+OPEN_PATHS = ("/", "/health", "/favicon.ico")  # probes, and the page, which holds no secret and asks for a key itself
+OPEN_FOLDER = "/static/"
+REQUEST_ID = "x-request-id"
+_SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+
+logger = logging.getLogger("umarvel.access")
+_STDERR = logging.StreamHandler()
+
+
+def guard(app: Starlette, limits: Limits, keys: Keys) -> Starlette:
+    """Put everything of this module before `app`'s routes, in the process that serves them."""
+    # Starlette puts what is added last outside.
+    app.add_middleware(BodyLimit, most=limits.max_body_bytes)
+    app.add_middleware(Admission, keys=keys, per_minute=limits.requests_per_minute)
+    app.add_middleware(AccessLog)
+    logger.addHandler(_STDERR)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return app
+
+
+class AccessLog:
+    """One JSON line per request, one JSON answer for an exception nobody expected, and the request's id.
+
+    Serve's proxy gives a request without an `x-request-id` a fresh one and puts the id in every answer. An id that is
+    not safe to log (or none, without that proxy) is replaced here by a fresh one, which the answer then carries.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        safe = _SAFE_ID.fullmatch(given) is not None
+        request_id = given if safe else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        status, started = None, time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if not safe:
+                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            _log(request_id, event="error", **_where(error))
+            if status is not None:  # `from None`: Serve logs what it gets, and a message may hold a payload
+                raise RuntimeError(f"request {request_id} failed after its answer began") from None
+            message = f"internal error; ask the operator about request {request_id}"
+            await _refuse(500, message, "server_error")(scope, receive, send_with_id)
+        finally:
+            _log(
+                request_id,
+                event="request",
+                method=scope["method"],
+                route=getattr(scope.get("route"), "path", None),
+                status=status,  # null: the client was gone before its answer
+                ms=round(1000 * (time.perf_counter() - started), 1),
+                key=state.get("key_name"),
+                body_bytes=state.get("body_bytes", 0),
+            )
+
+
+class Admission:
+    """401 without one of the keys, where there are keys; 429 when a key's bucket is empty."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, per_minute: float | None = None) -> None:
+        self._app, self._keys = app, keys
+        self._rate = RateLimit(per_minute) if per_minute else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _is_open(scope):
+            name = self._keys.name_of(Headers(scope=scope).get("authorization")) if self._keys else ANONYMOUS
+            scope.setdefault("state", {})["key_name"] = name
+            if name is None:
+                refusal = _refuse(401, "no valid API key; send `Authorization: Bearer KEY`", "authentication_error")
+                refusal.headers["WWW-Authenticate"] = "Bearer"
+                await refusal(scope, receive, send)
+                return
+            if self._rate and (wait := self._rate.allow(name, time.monotonic())):
+                refusal = _refuse(429, "too many requests with this key; try again later", "rate_limit_error")
+                refusal.headers["Retry-After"] = str(math.ceil(wait))
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """413 for a body over `most` bytes: at once where its length is told, else as soon as so much has come."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refusal = _refuse(413, f"body: over {self._most} bytes", "invalid_request_error", "body")
+        told = Headers(scope=scope).get("content-length", "")
+        if told.isdecimal() and float(told) > self._most:
+            await refusal(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["body_bytes"], started = 0, False
+
+        async def counted() -> Message:
+            message = await receive()
+            state["body_bytes"] += len(message.get("body", b""))
+            if state["body_bytes"] > self._most:
+                raise _TooLarge
+            return message
+
+        async def send_unless_too_large(message: Message) -> None:
+            # Frameworks catch what reading a body raises and answer with an error of their own: ours replaces it.
+            nonlocal started
+            if started or state["body_bytes"] <= self._most:
+                started = True
+                await send(message)
+
+        with contextlib.suppress(_TooLarge):
+            await self._app(scope, counted, send_unless_too_large)
+        if state["body_bytes"] > self._most and not started:
+            await refusal(scope, receive, send)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def _is_open(scope: Scope) -> bool:
+    path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
+def _refuse(status: int, message: str, kind: str, param: str | None = None) -> JSONResponse:
+    return JSONResponse(error_body(message, kind, param), status)
+
+
+def _where(error: BaseException) -> dict[str, Any]:
+    """An exception's type and frames. Its message stays out: it may quote the payload."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return {
+        "error": type(error).__name__,
+        "traceback": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
+    }
+
+
+def _log(request_id: str, **what: Any) -> None:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    logger.info(json.dumps({"time": now, "request_id": request_id, **what}))

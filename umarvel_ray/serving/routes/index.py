@@ -1,0 +1,92 @@
+"""Documents that clients add to the index, and delete."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from umarvel_ray.index.records import Add
+from umarvel_ray.serving.items import Body, Item
+from umarvel_ray.serving.routes.common import ItemError, OnError, Served, sorted_out
+
+router = APIRouter(tags=["index"])
+
+Id = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+
+class Document(Body):
+    """What is searched for: text, a picture, or both. A document with an id that is there replaces that one."""
+
+    id: Id
+    text: str | None = None
+    image: str | None = Field(default=None, description="data URI, base64, or a URL of an allowed host")
+    source: Annotated[str, StringConstraints(max_length=512)] = Field(default="added", description="to filter by")
+
+
+class AddRequest(Body):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"documents": [{"id": "car-1", "text": "a red car", "source": "notes"}]}]}
+    )
+
+    documents: Annotated[list[Document], Field(min_length=1)]
+    on_error: OnError = "fail"
+
+
+class AddResponse(BaseModel):
+    sequence: int = Field(description="number of the commit; `after` in a search asks to see it")
+    added: int
+    replaced: int
+    errors: list[ItemError] = Field(default=[], description="the documents left out, with `on_error: skip`")
+
+
+class DeleteRequest(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"ids": ["car-1"]}]})
+
+    ids: Annotated[list[Id], Field(min_length=1)]
+
+
+class DeleteResponse(BaseModel):
+    sequence: int
+    deleted: int
+    unknown: list[str]
+
+
+class IndexResponse(BaseModel):
+    documents: int
+    sequence: int = Field(description="number of the last commit that the answering replica has seen")
+    writable: bool
+
+
+@router.get("/v1/index")
+async def index(backend: Served) -> IndexResponse:
+    """How many documents are searched."""
+    documents, sequence = await backend.index_size()
+    return IndexResponse(documents=documents, sequence=sequence, writable=backend.writable)
+
+
+@router.post("/v1/index")
+async def add(body: AddRequest, backend: Served) -> AddResponse:
+    """Embed documents and add them: durable when answered, found by every search a moment later."""
+    items = [Item(text=document.text, image=document.image) for document in body.documents]
+
+    def record(number: int, item: dict[str, Any], vector: np.ndarray) -> Add:
+        document = body.documents[number]
+        modality = ",".join(name for name in ("image", "text") if name in item)
+        return Add(document.id, vector, modality, document.source, item.get("text"), item.get("image"))
+
+    read = await backend.read(items, "documents")
+    embedded, done = await backend.add(read, record, body.on_error == "skip")
+    _, errors = sorted_out(embedded, "skip")
+    replaced = sum(done.existed)
+    return AddResponse(sequence=done.sequence, added=len(done.existed) - replaced, replaced=replaced, errors=errors)
+
+
+@router.post("/v1/index/delete")
+async def delete(body: DeleteRequest, backend: Served) -> DeleteResponse:
+    """Delete documents: durable when answered, found by no search a moment later."""
+    done = await backend.delete(body.ids)
+    unknown = [id_ for id_, existed in zip(body.ids, done.existed, strict=True) if not existed]
+    return DeleteResponse(sequence=done.sequence, deleted=sum(done.existed), unknown=unknown)

@@ -1,0 +1,82 @@
+"""Search of the corpus; no standard exists for its shape."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+
+from umarvel_ray.index.hits import Hit
+from umarvel_ray.items.images import picture_uri
+from umarvel_ray.serving.backend import good
+from umarvel_ray.serving.items import Body, Item, OneItem
+from umarvel_ray.serving.routes.common import Name, Served
+
+router = APIRouter(tags=["search"])
+
+
+class Filter(Body):
+    """What may be found; within a list any of its values, between lists both."""
+
+    modality: Annotated[list[Name], Field(min_length=1)] | None = Field(default=None, examples=[["image"]])
+    source: Annotated[list[Name], Field(min_length=1)] | None = None
+
+
+class SearchRequest(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"query": {"text": "a red car"}, "top_k": 5},
+                {"query": "a red car", "rerank": True, "filter": {"modality": ["image"]}},
+            ]
+        }
+    )
+
+    query: OneItem
+    top_k: int = Field(default=10, ge=1, le=100)
+    rerank: bool = False
+    filter: Filter = Filter()
+    after: int = Field(default=0, ge=0, description="a commit's `sequence` that the answer must have seen")
+    return_documents: bool = Field(default=False, description="give each result's text and picture (data URI) back")
+
+
+class SearchResult(BaseModel):
+    id: str
+    score: float = Field(description="cosine, plus the weighted P(yes) when reranked; best first")
+    rerank_score: float | None = Field(default=None, description="P(yes)")
+    modality: str
+    source: str
+    document: Item | None = None
+
+
+class Timings(BaseModel):
+    encode_ms: float
+    retrieve_ms: float
+    rerank_ms: float
+
+
+class SearchResponse(BaseModel):
+    results: list[SearchResult]
+    timings: Timings
+
+
+@router.post("/v1/search")
+async def search(body: SearchRequest, backend: Served) -> SearchResponse:
+    """The corpus' best documents for a query; with `rerank`, the reranker reads the best of them too."""
+    [query] = good(await backend.read(body.query, "query"))
+    filters = {"modalities": body.filter.modality, "sources": body.filter.source}
+    hits, timings = await backend.search(query, body.top_k, body.rerank, filters, body.after)
+    return SearchResponse(results=[_result(hit, body.return_documents) for hit in hits], timings=Timings(**timings))
+
+
+def _result(hit: Hit, with_document: bool) -> SearchResult:
+    row = hit.document
+    return SearchResult(
+        id=row["id"],
+        score=hit.score,
+        rerank_score=hit.rerank_score,
+        modality=row["modality"],
+        source=row["source"],
+        document=Item(text=row["text"], image=picture_uri(row["image"])) if with_document else None,
+    )

@@ -1,0 +1,28 @@
+"""The frozen vision tower, outside the module that DeepSpeed wraps.
+
+Ranks meet different numbers of new pictures in a step; under ZeRO-3 a sharded tower would have them wait for each
+other's weights. It is small and never trained, so every rank holds it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from umarvel_ray.items.pictures import Picture, PixelScale
+from umarvel_ray.model.multimodal import tower_features
+
+
+class FrozenTower:
+    """Takes the tower out of `backbone`, which from then on needs its pictures as features."""
+
+    def __init__(self, backbone: PreTrainedModel, scale: PixelScale, device: torch.device | str):
+        self._scale = scale
+        self._visual = backbone.model.visual.to(device).eval()
+        backbone.model.visual = torch.nn.Identity()
+
+    def run_tower(self, pictures: Sequence[Picture]) -> tuple[torch.Tensor, ...]:
+        """See `tower_features`."""
+        return tower_features(self._visual, pictures, self._scale)

@@ -1,0 +1,72 @@
+"""What a worker group is asked to do: one `PhaseSpec` per phase, described by files and values only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from umarvel_ray.recipe import Compute, ModelSettings, TrainingPhase
+from umarvel_ray.runs import Run
+
+VISION_CACHE_BYTES = 2**30  # of each worker's host memory
+
+
+class PhaseSpec(NamedTuple):
+    """One phase, from the checkpoint `parent` to the checkpoint `output`.
+
+    Attributes:
+        folder: holds the batch plan, the step log and the records of failures.
+        provenance: what the checkpoint says about itself beside what is measured.
+    """
+
+    name: str
+    phase: TrainingPhase
+    parent: str
+    output: str
+    folder: str
+    settings: ModelSettings
+    compute: Compute
+    seed: int
+    provenance: dict[str, Any]
+
+    @property
+    def plan_path(self) -> Path:
+        return Path(self.folder) / "plan.parquet"
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.folder) / "log.jsonl"
+
+    @property
+    def error_path(self) -> Path:
+        """One line: the user error that ended the phase."""
+        return Path(self.folder) / "error.txt"
+
+    @property
+    def failures_path(self) -> Path:
+        return Path(self.folder) / "failures.jsonl"
+
+    @property
+    def done(self) -> bool:
+        return Path(self.output).exists()
+
+
+def phase_spec(
+    run: Run, name: str, phase: TrainingPhase, parent: str, settings: ModelSettings | None = None
+) -> PhaseSpec:
+    """Phase `name`, trained from the checkpoint of phase `parent` in a run's folder.
+
+    Args:
+        settings: in place of the recipe's `model`.
+    """
+    return PhaseSpec(
+        name=name,
+        phase=phase,
+        parent=str(run.checkpoint(parent)),
+        output=str(run.checkpoint(name)),
+        folder=str(run.dir / "train" / name),
+        settings=settings or run.recipe.model,
+        compute=run.recipe.compute,
+        seed=run.recipe.seed,
+        provenance={"recipe": run.recipe.model_dump(mode="json"), "data": run.recipe.data.root},
+    )
