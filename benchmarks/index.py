@@ -1,10 +1,10 @@
-"""The live index beside its physical limits, on one thread.
+"""The live index against its physical limits, on one thread.
 
-- commits of 1 and of 64 documents, beside writing and syncing the same bytes to a bare file;
-- replay: how fast a replica that starts reads a log, beside reading the same bytes;
-- search in a base with a snapshot and a tail of commits on top, with deletions and filters, beside faiss Flat alone.
+- commits of 1 and of 64 documents, against writing and syncing the same bytes to a plain file;
+- replay: how fast a starting replica reads a log, against reading the same bytes;
+- search over a base with a snapshot and a tail of commits, with deletions and filters, against plain faiss Flat.
 
-    python benchmarks/index.py [rows=100000] [rounds=5]    → benchmarks/results/index.json
+    python -m benchmarks.index [rows=100000] [rounds=5]    → benchmarks/results/index.json
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
-from bench_model import RESULTS, arguments, machine, median_ratio, race
 
+from benchmarks.common.results import RESULTS, integer_arguments, write_result
+from benchmarks.common.timing import Times, alternate, median_ratio
 from umarvel_ray.data.tables import Dataset
 from umarvel_ray.index import Add, Corpus, Delete, IndexWriter, LiveIndex, make_index
 from umarvel_ray.index.log import log_path
 
 D = 384
 PICTURE = os.urandom(4096)
-COMMITS = 200  # in a round
+COMMITS = 200  # per round
 QUERIES = 50
 SOURCES = ("news", "notes", "shop", "wiki")
 
@@ -45,7 +46,7 @@ def documents(vectors: np.ndarray, start: int = 0) -> list[Add]:
 
 
 def bench_commits(folder: Path, batch: int, rounds: int) -> dict[str, Any]:
-    """Our commits, and the same bytes written and synced to a bare file."""
+    """Our commits, and the same bytes written and synced to a plain file."""
     rows = documents(unit_vectors(batch))
     writer = IndexWriter.open(folder / f"commits-{batch}", "model", D, [])
     writer.commit(rows)
@@ -55,52 +56,52 @@ def bench_commits(folder: Path, batch: int, rounds: int) -> dict[str, Any]:
         for _ in range(COMMITS):
             writer.commit(rows)
 
-    with (folder / f"bare-{batch}").open("ab", buffering=0) as bare:
+    with (folder / f"plain-{batch}").open("ab", buffering=0) as plain:
 
-        def bytes_alone() -> None:
+        def write_and_sync() -> None:
             for _ in range(COMMITS):
-                bare.write(frame)
-                os.fdatasync(bare.fileno())
+                plain.write(frame)
+                os.fdatasync(plain.fileno())
 
-        sides = race({"commits": commits, "write and sync": bytes_alone}, rounds)
-    return {"documents": batch, "bytes": len(frame), "commits": COMMITS, **compared(sides, COMMITS)}
+        times = alternate({"commits": commits, "write and sync": write_and_sync}, rounds)
+    return {"documents": batch, "bytes": len(frame), "commits": COMMITS, **compared(times, COMMITS)}
 
 
 def bench_replay(folder: Path, rounds: int) -> dict[str, Any]:
-    """A replica that starts on the log of `bench_commits`, and `read` of the same file."""
+    """A replica starting on the log of `bench_commits`, and a plain read of the same file."""
     log = folder / "commits-64"
     size = log_path(log, 1).stat().st_size
-    sides = race(
+    times = alternate(
         {"replay": lambda: LiveIndex.open(log, "model", D), "read": lambda: log_path(log, 1).read_bytes()}, rounds
     )
-    return {"megabytes": size / 2**20, **compared(sides, size / 2**20)}
+    return {"megabytes": size / 2**20, **compared(times, size / 2**20)}
 
 
 def bench_search(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
-    """All rows in faiss Flat; and 80 % of them in a Flat base, 10 % in a snapshot, 10 % in the tail."""
+    """80 % of the rows in a Flat base, 10 % in a snapshot and 10 % in the tail, against all rows in faiss Flat."""
     vectors, queries = unit_vectors(rows), unit_vectors(rows + QUERIES)[rows:]
     flat = faiss.IndexFlatIP(D)
     flat.add(vectors)
     cuts = int(0.8 * rows), int(0.9 * rows)
-    inside, first, second = documents(vectors[: cuts[0]]), documents(vectors[slice(*cuts)], cuts[0]), cuts[1]
+    inside, snapshot = documents(vectors[: cuts[0]]), documents(vectors[slice(*cuts)], cuts[0])
     table = pa.Table.from_pylist([row.document for row in inside])
     base = Corpus(
         make_index([row.id for row in inside], vectors[: cuts[0]], "Flat"),
         Dataset(folder, table, table, lambda _: table),
     )
     writer = IndexWriter.open(folder / "live", "model", D, base.index.ids)
-    writer.commit(first)
+    writer.commit(snapshot)
     writer.compact()
-    writer.commit(documents(vectors[second:], second))
+    writer.commit(documents(vectors[cuts[1] :], cuts[1]))
     live = LiveIndex.open(folder / "live", "model", D, base)
     for query in queries:
         found = [hit.document["id"] for hit in live.search(query, 10)]
         if found != [str(row) for row in flat.search(query[None], 10)[1][0]]:
-            sys.exit("the live index finds other documents than faiss Flat")
+            sys.exit("the live index and faiss Flat return different documents")
     half = LiveIndex.open(folder / "live", "model", D, base)
     writer.commit([Delete(f"{row}") for row in range(0, rows, 2)])
     half.follow()
-    sides = race(
+    times = alternate(
         {
             "live": lambda: [live.search(query, 10) for query in queries],
             "half deleted": lambda: [half.search(query, 10) for query in queries],
@@ -109,35 +110,34 @@ def bench_search(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
         },
         rounds,
     )
-    return {"rows": rows, "dimension": D, **compared(sides, QUERIES)}
+    return {"rows": rows, "dimension": D, **compared(times, QUERIES)}
 
 
-def compared(taken: dict[str, dict[str, list[float]]], work: float) -> dict[str, Any]:
-    """Work per second of each side at its best, and the share of the last side's speed (median over rounds)."""
-    *_, limit = taken
+def compared(times: Times, work: float) -> dict[str, Any]:
+    """Work per second of each side's best round, and its speed as a share of the last side's (median over rounds)."""
+    *_, limit = times
     shares = {
-        clock: {side: median_ratio(taken[limit][clock], times[clock]) for side, times in taken.items()}
+        clock: {side: median_ratio(times[limit][clock], own[clock]) for side, own in times.items()}
         for clock in ("seconds", "processor_seconds")
     }
-    best = {side: work / min(times["seconds"]) for side, times in taken.items()}
-    return {"per_second": best, "share_of_the_last": shares, "taken": taken}
+    best = {side: work / min(own["seconds"]) for side, own in times.items()}
+    return {"per_second": best, "share_of_limit": shares, "times": times}
 
 
 def main(rows: int = 100_000, rounds: int = 5) -> None:
     faiss.omp_set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=RESULTS) as name:  # a disk, where the system's own may be memory
+    with tempfile.TemporaryDirectory(dir=RESULTS) as name:  # on a disk; /tmp may be in memory
         folder = Path(name)
         figures = {
-            "machine": machine(),
             "commit of 1": bench_commits(folder, 1, rounds),
             "commit of 64": bench_commits(folder, 64, rounds),
             "replay": bench_replay(folder, rounds),
             "search": bench_search(folder, rows, rounds),
         }
-    (RESULTS / "index.json").write_text(json.dumps(figures, indent=1) + "\n")
-    for part in list(figures)[1:]:
-        print(part, json.dumps({key: value for key, value in figures[part].items() if key != "taken"}, indent=1))
+    write_result("index", figures)
+    for name, part in figures.items():
+        print(name, json.dumps({key: value for key, value in part.items() if key != "times"}, indent=1))
 
 
 if __name__ == "__main__":
-    main(**arguments(sys.argv[1:]))
+    main(**integer_arguments(sys.argv[1:]))

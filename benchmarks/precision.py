@@ -1,23 +1,19 @@
-"""Low precision: how fast the demo's checkpoint embeds in fp32, bf16 and int8, and what recall each of them loses.
+"""Low precision: how fast the demo's checkpoint embeds in fp32, bf16 and int8, and how much recall each one loses.
 
-The same sample of the test split's queries and pools for all three (a CPU without bf16 arithmetic takes many times as
-long with it), so recall is that of small pools: compare it with fp32's alone. int8: the weights of the
-language model's linear layers.
+All three embed the same sample of the test split's queries and pools, because bf16 takes many times as long on a CPU
+without bf16 arithmetic. Small pools raise recall, so compare it with fp32 only. int8 means the weights of the language
+model's linear layers.
 
-    python benchmarks/precision.py [recipe=demo] [step=distillation] [items=1000]   → benchmarks/results/precision.json
+    python -m benchmarks.precision [recipe=demo] [phase=distillation] [items=1000]  → benchmarks/results/precision.json
 """
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
-import time
-from pathlib import Path
 
-import torch
-from local_recall import LocalPools
-
+from benchmarks.common.protocol import Protocol
+from benchmarks.common.results import text_arguments, write_result
+from benchmarks.common.timing import measure
 from umarvel_ray import Embedder
 from umarvel_ray.data.sample import sample_queries, with_sampled_pools
 from umarvel_ray.data.tables import Dataset, item_of, open_dataset
@@ -25,39 +21,46 @@ from umarvel_ray.recipe import load_recipe
 from umarvel_ray.retrieve.metrics import mean
 from umarvel_ray.runs import Run
 
-RESULTS = Path(__file__).parent / "results" / "precision.json"
 SEED = 0
 
 
 def sampled(data: Dataset, split: str, items: int) -> Dataset:
-    """About so many items: a quarter queries, half documents from all pools alike, and the queries' positives."""
+    """About `items` items: a quarter queries, half documents drawn from all pools, and the queries' positives."""
     data = data.with_queries(split, sample_queries(data.queries(split), items // 4, SEED))
     return with_sampled_pools(data, split, items // (2 * len(data.tasks(split))), SEED)
 
 
-def main(source: str, step: str, items: int) -> None:
-    run = Run.open(load_recipe(source))
+def main(recipe: str = "demo", phase: str = "distillation", items: str = "1000") -> None:
+    run = Run.open(load_recipe(recipe))
     settings = run.recipe.evaluate
-    data = sampled(open_dataset(run.recipe.data), settings.split, items)
-    found = {}
+    protocol = Protocol(sampled(open_dataset(run.recipe.data), settings.split, int(items)), settings, settings.split)
+    documents = [item_of(row) for row in protocol.documents]
+    queries = {task: [item_of(row) for row in rows] for task, rows in protocol.queries.items()}
+    count = len(documents) + sum(map(len, queries.values()))
+    figures: dict[str, dict[str, float]] = {}
     for precision in ("float32", "bfloat16", "int8"):
-        embedder = Embedder.from_pretrained(run.checkpoint(step), dtype=precision)
-        begin = time.perf_counter()
-        pools = LocalPools(embedder, data, settings)
-        queries = pools.queries()
-        vectors = {task: embedder.encode_query([item_of(row) for row in rows]) for task, rows in queries.items()}
-        seconds = time.perf_counter() - begin
-        count = len(pools.ids) + sum(map(len, queries.values()))
-        recall = mean([pools.recall(task, rows, vectors[task]) for task, rows in queries.items()])
-        found[precision] = {"items_per_s": count / seconds, "recall": recall}
-        lost = found[precision]["recall_lost"] = found["float32"]["recall"] - recall
-        said = f"{count / seconds:7.1f} items/s   average local recall {recall:.4f}, {lost:+.4f} lost"
-        print(f"{precision:9} {said}", flush=True)
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    record = {"checkpoint": step, "items": count, "precision": found, "versions": versions}
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        embedder = Embedder.from_pretrained(run.checkpoint(phase), "cpu", precision)
+        vectors = {}
+
+        def embed(embedder: Embedder = embedder, vectors: dict = vectors) -> None:
+            vectors["documents"] = embedder.encode_document(documents)
+            vectors["queries"] = {task: embedder.encode_query(side) for task, side in queries.items()}
+
+        seconds = measure(embed)["seconds"]
+        recall = mean(
+            [
+                protocol.recall(task, rows, vectors["queries"][task], vectors["documents"])
+                for task, rows in protocol.queries.items()
+            ]
+        )
+        lost = figures["float32"]["recall"] - recall if figures else 0.0
+        figures[precision] = {"items_per_s": count / seconds, "recall": recall, "recall_lost": lost}
+        print(
+            f"{precision:9} {count / seconds:7.1f} items/s   average local recall {recall:.4f}, {lost:+.4f} lost",
+            flush=True,
+        )
+    write_result("precision", {"checkpoint": phase, "items": count, "precision": figures})
 
 
 if __name__ == "__main__":
-    given = dict(word.split("=", 1) for word in sys.argv[1:])
-    main(given.get("recipe", "demo"), given.get("step", "distillation"), int(given.get("items", 1000)))
+    main(**text_arguments(sys.argv[1:]))

@@ -1,10 +1,10 @@
-"""Reranking, side by side on the CPU in fp32: each query with a picture is scored against 50 texts.
+"""Reranking on the CPU in fp32: each query, a picture, is scored against 50 texts.
 
 - ours: `Reranker.score`, which reads the query once for all its candidates;
-- whole pairs: the same model on each pair's whole conversation, in batches under the same token budget. It is given the
-  query picture's features instead of running the tower for every pair, which favours it.
+- whole pairs: the same model on each pair's whole conversation, in batches with the same token budget. It gets the
+  query picture's features for free instead of running the vision tower for every pair, which favors it.
 
-    python benchmarks/rerank.py [queries=2] [documents=50] [rounds=3]     → benchmarks/results/rerank.json
+    python -m benchmarks.rerank [queries=2] [documents=50] [rounds=3]     → benchmarks/results/rerank.json
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_model import SETTINGS, SHAPE, ItemMaker, arguments, make_model, race, report
 from torch.nn import functional as F
 
+from benchmarks.common.items import ItemMaker
+from benchmarks.common.results import integer_arguments, report_comparison
+from benchmarks.common.small_model import SETTINGS, SHAPE, make_model
+from benchmarks.common.timing import alternate
 from umarvel_ray.items.pair_encoder import PairEncoder
 from umarvel_ray.model.batch import PairBatch, collate_pairs, token_buckets
 from umarvel_ray.model.reranker import Reranker, RerankerModel
 from umarvel_ray.model.vision_cache import VisionCache
 
 OURS, WHOLE = "umarvel-ray", "whole pairs"
-WANTED = {WHOLE: 3.0}
+TARGETS = {WHOLE: 3.0}
 INSTRUCTION = "Find a text that describes the thing in the picture."
 TOKEN_BUDGET = 2048
 
@@ -47,7 +50,7 @@ def score_whole(reranker: Reranker, query: dict, documents: list[dict]) -> np.nd
 def answer_logits(
     model: RerankerModel, batch: PairBatch, visual: dict[str, torch.Tensor], yes_no: tuple[int, int]
 ) -> torch.Tensor:
-    """Logits of Yes and No after the last token (B, 2), by transformers' model alone."""
+    """Logits of Yes and No after the last token (B, 2), computed by transformers' model only."""
     core = model.backbone.model
     embeds = core.get_input_embeddings()(batch.input_ids)
     is_image = (batch.input_ids == core.config.image_token_id).unsqueeze(-1)
@@ -63,8 +66,8 @@ def main(queries: int = 2, documents: int = 50, rounds: int = 3) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         maker = ItemMaker(folder / "pictures")
-        asked = [maker.item("image") | {"instruction": INSTRUCTION} for _ in range(queries)]
-        texts = [[maker.item("short text") for _ in range(documents)] for _ in asked]
+        pictures = [maker.item("image") | {"instruction": INSTRUCTION} for _ in range(queries)]
+        texts = [[maker.item("short text") for _ in range(documents)] for _ in pictures]
         path = make_model(folder / "model")
         model = RerankerModel.from_pretrained(path, SETTINGS)
         reranker = Reranker(model, PairEncoder.from_pretrained(path, SETTINGS, SETTINGS.max_text_tokens))
@@ -72,25 +75,25 @@ def main(queries: int = 2, documents: int = 50, rounds: int = 3) -> None:
 
         def ours() -> None:
             reranker.vision = VisionCache(2**30)
-            scores[OURS] = np.stack([reranker.score(*each, TOKEN_BUDGET) for each in zip(asked, texts, strict=True)])
+            scores[OURS] = np.stack([reranker.score(*pair, TOKEN_BUDGET) for pair in zip(pictures, texts, strict=True)])
 
         def whole() -> None:
-            scores[WHOLE] = np.stack([score_whole(reranker, *each) for each in zip(asked, texts, strict=True)])
+            scores[WHOLE] = np.stack([score_whole(reranker, *pair) for pair in zip(pictures, texts, strict=True)])
 
-        taken = race({OURS: ours, WHOLE: whole}, rounds)
-        query = [reranker.encoder.encode_query(item).length for item in asked]
+        times = alternate({OURS: ours, WHOLE: whole}, rounds)
+        query = [reranker.encoder.encode_query(item).length for item in pictures]
         candidate = [reranker.encoder.encode_document(item).length for side in texts for item in side]
-    report(
+    report_comparison(
         "rerank",
         f"{SHAPE}. {queries} queries of {min(query)} to {max(query)} tokens, each with {documents} candidates of "
-        f"{min(candidate)} to {max(candidate)}; {TOKEN_BUDGET} tokens a batch; scores from {scores[OURS].min():.3f} to "
-        f"{scores[OURS].max():.3f}",
+        f"{min(candidate)} to {max(candidate)}; {TOKEN_BUDGET} tokens per batch; scores from "
+        f"{scores[OURS].min():.3f} to {scores[OURS].max():.3f}",
         {"pairs": queries * documents},
-        taken,
-        WANTED,
+        times,
+        TARGETS,
         {"scores": float(np.abs(scores[OURS] - scores[WHOLE]).max())},
     )
 
 
 if __name__ == "__main__":
-    main(**arguments(sys.argv[1:]))
+    main(**integer_arguments(sys.argv[1:]))

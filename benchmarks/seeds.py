@@ -1,25 +1,22 @@
-"""The demo's ladder over several seeds: mean and range of every step's average recall, local and global.
+"""The demo's ladder over several seeds: mean and range of every checkpoint's recall, local and global.
 
-python benchmarks/seeds.py 42 1 2      # runs `umarvel demo` for each seed that has no finished run yet
-                                       → benchmarks/results/seeds.json
+Runs `umarvel demo` for each seed that has no finished run yet.
+
+    python -m benchmarks.seeds 42 1 2      → benchmarks/results/seeds.json
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from umarvel_ray.recipe import load_recipe
 
-RESULTS = Path(__file__).parent / "results" / "seeds.json"
-
 
 def ladder_of(seed: int) -> list[dict]:
-    """metrics.json of the demo with a seed; the run is made, or finished, first."""
+    """The ladder in the report of the demo with this seed; the run is started or resumed first."""
     changes = [f"seed={seed}", f"output=runs/demo-seed-{seed}"]
     subprocess.run([Path(sys.executable).parent / "umarvel", "demo", *changes], check=True)
     return json.loads((load_recipe("demo", changes).run_dir / "report" / "metrics.json").read_text())["ladder"]
@@ -27,20 +24,17 @@ def ladder_of(seed: int) -> list[dict]:
 
 def main(seeds: list[int]) -> None:
     ladders = {seed: ladder_of(seed) for seed in seeds}
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        **{name: version(name) for name in ("torch", "transformers", "ray", "deepspeed")},
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "ladders": ladders}, indent=1) + "\n")
-    steps = [row["step"] for row in ladders[seeds[0]]]
+    # Imported now: `memory.py` measures this process too, and these import torch.
+    from benchmarks.common.results import print_table, write_result
+
+    write_result("seeds", {"ladders": ladders})
+    rows = ladders[seeds[0]]
     for scope in ("local", "global"):
-        tasks = ladders[seeds[0]][0][scope]
-        print(f"\n| {scope}, mean of seeds {seeds} (range) | " + " | ".join(steps) + " |\n|---|" + "---:|" * len(steps))
-        for task in tasks:
-            values = [[ladders[seed][n][scope][task] for seed in seeds] for n in range(len(steps))]
-            cells = (f"{sum(v) / len(v):.3f} ({max(v) - min(v):.3f})" for v in values)
-            print(f"| {task} | " + " | ".join(cells) + " |")
+        table = []
+        for task in rows[0][scope]:
+            values = [[ladders[seed][n][scope][task] for seed in seeds] for n in range(len(rows))]
+            table.append((task, *(f"{sum(v) / len(v):.3f} ({max(v) - min(v):.3f})" for v in values)))
+        print_table((f"{scope}, mean of seeds {seeds} (range)", *(row["step"] for row in rows)), table)
 
 
 if __name__ == "__main__":

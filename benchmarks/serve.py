@@ -1,18 +1,18 @@
 # ruff: noqa: E402
-"""Serving mixed items over HTTP, side by side on the CPU: our service, a plain deployment, and the library in-process.
+"""Serving mixed items over HTTP on the CPU: our service, a plain deployment, and the library in-process.
 
 - raw: `Embedder.encode_document` in a process without a server, all items in one call;
-- ours: the service of serve/config.yaml without reranker and index, its cache off;
+- ours: the service of serve/config.yaml without reranker and index, with its cache off;
 - plain: a `@serve.deployment` that does the same for one request at a time;
-- empty: two deployments, one asking the other, that read a request and do nothing: what Serve itself takes.
+- empty: two chained deployments that read a request and do nothing, which is the cost of Serve itself.
 
-The client is another process (serve_load.py). One round after another: requests of 16 items from 4 clients; single
-items from 32 clients; short texts one by one, against the model's own time for the same texts. Then single items
-arriving at random at 60 % of the raw rate (open loop).
+The client is a separate process (common/load_client.py). Each round measures requests of 16 items from 4 clients,
+single items from 32 clients, and short texts one by one against the model's own time for them. At the end, single items
+arrive at random at 60 % of the raw rate (open loop).
 
-    python benchmarks/serve.py [items=384] [rounds=3]       → benchmarks/results/serve.json
-    RAY_SERVE_ENABLE_HA_PROXY=1 python benchmarks/serve.py  → benchmarks/results/serve-haproxy.json
-    python benchmarks/serve.py items=2048 gpu=1             → results/serve-gpu.json: Qwen2-VL-2B's layers, bf16
+    python -m benchmarks.serve [items=384] [rounds=3]           → benchmarks/results/serve.json
+    RAY_SERVE_ENABLE_HA_PROXY=1 python -m benchmarks.serve      → benchmarks/results/serve-haproxy.json
+    python -m benchmarks.serve items=2048 gpu=1                 → serve-gpu.json there: Qwen2-VL-2B's layers, bf16
 """
 
 from __future__ import annotations
@@ -29,24 +29,20 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-if sys.path[0] == str(HERE):  # then `serve` would be this file, here and in Ray's workers
-    os.chdir(HERE.parent)
-    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.serve", *sys.argv[1:]])
-sys.path.append(str(HERE))
-
 from umarvel_ray.ray_session import prepare_environment, start_ray
 
 prepare_environment()  # before ray is imported
 
 import numpy as np
 import torch
-from bench_model import RESULTS, SETTINGS, SHAPE, ItemMaker, arguments, machine, make_model
-from gpu_model import config_of, rope_of
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 
+from benchmarks.common.gpu_model import config_of, rope_of
+from benchmarks.common.items import ItemMaker
+from benchmarks.common.results import integer_arguments, print_table, write_result
+from benchmarks.common.small_model import SETTINGS, SHAPE, make_model
 from umarvel_ray import Embedder
 from umarvel_ray.model.checkpoint import save_checkpoint
 from umarvel_ray.model.embedding_model import EmbeddingModel
@@ -54,24 +50,24 @@ from umarvel_ray.serving.app import build
 from umarvel_ray.serving.settings import Service
 
 GROUP, CLIENTS, SINGLES = 16, 4, 32
-OPEN_SHARE = 0.6
-SMALL = 40  # short texts, one by one
-TEXT_ROUNDS = 3  # of a round: what is measured in milliseconds is measured often
+OPEN_LOOP_SHARE = 0.6  # of the raw rate
+SHORT_TEXTS = 40
+TEXT_ROUNDS = 3  # per round, because latencies of milliseconds vary more
 PORT = 8017
-WANTED = {"16 items: ours / raw": 0.8, "single items: ours / raw": 0.5, "single items: ours / plain": 1.5}
-WANTED_GPU = {"16 items: ours / raw": 0.85, "single items: ours / plain": 5}
+TARGETS = {"16 items: ours / raw": 0.8, "single items: ours / raw": 0.5, "single items: ours / plain": 1.5}
+TARGETS_GPU = {"16 items: ours / raw": 0.85, "single items: ours / plain": 5}
 GPU_SHAPE = "Qwen2-VL-2B's layers, random weights, bf16; a picture is up to 100 tokens"
-WANTED_OVERHEAD_MS = 10
-# Serve's defaults for the plain deployment, where `prepare_environment` sets others for ours.
+TARGET_OVERHEAD_MS = 10
+# The plain deployment keeps Serve's default, which `prepare_environment` changes for ours.
 DEFAULTS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1"}
-NO_ACCESS_LOG = {"enable_access_log": False}  # of Serve's own, as in serve/config.yaml
+NO_ACCESS_LOG = {"enable_access_log": False}  # Serve's own, as in serve/config.yaml
 
 
 @ray_serve.deployment(
     max_ongoing_requests=100, ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": DEFAULTS}}
 )
 class Plain:
-    """What one writes first: a request is read, embedded and answered before the next."""
+    """The obvious deployment: each request is read, embedded and answered before the next."""
 
     def __init__(self, path: str, device: str, dtype: str) -> None:
         torch.set_num_threads(torch.multiprocessing.cpu_count())
@@ -93,31 +89,35 @@ class Nothing:
 
 @ray_serve.deployment(max_ongoing_requests=100, ray_actor_options={"num_cpus": 0.1})
 class Empty:
-    def __init__(self, behind: DeploymentHandle) -> None:
-        self._behind = behind
+    def __init__(self, next_deployment: DeploymentHandle) -> None:
+        self._next = next_deployment
 
     async def __call__(self, request: Request) -> int:
-        return await self._behind.remote((await request.json())["input"])
+        return await self._next.remote((await request.json())["input"])
 
 
 def body(items: list[dict[str, str]]) -> str:
-    """A request as clients send it, pictures as data URIs."""
-    sent = [
+    """A request body as clients send it, with pictures as data URIs."""
+    inputs = [
         item | {"image": "data:image/jpeg;base64," + base64.b64encode(Path(item["image"]).read_bytes()).decode()}
         if "image" in item
         else item
         for item in items
     ]
-    return json.dumps({"input": sent, "input_type": "document"})
+    return json.dumps({"input": inputs, "input_type": "document"})
 
 
-def load(url: str, bodies: list[str], folder: Path, **how: float) -> dict[str, Any]:
-    """Run the client; its latencies, seconds and refusals."""
+def load(url: str, bodies: list[str], folder: Path, **pattern: float) -> dict[str, Any]:
+    """Run the client; what it prints: latencies, seconds and failed requests.
+
+    Args:
+        pattern: `clients` or `per_second`, see common/load_client.py.
+    """
     file = folder / "bodies.json"
     file.write_text(json.dumps(bodies))
-    asked = json.dumps({"url": url, "bodies": str(file), **how})
-    client = [sys.executable, str(Path(__file__).with_name("serve_load.py"))]
-    return json.loads(subprocess.run(client, input=asked, capture_output=True, text=True, check=True).stdout)
+    request = json.dumps({"url": url, "bodies": str(file), **pattern})
+    client = [sys.executable, str(Path(__file__).parent / "common" / "load_client.py")]
+    return json.loads(subprocess.run(client, input=request, capture_output=True, text=True, check=True).stdout)
 
 
 def percentiles(latencies: list[float]) -> dict[str, float]:
@@ -125,7 +125,7 @@ def percentiles(latencies: list[float]) -> dict[str, float]:
 
 
 def batch_fill(address: str) -> dict[str, float]:
-    """Requests and tokens of a mean batch since the service started, by its /metrics."""
+    """Mean requests and tokens per batch since the service started, from its /metrics."""
     page = urllib.request.urlopen(f"{address}/metrics").read().decode().splitlines()
     sums = dict.fromkeys(("umarvel_batches", "umarvel_batch_requests", "umarvel_batch_tokens"), 0.0)
     for line in page:
@@ -137,7 +137,7 @@ def batch_fill(address: str) -> dict[str, float]:
 
 
 def make_checkpoint(folder: Path, gpu: bool) -> Path:
-    """What is served: `bench_model`'s model, or the layers of Qwen2-VL-2B around the same tokenizer and patches."""
+    """The small model, or the layers of Qwen2-VL-2B with the same tokenizer and patches."""
     if gpu:
         config = config_of("2b")
         text = config["text_config"] | {"rope_parameters": rope_of(config["text_config"])}
@@ -152,7 +152,7 @@ def main(items: int = 384, rounds: int = 3, gpu: int = 0) -> None:
     with tempfile.TemporaryDirectory() as name, start_ray():
         folder = Path(name)
         maker = ItemMaker(folder / "pictures")
-        given = maker.items(items)
+        made = maker.items(items)
         checkpoint = make_checkpoint(folder, bool(gpu))
         device, dtype = ("cuda", "bfloat16") if gpu else ("cpu", "float32")
         raw = Embedder.from_pretrained(checkpoint, device, dtype)
@@ -166,18 +166,18 @@ def main(items: int = 384, rounds: int = 3, gpu: int = 0) -> None:
         ):
             ray_serve.run(app, name=side, route_prefix=path, logging_config=NO_ACCESS_LOG)
         ours, plain, empty = f"{address}/v1/embeddings", f"{address}/plain", f"{address}/empty"
-        groups = [body(given[start : start + GROUP]) for start in range(0, items, GROUP)]
-        singles = [body([item]) for item in given]
-        texts = [maker.short_text() for _ in range(SMALL)]
-        check_answers(ours, groups[0], raw.encode_document(given[:GROUP]), atol=1e-2 if gpu else 1e-5)
+        groups = [body(made[start : start + GROUP]) for start in range(0, items, GROUP)]
+        singles = [body([item]) for item in made]
+        texts = [maker.short_text() for _ in range(SHORT_TEXTS)]
+        check_answers(ours, groups[0], raw.encode_document(made[:GROUP]), atol=1e-2 if gpu else 1e-5)
 
         rates: dict[str, list[float]] = {name: [] for name in ("raw", "ours, 16", "ours, 1", "plain, 1", "plain, 16")}
         latencies: dict[str, list[float]] = {}
-        small = [body([{"text": text}]) for text in texts]
+        text_bodies = [body([{"text": text}]) for text in texts]
         alone: dict[str, list[float]] = {"model": [], "ours": [], "empty": []}  # p50 of a round, ms
         for _ in range(rounds):
             begin = time.perf_counter()
-            raw.encode_document(given)
+            raw.encode_document(made)
             rates["raw"].append(items / (time.perf_counter() - begin))
             for side, url, bodies, clients in (
                 ("ours, 16", ours, groups, CLIENTS),
@@ -187,15 +187,15 @@ def main(items: int = 384, rounds: int = 3, gpu: int = 0) -> None:
             ):
                 done = load(url, bodies, folder, clients=clients)
                 if done["failed"]:
-                    sys.exit(f"{side}: answers {set(done['failed'])}")
+                    sys.exit(f"{side}: failed with status {set(done['failed'])}")
                 rates[side].append(items / done["seconds"])
                 latencies.setdefault(side, []).extend(done["latencies"])
                 print(f"  {side}: {rates[side][-1]:.1f} items/s", flush=True)
             for _ in range(TEXT_ROUNDS):
                 for side, url in (("ours", ours), ("empty", empty)):
-                    took = load(url, small, folder, clients=1)["latencies"]
-                    alone[side].append(percentiles(took)["p50_ms"])
-                    latencies.setdefault(f"a text, {side}", []).extend(took)
+                    seconds = load(url, text_bodies, folder, clients=1)["latencies"]
+                    alone[side].append(percentiles(seconds)["p50_ms"])
+                    latencies.setdefault(f"a text, {side}", []).extend(seconds)
                 own = []
                 for text in texts:
                     begin = time.perf_counter()
@@ -203,7 +203,7 @@ def main(items: int = 384, rounds: int = 3, gpu: int = 0) -> None:
                     own.append(time.perf_counter() - begin)
                 alone["model"].append(percentiles(own)["p50_ms"])
         fill = batch_fill(address)
-        rate = OPEN_SHARE * statistics.median(rates["raw"])
+        rate = OPEN_LOOP_SHARE * statistics.median(rates["raw"])
         for side, url in (("ours, open loop", ours), ("plain, open loop", plain)):
             done = load(url, singles, folder, per_second=rate)
             latencies[side] = done["latencies"]
@@ -211,10 +211,10 @@ def main(items: int = 384, rounds: int = 3, gpu: int = 0) -> None:
     report(items, rates, latencies, fill, alone, bool(gpu))
 
 
-def check_answers(url: str, sent: str, expected: np.ndarray, atol: float) -> None:
-    request = urllib.request.Request(url, sent.encode(), {"Content-Type": "application/json"})
-    found = [row["embedding"] for row in json.load(urllib.request.urlopen(request))["data"]]
-    np.testing.assert_allclose(found, expected, atol=atol)
+def check_answers(url: str, request_body: str, expected: np.ndarray, atol: float) -> None:
+    request = urllib.request.Request(url, request_body.encode(), {"Content-Type": "application/json"})
+    vectors = [row["embedding"] for row in json.load(urllib.request.urlopen(request))["data"]]
+    np.testing.assert_allclose(vectors, expected, atol=atol)
 
 
 def report(
@@ -234,26 +234,27 @@ def report(
         "single items: ours / plain": ratio("ours, 1", "plain, 1"),
         "16 items: ours / plain": ratio("ours, 16", "plain, 16"),
     }
-    took = {side: percentiles(seconds) for side, seconds in latencies.items()}
-    shape, wanted = (GPU_SHAPE, WANTED_GPU) if gpu else (SHAPE, WANTED)
-    where = machine() | ({"gpu": torch.cuda.get_device_name()} if gpu else {})
-    print(f"\n{shape}. {items} items\n{where}\n\n| side | items/s | p50 ms | p99 ms |\n|---|---:|---:|---:|")
-    for side in dict.fromkeys([*rates, *took]):
+    latency = {side: percentiles(seconds) for side, seconds in latencies.items()}
+    shape, targets = (GPU_SHAPE, TARGETS_GPU) if gpu else (SHAPE, TARGETS)
+    print(f"\n{shape}. {items} items")
+    rows = []
+    for side in dict.fromkeys([*rates, *latency]):
         cells = [f"{statistics.median(rates[side]):.1f}" if side in rates else ""]
-        cells += [f"{value:.0f}" for value in took.get(side, {}).values()] or ["", ""]
-        print(f"| {side} | " + " | ".join(cells) + " |")
+        cells += [f"{value:.0f}" for value in latency.get(side, {}).values()] or ["", ""]
+        rows.append((side, *cells))
+    print_table(("side", "items/s", "p50 ms", "p99 ms"), rows)
     for name, value in ratios.items():
-        print(f"{name}: {value:.2f}" + (f" (wanted {wanted[name]})" if name in wanted else ""))
+        print(f"{name}: {value:.2f}" + (f" (target {targets[name]})" if name in targets else ""))
     overhead = statistics.median(ours - own for ours, own in zip(alone["ours"], alone["model"], strict=True))
-    print(f"a short text alone, p50 of each round in ms: {alone}")
-    print(f"more than in the model: {overhead:.1f} ms (wanted {WANTED_OVERHEAD_MS})")
-    print(f"a mean batch: {fill}")
+    print(f"short texts one by one, p50 of each round in ms: {alone}")
+    print(f"overhead over the model: {overhead:.1f} ms (target {TARGET_OVERHEAD_MS})")
+    print(f"mean batch: {fill}")
     file = "serve-gpu" if gpu else "serve-haproxy" if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else "serve"
-    figures = {"machine": where, "setting": shape, "items": items, "rates": rates, "latency": took,
-               "ratios": ratios, "wanted": wanted, "batch": fill,
+    figures = {"setting": shape, "items": items, "rates": rates, "latency": latency,
+               "ratios": ratios, "targets": targets, "batch": fill,
                "alone": alone, "overhead_ms": overhead}  # fmt: skip
-    (RESULTS / f"{file}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_result(file, figures)
 
 
 if __name__ == "__main__":
-    main(**arguments(sys.argv[1:]))
+    main(**integer_arguments(sys.argv[1:]))

@@ -1,23 +1,22 @@
-"""Contrastive training from picture files, side by side on the CPU in fp32, one process each.
+"""Contrastive training from picture files on the CPU in fp32, all sides in one process.
 
 - ours: `embedding_step` under DeepSpeed, with all graphs kept (`gradient_cache: false`) and with the gradient cache;
 - sentence-transformers 6: `CachedMultipleNegativesRankingLoss` with its own mini-batches of 32, each side padded to its
   longest item;
-- reference's way: queries and documents as one batch padded to its longest item, forward in chunks of 32, the whole
+- as the reference: queries and documents as one batch padded to its longest item, forward in chunks of 32, the whole
   similarity matrix.
 
-Same weights, same pairs, same LoRA on the language model (the tower is frozen), same clipping and AdamW; InfoNCE in one
-direction at a fixed temperature; every step begins with files and texts and ends with the optimiser's step. The losses
-of all steps of the first round are compared. Pictures are met once, so ours remembers none from an earlier step. All
+All use the same weights, pairs, LoRA on the language model (the vision tower is frozen), clipping and AdamW, and
+InfoNCE in one direction at a fixed temperature. A step starts from files and texts and ends with the optimizer step.
+The losses of all steps of the first round are compared. No picture occurs twice, so our vision cache never hits. All
 sides resize with Pillow, so that losses can agree.
 
-    PYTHONPATH=.venv/speed python benchmarks/train.py [pairs=48] [steps=2] [rounds=2]    → benchmarks/results/train.json
-    pip install --no-deps --target .venv/speed -r requirements-speed.lock     (before; `make bench` does it)
+    PYTHONPATH=.venv/speed python -m benchmarks.train [pairs=48] [steps=2] [rounds=2]    → benchmarks/results/train.json
+    pip install --no-deps --target .venv/speed -r requirements-speed.lock     (first; `make bench` does it)
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,8 +24,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_model import SETTINGS, SHAPE, ItemMaker, arguments, make_model, make_peer_model, race, report
-from bench_peers import (
+from peft import inject_adapter_in_model
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.common.items import ItemMaker
+from benchmarks.common.padded_peers import (
     embed_padded,
     open_pictures,
     pillow_processor,
@@ -34,11 +38,10 @@ from bench_peers import (
     sentence_transformer,
     split_padded,
 )
-from peft import inject_adapter_in_model
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-from torch import nn
-from torch.nn import functional as F
-
+from benchmarks.common.process_group import start_process_group
+from benchmarks.common.results import integer_arguments, report_comparison
+from benchmarks.common.small_model import SETTINGS, SHAPE, make_model, make_peer_model
+from benchmarks.common.timing import CPU, alternate
 from umarvel_ray.items.encoder import ItemEncoder
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.lora import add_lora, lora_config
@@ -49,8 +52,9 @@ from umarvel_ray.train.embedding_step import Passes, TemperedEmbedder, embedding
 from umarvel_ray.train.engine import make_engine, start_step, take_step
 from umarvel_ray.train.frozen_tower import FrozenTower
 
-OURS, CACHED, PEER, REFERENCE = "umarvel-ray", "umarvel-ray, cached", "sentence-transformers, cached", "reference's way"
-WANTED = {PEER: 2.0, REFERENCE: 2.0}
+OURS, CACHED = "umarvel-ray", "umarvel-ray, cached"
+PEER, REFERENCE = "sentence-transformers, cached", "as the reference"
+TARGETS = {PEER: 2.0, REFERENCE: 2.0}
 PAIRS = (
     ("short text", "image"),
     ("image", "long text"),
@@ -58,7 +62,7 @@ PAIRS = (
     ("short text", "image+text"),
     ("short text", "long text"),
 )
-STEP = ContrastivePhase(queries="pairs", batch_size=1, learning_rate=1e-3, lora=Lora(r=16, alpha=32, dropout=0.0))
+PHASE = ContrastivePhase(queries="pairs", batch_size=1, learning_rate=1e-3, lora=Lora(r=16, alpha=32, dropout=0.0))
 TEMPERATURE = 0.05
 TOKEN_BUDGET = 1024
 CHUNK = 32
@@ -71,18 +75,18 @@ StepOf = Callable[[Side, Side], float]  # queries and their documents → loss
 def our_side(path: Path, cached: bool) -> StepOf:
     encoder = ItemEncoder.from_pretrained(path, SETTINGS)
     model = EmbeddingModel.from_pretrained(path, SETTINGS, temperature=TEMPERATURE)
-    add_lora(model, STEP.lora, SEED)
+    add_lora(model, PHASE.lora, SEED)
     model.log_temperature.requires_grad_(False)
     module = TemperedEmbedder(model, (-10.0, 10.0)).train()
     tower = FrozenTower(model.backbone, model.scale, "cpu")
-    engine = make_engine(module, STEP, Compute(zero_stage=0, dtype="float32"))
+    engine = make_engine(module, PHASE, Compute(zero_stage=0, dtype="float32"))
     passes = Passes(TOKEN_BUDGET, cached)
 
     def step(queries: Side, documents: Side) -> float:
         cache = VisionCache(2**30)
         targets = torch.arange(len(queries))
         relevant = torch.eye(len(queries), dtype=torch.bool)
-        start_step(engine, STEP.learning_rate)
+        start_step(engine, PHASE.learning_rate)
         encoded = [[encoder.encode(item, "document") for item in side] for side in (queries, documents)]
         loss, _ = embedding_step(
             engine,
@@ -99,7 +103,7 @@ def our_side(path: Path, cached: bool) -> StepOf:
 
 
 def peer_side(path: Path) -> StepOf:
-    """sentence-transformers' model and loss, in the shortest loop: its trainer would add to the time."""
+    """sentence-transformers' model and loss in a minimal loop, because its trainer would add to the time."""
     peer = sentence_transformer(path).train()
     loss_of = CachedMultipleNegativesRankingLoss(peer, scale=1 / TEMPERATURE, mini_batch_size=CHUNK)
     update = adapted(peer[0].model)
@@ -135,31 +139,26 @@ def reference_side(path: Path) -> StepOf:
 
 
 def adapted(model: nn.Module) -> Callable[[], None]:
-    """Put our adapters into another library's model, in place; returns the optimiser's step, with our clipping."""
+    """Put our adapters into another library's model, in place, and return its optimizer step, with our clipping."""
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        inject_adapter_in_model(lora_config(STEP.lora), model)
+        inject_adapter_in_model(lora_config(PHASE.lora), model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=STEP.learning_rate, betas=STEP.adam_betas, eps=STEP.adam_eps, weight_decay=STEP.weight_decay
+        trained, lr=PHASE.learning_rate, betas=PHASE.adam_betas, eps=PHASE.adam_eps, weight_decay=PHASE.weight_decay
     )
 
     def update() -> None:
-        nn.utils.clip_grad_norm_(trained, STEP.clip_norm)
+        nn.utils.clip_grad_norm_(trained, PHASE.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     return update
 
 
-def one_process_group() -> None:
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-
-
 def main(pairs: int = 48, steps: int = 2, rounds: int = 2) -> None:
-    one_process_group()
+    start_process_group(CPU)
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -175,17 +174,16 @@ def main(pairs: int = 48, steps: int = 2, rounds: int = 2) -> None:
         }
 
         def run(name: str) -> None:
-            found = [sides[name](*batch) for batch in batches]
-            losses.setdefault(name, found)
+            losses.setdefault(name, [sides[name](*batch) for batch in batches])
 
-        taken = race({name: partial(run, name) for name in sides}, rounds)
-    report(
+        times = alternate({name: partial(run, name) for name in sides}, rounds)
+    report_comparison(
         "train",
-        f"{SHAPE}. {steps} steps of {pairs} pairs, {sum(lengths)} tokens ({min(lengths)} to {max(lengths)} an item)",
+        f"{SHAPE}. {steps} steps of {pairs} pairs, {sum(lengths)} tokens ({min(lengths)} to {max(lengths)} per item)",
         {"tokens": sum(lengths), "pairs": pairs * steps},
-        taken,
-        WANTED,
-        {f"losses of {name}": difference(found, losses[OURS]) for name, found in losses.items() if name != OURS},
+        times,
+        TARGETS,
+        {f"losses of {name}": difference(values, losses[OURS]) for name, values in losses.items() if name != OURS},
         losses=losses,
     )
 
@@ -195,9 +193,9 @@ def item_lengths(path: Path, items: Side) -> list[int]:
     return [encoder.encode(item, "document").length for item in items]
 
 
-def difference(found: list[float], expected: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(found, expected, strict=True))
+def difference(losses: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(losses, expected, strict=True))
 
 
 if __name__ == "__main__":
-    main(**arguments(sys.argv[1:]))
+    main(**integer_arguments(sys.argv[1:]))

@@ -1,9 +1,10 @@
-"""One of the paper's ablations (Tables 1 to 6) on any recipe: every row from the same checkpoints, side by side.
+"""One of the paper's ablations (Tables 1 to 6) on any recipe: every row starts from the same checkpoints.
 
 python -m experiments.ablate demo --table 5 [key=value …] [--rows key=value …] [--seeds 3] [--publish]
 ray job submit --working-dir . -- python -m experiments.ablate qwen2vl-7b --table 5 output=/shared/runs/qwen2vl-7b
 
-Writes RUN/ablations/table-N.json and .md after every row; the same command goes on where it stopped.
+Writes RUN/ablations/table-N.json and .md after every row; the same command resumes an interrupted table. `--publish`
+copies the JSON to benchmarks/results/ablations and prints the Markdown, which docs/ablations.md contains.
 """
 
 from __future__ import annotations
@@ -12,35 +13,26 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from experiments.ablation.tables import NUMBERS, Row, paper_table
 from umarvel_ray.cli import Parser, guard, open_run
 from umarvel_ray.errors import UserError
+from umarvel_ray.files import write_json, write_text
 from umarvel_ray.recipe import Recipe, load_recipe
 
-REPO = Path(__file__).resolve().parent.parent
-PUBLISHED, PAGE = REPO / "benchmarks" / "results" / "ablations", REPO / "docs" / "ablations.md"
-HEAD = """# The paper's ablations, repeated
-
-Written by `experiments/ablate.py --publish` from `benchmarks/results/ablations/`. Recall in percent: the paper's is M-BEIR's
-average with a 7B model, ours the demo's with 7 M parameters, so only the signs of the differences compare. In brackets:
-95 % interval of a paired bootstrap over the queries (resampled within each task; it holds for these training runs, not
-for other seeds). ± is the standard deviation over the seeds, where `--seeds` ran several. The last column sets our
-local difference against the paper's claim; *–* stands for what our sources of the paper do not tell. Nothing was chosen
-by these numbers: they are the test split's. Adapters had rank 16 in every step; the demo's recipe has since been given
-rank 64 in the instruction step and hard negatives ([benchmarks](benchmarks.md)).
-"""
+PUBLISHED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "ablations"
 
 
 def main() -> None:
-    parser = Parser(prog="experiments/ablate.py", description="Run one of the paper's ablations on a recipe.")
-    parser.add_argument("recipe", nargs="?", default="demo", help="a YAML file or a shipped recipe's name")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, rows and shared run")
+    parser = Parser(prog="python -m experiments.ablate", description="Run one of the paper's ablations on a recipe.")
+    parser.add_argument("recipe", nargs="?", default="demo", help="a YAML file or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, for all checkpoints")
     parser.add_argument("--table", type=int, choices=NUMBERS, required=True)
     parser.add_argument("--rows", nargs="+", default=[], metavar="key=value", help="changes to the rows only")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of rows whose interval holds 0 (1)")
-    parser.add_argument("--publish", action="store_true", help="run nothing: put what there is of it into docs/")
-    parser.add_argument("--verbose", action="store_true", help="show the workers' own output")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds for rows whose interval contains 0 (default 1)")
+    parser.add_argument("--publish", action="store_true", help="copy the table's record to benchmarks/results; no run")
+    parser.add_argument("--verbose", action="store_true", help="show the output of the workers")
 
     def job() -> None:
         options = parser.parse_intermixed_args()
@@ -50,7 +42,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """The story: shared checkpoints, every row with one seed, more seeds where it is close; a record after each row."""
+    """Make the shared checkpoints, run every row with one seed, then the undecided ones with more seeds."""
     recipe = load_recipe(options.recipe, options.overrides)
     changes = [*options.overrides, *options.rows]
     table = paper_table(options.table, load_recipe(options.recipe, changes))
@@ -60,11 +52,12 @@ def run(options: argparse.Namespace) -> None:
 
     with open_run(recipe, verbose=options.verbose) as shared:
         from experiments.ablation import trials
-        from experiments.ablation.record import differences, make_record, markdown
+        from experiments.ablation.record import differences, make_record
         from umarvel_ray.pipeline import open_actors
 
-        data, outcomes = trials.evaluation_data(shared), {row.label: {} for row in table.rows}
-        facts = {
+        data = trials.evaluation_data(shared)
+        outcomes: dict[str, dict[int, trials.Outcome]] = {row.label: {} for row in table.rows}
+        facts: dict[str, Any] = {
             "recipe": recipe.name,
             "row_changes": options.rows,
             "seed": recipe.seed,
@@ -73,43 +66,49 @@ def run(options: argparse.Namespace) -> None:
 
         def keep(label: str, seed: int, outcome: trials.Outcome) -> None:
             outcomes[label][seed] = outcome
-            write(shared.dir / "ablations" / f"table-{table.number}", make_record(table, outcomes, facts), markdown)
+            write(shared.dir / "ablations" / f"table-{table.number}", make_record(table, outcomes, facts))
 
         with open_actors(shared) as actors:
             facts["shared_seed"] = trials.build_shared(shared, table, actors)
             rows = list(table.rows)
             for seed in range(recipe.seed, recipe.seed + options.seeds):
-                tried = trials.open_trials(shared, table, variant, seed, rows)
-                trials.train(shared, table, tried, actors)
-                for row in (row for row in rows if row.changes is None):
-                    keep(row.label, seed, trials.measure_checkpoint(shared, table.shared_phase, data, actors))
-                for trial in tried:
+                open_trials = trials.open_trials(shared, table, variant, seed, rows)
+                trials.train(shared, table, open_trials, actors)
+                for row in rows:
+                    if row.changes is None:
+                        keep(row.label, seed, trials.measure_checkpoint(shared, table.shared_phase, data, actors))
+                for trial in open_trials:
                     keep(trial.row.label, seed, trials.measure(trial, table, data, actors))
                 if seed == recipe.seed:
-                    apart = {row.label: differences(outcomes, row.label, table.reference) for row in rows}
-                    close = {label for label, found in apart.items() if found and found["local"].holds_zero}
-                    rows = [row for row in rows if close and row.label in close | {table.reference}]
+                    by_label = {row.label: differences(outcomes, row.label, table.reference) for row in rows}
+                    undecided = {label for label, by_scope in by_label.items() if by_scope and by_scope["local"].holds_zero}
+                    rows = [row for row in rows if undecided and row.label in undecided | {table.reference}]
 
 
-def write(path: Path, record: dict, markdown) -> None:
-    """Both forms of a table."""
-    for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", markdown(record))):
-        partial = path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(path.with_suffix(suffix))
+def write(path: Path, record: dict[str, Any]) -> None:
+    """The table in both forms."""
+    from experiments.ablation.record import markdown
+
+    write_json(path.with_suffix(".json"), record)
+    write_text(path.with_suffix(".md"), markdown(record))
 
 
 def publish(options: argparse.Namespace) -> None:
-    """Add a table to the published ones and write the page of all of them anew."""
-    file = load_recipe(options.recipe, options.overrides).run_dir / "ablations" / f"table-{options.table}.json"
-    from experiments.ablation.record import markdown, summary
+    """Copy a table's record to the published ones and print what docs/ablations.md needs.
 
+    Raises:
+        UserError: the table has not been run.
+    """
+    from experiments.ablation.record import count_verdicts, markdown
+
+    file = load_recipe(options.recipe, options.overrides).run_dir / "ablations" / f"table-{options.table}.json"
     if not file.exists():
-        raise UserError(f"{file}: not there yet; run this table first")
+        raise UserError(f"{file} does not exist; run this table first (the same command without --publish)")
     PUBLISHED.mkdir(parents=True, exist_ok=True)
     (PUBLISHED / file.name).write_text(file.read_text())
     records = [json.loads(path.read_text()) for path in sorted(PUBLISHED.glob("table-*.json"))]
-    PAGE.write_text("\n".join([HEAD, summary(records), *map(markdown, records)]))
+    print(markdown(json.loads(file.read_text())))
+    print(f"verdicts over tables {[record['table'] for record in records]}: {dict(count_verdicts(records))}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The application that `serve/config.yaml` deploys, for `serve run serve.app:build`."""
+"""The application builder as `serve.app:build`, for `serve run` in the repository's root."""
 
 from umarvel_ray.serving.app import build
 

@@ -1,7 +1,7 @@
-"""The search page in docs/images, from a service of the demo: `python -m docs.make_screenshots [URL]`.
+"""Takes the screenshots of the search page in docs/images: `python -m tools.make_screenshots [URL]`.
 
-Run it in the repository's root beside `make serve`; it needs playwright (the extra `dev`) and chromium. The queries are
-test queries of the shipped data.
+Run it in the repository's root while `make serve` is running, with playwright (the extra `dev`) and chromium installed.
+The queries are test queries of the shipped data.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from playwright.sync_api import Browser
 from tests.support.browser import open_browser
 from umarvel_ray import demo
 
-OUT = Path(__file__).parent / "images"
+OUT = Path(__file__).parents[1] / "docs" / "images"
 DESKTOP = {"viewport": {"width": 1280, "height": 860}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
-# Name: (query, whether it is reranked, browser).
+# Name: (id of the query, whether to rerank, browser options).
 SHOTS = {
     "desktop": ("20:12848", False, DESKTOP),
     "dark": ("22:18087", True, DESKTOP | {"color_scheme": "dark"}),
@@ -28,7 +28,7 @@ SHOTS = {
 
 
 def main(url: str) -> None:
-    """Write the pictures."""
+    """Take all screenshots."""
     OUT.mkdir(exist_ok=True)
     queries = pq.read_table(demo.DATA / "test.parquet")
     with open_browser() as browser:
@@ -38,7 +38,7 @@ def main(url: str) -> None:
 
 
 def shoot(browser: Browser, url: str, query: dict, rerank: bool, options: dict, out: Path) -> None:
-    """Search as a person would, and save what is seen without scrolling."""
+    """Search as a user would, and save what is visible without scrolling."""
     page = browser.new_context(**options).new_page()
     page.goto(url)
     page.get_by_role("switch", name="Rerank").set_checked(rerank)

@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from umarvel_ray.errors import UserError
+from umarvel_ray.version import __version__
 
 if TYPE_CHECKING:
     from umarvel_ray.model.embedder import Embedder
     from umarvel_ray.model.reranker import Reranker
 
-__version__ = "0.1.0"
 __all__ = ["Embedder", "Reranker", "UserError", "__version__"]
 
 _LAZY = {"Embedder": "umarvel_ray.model.embedder", "Reranker": "umarvel_ray.model.reranker"}

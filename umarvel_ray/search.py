@@ -64,11 +64,11 @@ def search_run(folder: Path, query: dict[str, Any], top_k: int = 10, rerank: boo
     """
     checkpoint, documents = newest(folder)
     corpus = Corpus.open(documents, read_run_recipe(folder).data)
-    [vector] = Embedder.from_pretrained(checkpoint).encode_query([query])
+    [vector] = Embedder.from_pretrained(checkpoint, "cpu").encode_query([query])
     if not rerank:
         return corpus.search(vector, top_k)
     hits = corpus.search(vector, max(top_k, RERANK_DEPTH))
-    reranker = Reranker.from_pretrained(folder / "checkpoints" / "reranker")
+    reranker = Reranker.from_pretrained(folder / "checkpoints" / "reranker", "cpu")
     return fuse_hits(hits, reranker.score(query, [hit.item for hit in hits]), rerank_weight(folder))[:top_k]
 
 

@@ -6,18 +6,13 @@ import json
 
 import pytest
 
-from tests.conftest import REPO
-
-BENCHMARKS = REPO / "benchmarks"
+from benchmarks import rerank
+from benchmarks.common import results
 
 
 @pytest.mark.slow
 def test_sharing_the_query_changes_no_score(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bench_model
-    import rerank
-
-    monkeypatch.setattr(bench_model, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     rerank.main(queries=1, documents=6, rounds=1)
     figures = json.loads((tmp_path / "rerank.json").read_text())
     assert figures["work"] == {"pairs": 6}

@@ -1,4 +1,4 @@
-"""The cluster files against Ray's own schemas and planner, and every name in them against the code."""
+"""The cluster files against Ray's own schemas and autoscaler, and every name in them against the code."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def aws_config() -> dict:
 
 
 def kuberay_config(manifest: dict) -> dict:
-    """What Ray's autoscaler makes of the cluster inside a RayJob or RayService."""
+    """The autoscaling config that Ray derives from the cluster inside a RayJob or RayService."""
     spec = manifest["spec"].get("rayClusterSpec") or manifest["spec"]["rayClusterConfig"]
     return _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "c", "namespace": "n"}, "spec": spec})
 
 
 def training(cluster: Cluster) -> list[dict]:
-    """The bundles of a training stage: the trainer's controller, its workers, the readers beside them."""
+    """The bundles of a training phase: the trainer's controller, its workers, and the data readers."""
     worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     return [{"CPU": 1}, *[worker] * cluster.workers, *[{"CPU": 1}] * cluster.preprocess_tasks]
 
 
 def embedding(cluster: Cluster) -> list[dict]:
-    """The bundles of a mining or evaluation stage."""
+    """The bundles of the actor group that embeds for mining or evaluation."""
     return [{"CPU": cluster.cpus_per_embedder, "GPU": cluster.gpus_per_embedder}] * cluster.embedders
 
 
 def unplaced(config: dict, demands: list[dict]) -> list[dict]:
-    """The demands that Ray's autoscaler cannot place, however many nodes it may add."""
+    """The demands that Ray's autoscaler cannot place with any number of nodes it may add."""
     demands = [{key: value for key, value in demand.items() if value} for demand in demands]
     _, left = get_nodes_for(
         config["available_node_types"],
@@ -87,7 +87,7 @@ def replica_demands(application: dict) -> list[dict]:
 def check_application(application: dict) -> None:
     module, function = application["import_path"].split(":")
     assert getattr(importlib.import_module(module), function) is build
-    Service.model_validate(application["args"])  # refuses names it does not know
+    Service.model_validate(application["args"])  # rejects unknown names
 
 
 def test_ray_up_accepts_aws():
@@ -98,7 +98,7 @@ def test_ray_up_accepts_aws():
     ("path", "value"),
     [(("max_workerz",), 3), (("head_node_type",), "boss"), (("available_node_types", "gpu", "resources"), {"GPU": -1})],
 )
-def test_the_schema_check_bites(path, value):
+def test_the_schema_rejects_wrong_keys_and_values(path, value):
     config = aws_config()
     node = config
     for key in path[:-1]:
@@ -115,12 +115,12 @@ def test_aws_holds_every_shipped_recipe(recipe):
     assert unplaced(aws_config(), embedding(cluster)) == []
 
 
-def test_the_planner_refuses_what_does_not_fit():
+def test_the_autoscaler_rejects_what_does_not_fit():
     too_wide = Cluster(gpus_per_worker=9)
     assert len(unplaced(aws_config(), training(too_wide))) == too_wide.workers
 
 
-def test_rayjob_runs_a_job_and_recipe_that_exist_on_nodes_that_hold_them():
+def test_rayjob_runs_an_existing_job_and_recipe_on_nodes_that_fit_them():
     manifest = read("cluster/rayjob.yaml")
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
     python, script, flag, name, *overrides = shlex.split(manifest["spec"]["entrypoint"])
@@ -149,7 +149,7 @@ def test_rayservice_is_a_serve_config_whose_replicas_fit():
     )
 
 
-def test_rayservice_sets_what_a_local_service_has():
+def test_rayservice_sets_the_environment_of_a_local_service():
     spec = read("cluster/rayservice.yaml")["spec"]["rayClusterConfig"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         [container] = group["template"]["spec"]["containers"]
@@ -175,7 +175,7 @@ def test_rayservice_serves_what_rayjob_writes():
         )
 
 
-def test_every_node_runs_one_image_of_one_ray():
+def test_every_node_runs_the_same_image_and_ray_version():
     images = {read("cluster/aws.yaml")["docker"]["image"]}
     for name, key in (("rayjob", "rayClusterSpec"), ("rayservice", "rayClusterConfig")):
         spec = read(f"cluster/{name}.yaml")["spec"][key]

@@ -1,4 +1,4 @@
-"""`ray job submit` as docs/submit.md has it: the documented lines against a token-authenticated cluster on loopback."""
+"""The `ray job submit` commands of docs/submit.md, against a token-authenticated cluster on loopback."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.conftest import REPO
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 HEAD, SUBMIT = re.findall(r"```sh\n(source .*?)```", (REPO / "docs" / "submit.md").read_text(), re.DOTALL)
 BIN = Path(sys.executable).parent
-STEPS = ("stage1.text", "stage1.image_text", "stage1.instruction")
+PHASES = ("stage1.text", "stage1.image_text", "stage1.instruction")
 
 
 def shell(lines: str) -> list[str]:
-    """A bash that runs the documented lines with this environment in the place of .venv and ports of our own."""
+    """A bash command for the documented lines, with this environment instead of .venv and other ports."""
     lines = lines.replace(".venv/bin/activate", str(BIN / "activate")).replace("26379", "27379")
     return ["bash", "-ec", lines.replace("28265", "29265").replace("28266", "29266")]
 
@@ -40,7 +40,7 @@ def head():
 
 
 def submit(entry: str) -> subprocess.CompletedProcess:
-    """Submit a job with the documented options, again while the cluster is still starting."""
+    """Submit a job with the documented options; retries while the cluster is still starting."""
     setup, _, line = SUBMIT.partition("ray job submit")
     command = shell(f"{setup}ray job submit{line.split(' -- ')[0]} -- {entry}")
     for _ in range(20):
@@ -57,7 +57,7 @@ def test_a_submitted_job_runs_from_the_uploaded_folder(head):
     assert re.search(r"^seed: 11$", process.stdout, re.MULTILINE)
 
 
-def test_a_submitted_mistake_is_one_line_in_the_jobs_log(head):
+def test_a_user_error_is_one_line_in_the_job_log(head):
     process = submit("python jobs/stage3.py --recipe demo stage3.topk=3")
     assert process.returncode != 0
     assert "umarvel: recipe demo: unknown key 'stage3.topk'" in process.stdout + process.stderr
@@ -65,7 +65,7 @@ def test_a_submitted_mistake_is_one_line_in_the_jobs_log(head):
 
 
 def test_a_submitted_stage_trains_on_the_cluster(head, tiny_base, tmp_path):
-    small = " ".join(f"{step}.batch_size=8 {step}.max_steps=1" for step in STEPS)
+    small = " ".join(f"{phase}.batch_size=8 {phase}.max_steps=1" for phase in PHASES)
     process = submit(f"python jobs/stage1.py --recipe demo base={tiny_base} output={tmp_path}/run {small}")
     assert process.returncode == 0, process.stdout
     provenance = (tmp_path / "run" / "checkpoints" / "instruction" / "umarvel.json").read_text()

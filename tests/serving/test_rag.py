@@ -1,4 +1,4 @@
-"""docs/rag.md as it stands: its code runs against the service with the real LangChain and LlamaIndex."""
+"""The code in docs/rag.md, run against the service with LangChain and LlamaIndex."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ print(json.dumps({
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not CLIENTS.is_dir(), reason="no LangChain and LlamaIndex: make test-all installs them"),
+    pytest.mark.skipif(
+        not CLIENTS.is_dir(), reason="LangChain and LlamaIndex are not installed; make test-all installs them"
+    ),
 ]
 
 
@@ -49,7 +51,7 @@ def url(address, service) -> str:
 
 @pytest.fixture(scope="module")
 def found(url, tmp_path_factory) -> dict:
-    """What the blocks of the page compute, in another process."""
+    """What the code blocks of the page compute, in another process."""
     blocks = re.findall(r"^```python\n(.*?)^```", (REPO / "docs/rag.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 5
     code = "".join(blocks).replace("http://localhost:8000", url) + FOUND
@@ -65,17 +67,17 @@ def found(url, tmp_path_factory) -> dict:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def test_embedding_classes_are_the_library(found, service):
+def test_embedding_classes_equal_the_library(found, service):
     embedder = Embedder.from_pretrained(service.embedder)
     expected = np.concatenate([embedder.encode_query(["a red fox"]), embedder.encode_document(DOCUMENTS)])
     for vectors in found["vectors"]:
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
 
 
-def test_retrievers_are_the_search(found, url):
+def test_retrievers_equal_the_search_route(found, url):
     body = {"query": "a red fox", "top_k": 3, "rerank": True, "return_documents": True}
-    _, answer, _ = call(f"{url}/v1/search", body)
-    hits = [(hit["id"], hit["document"]["text"] or "", hit["document"]["image"]) for hit in answer["results"]]
+    _, response, _ = call(f"{url}/v1/search", body)
+    hits = [(hit["id"], hit["document"]["text"] or "", hit["document"]["image"]) for hit in response["results"]]
     assert len(hits) == 3
     assert [tuple(one[:3]) for one in found["documents"]] == hits
     base64 = [image and image.partition(",")[2] for _, _, image in hits]
@@ -84,7 +86,7 @@ def test_retrievers_are_the_search(found, url):
     ]
     for kind in ("documents", "nodes"):
         np.testing.assert_allclose(
-            [one[3] for one in found[kind]], [hit["score"] for hit in answer["results"]], atol=1e-5
+            [one[3] for one in found[kind]], [hit["score"] for hit in response["results"]], atol=1e-5
         )
     parts = [part["image_url"]["url"] if "image_url" in part else part["text"] for part in found["context"]]
     assert parts == [part for _, text, image in hits for part in (text, image) if part]

@@ -1,6 +1,6 @@
-"""Remote pictures: what may be asked, where it may lead, and how much may come, against servers on loopback.
+"""Remote pictures: allowed URLs, redirects and limits, against servers on loopback.
 
-The fetcher's two seams are its resolver and its address check: tests name loopback by them.
+The tests replace the fetcher's resolver and its address check in order to reach loopback.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ PICTURE = b"\x89PNG not read here"
 HOST = "images.test"
 
 
-ASKED: list[tuple[str, str, str | None]] = []  # host, path, accepted encoding of each request
-MOVED: dict[str, str] = {}
+REQUESTS: list[tuple[str, str, str | None]] = []  # host, path, accepted encoding of each request
+REDIRECTS: dict[str, str] = {}
 
 
 class Site(BaseHTTPRequestHandler):
-    """`/a` is a picture; the other paths misbehave as they are called."""
+    """`/a` is a picture; the other paths misbehave as their names say."""
 
     protocol_version = "HTTP/1.1"
     stop = threading.Event()
 
     def do_GET(self) -> None:
-        ASKED.append((self.headers["Host"], self.path, self.headers["Accept-Encoding"]))
-        if self.path in MOVED:
-            self._answer(302, Location=MOVED[self.path])
+        REQUESTS.append((self.headers["Host"], self.path, self.headers["Accept-Encoding"]))
+        if self.path in REDIRECTS:
+            self._answer(302, Location=REDIRECTS[self.path])
         elif self.path == "/slow":
             self._answer(200, length=1000)
             self.stop.wait(5)
@@ -75,12 +75,12 @@ class Site(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     def handle_error(self, *args: object) -> None:
-        pass  # clients that leave
+        pass  # clients that disconnect
 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory) -> dict[str, str]:
-    """A self-signed certificate for `HOST`: files by name."""
+    """A self-signed certificate for `HOST`, as arguments of `load_cert_chain`."""
     folder = tmp_path_factory.mktemp("certificate")
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, HOST)])
@@ -129,12 +129,12 @@ def tls_port(certificate) -> Iterator[int]:
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    ASKED.clear()
-    MOVED.clear()
+    REQUESTS.clear()
+    REDIRECTS.clear()
 
 
 class Names:
-    """A resolver whose answers are told, and that counts."""
+    """A resolver with prepared answers that records the hosts it was asked for."""
 
     def __init__(self, *answers: list[str]) -> None:
         self.answers, self.asked = list(answers or [["127.0.0.1"]]), []
@@ -161,15 +161,15 @@ def fetch(
     return found
 
 
-def test_a_picture_of_an_allowed_host(port):
+def test_a_picture_from_an_allowed_host(port):
     names = Names()
     hosts = (f"http://{HOST}:{port}",)
     assert (
         fetch(f"http://{HOST}:{port}/a", f"http://{HOST.upper()}:{port}/b?c#d", hosts=hosts, names=names)
         == [PICTURE] * 2
     )
-    assert {host.lower() for host, _, _ in ASKED} == {f"{HOST}:{port}"}
-    assert sorted((path, encoding) for _, path, encoding in ASKED) == [("/a", "identity"), ("/b?c", "identity")]
+    assert {host.lower() for host, _, _ in REQUESTS} == {f"{HOST}:{port}"}
+    assert sorted((path, encoding) for _, path, encoding in REQUESTS) == [("/a", "identity"), ("/b?c", "identity")]
     assert names.asked == [HOST, HOST]
 
 
@@ -216,7 +216,7 @@ def test_https_checks_the_certificate_against_the_name(tls_port, certificate, mo
         ("https://ⅰmages.test.evil.test/a", "allow-list"),
     ],
 )
-def test_what_may_not_be_asked_for_is_not_even_resolved(url, message):
+def test_disallowed_urls_are_not_even_resolved(url, message):
     names = Names()
     with pytest.raises(BadRemote, match=message):
         fetch(url, hosts=("images.test", "*.below.test"), names=names)
@@ -225,19 +225,19 @@ def test_what_may_not_be_asked_for_is_not_even_resolved(url, message):
 
 def test_wildcards_allow_every_host_below():
     below = AllowedHost.parse("*.Example.org")
-    asked = ["https://a.example.org/", "https://a.b.example.org/", "https://example.org/", "https://aexample.org/"]
-    assert [below.allows(URL(url)) for url in asked] == [True, True, False, False]
+    urls = ["https://a.example.org/", "https://a.b.example.org/", "https://example.org/", "https://aexample.org/"]
+    assert [below.allows(URL(url)) for url in urls] == [True, True, False, False]
 
 
 def test_without_an_allow_list_nothing_is_fetched():
-    with pytest.raises(BadRemote, match="off here"):
+    with pytest.raises(BadRemote, match="does not fetch remote pictures"):
         fetch("https://images.test/a")
 
 
 @pytest.mark.parametrize(
     "entry", ["", "*", "https://", "a/b", "user@a.test", "10.0.0.1", "ftp://a.test", "a.test:", "*.*.test", "0x7f.1"]
 )
-def test_a_bad_entry_is_a_users_error(entry):
+def test_a_bad_entry_is_a_user_error(entry):
     with pytest.raises(UserError, match="allowed_media_hosts"):
         RemotePictures(Limits(allowed_media_hosts=(entry,)))
 
@@ -272,7 +272,7 @@ PRIVATE = [
 PUBLIC = ["8.8.8.8", "93.184.216.34", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1"]
 
 
-def test_only_the_open_internet_is_public():
+def test_only_the_public_internet_is_public():
     assert [address for address in PRIVATE if is_public(address)] == []
     assert [address for address in PUBLIC if not is_public(address)] == []
     assert all(ipaddress.ip_address(address) for address in PRIVATE + PUBLIC)
@@ -281,23 +281,23 @@ def test_only_the_open_internet_is_public():
 @pytest.mark.parametrize(
     "answers", [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["2606:4700::1111", "::ffff:10.0.0.1"], []]
 )
-def test_one_private_address_is_enough_to_refuse(port, answers):
+def test_one_private_address_is_enough_to_reject(port, answers):
     with pytest.raises(BadRemote, match="not public") as error:
         fetch(f"http://{HOST}:{port}/a", hosts=(f"http://{HOST}:{port}",), names=Names(answers), trusted=is_public)
     assert "10.0" not in str(error.value)
-    assert ASKED == []
+    assert REQUESTS == []
 
 
-def test_the_systems_own_resolver_is_checked_too(port):
+def test_the_system_resolver_is_checked_too(port):
     assert "127.0.0.1" in asyncio.run(resolve("localhost", port))
     remote = RemotePictures(Limits(allowed_media_hosts=(f"http://localhost:{port}",)))
-    [refused] = asyncio.run(remote.fetch([f"http://localhost:{port}/a"]))
-    assert "not public" in str(refused)
-    assert ASKED == []
+    [rejected] = asyncio.run(remote.fetch([f"http://localhost:{port}/a"]))
+    assert "not public" in str(rejected)
+    assert REQUESTS == []
 
 
-def test_a_name_that_changes_its_address_is_connected_to_at_the_checked_one(port):
-    """DNS rebinding: asked once, and what was checked is what is connected to."""
+def test_the_checked_address_is_the_one_connected_to(port):
+    """DNS rebinding: the name is resolved once, and the checked address is used."""
     names = Names(["127.0.0.1"], ["127.0.0.9"])
     assert fetch(f"http://{HOST}:{port}/a", hosts=(f"http://{HOST}:{port}",), names=names) == [PICTURE]
     assert names.asked == [HOST]
@@ -317,19 +317,19 @@ def test_a_name_that_changes_its_address_is_connected_to_at_the_checked_one(port
     ],
 )
 def test_a_redirect_is_checked_like_the_first_url(port, to, message):
-    MOVED["/moved"] = to.format(port=port)
+    REDIRECTS["/moved"] = to.format(port=port)
     with pytest.raises(BadRemote, match=message):
         fetch(f"http://{HOST}:{port}/moved", hosts=(f"http://{HOST}:{port}",))
-    assert {path for _, path, _ in ASKED} == {"/moved"}
+    assert {path for _, path, _ in REQUESTS} == {"/moved"}
 
 
-def test_a_redirect_is_resolved_anew(port):
+def test_a_redirect_is_resolved_again(port):
     hosts = (f"http://{HOST}:{port}", f"http://other.test:{port}")
-    MOVED.update({"/1": "/2", "/2": f"http://other.test:{port}/3", "/3": "/a"})
+    REDIRECTS.update({"/1": "/2", "/2": f"http://other.test:{port}/3", "/3": "/a"})
     names = Names()
     assert fetch(f"http://{HOST}:{port}/1", hosts=hosts, names=names) == [PICTURE]
-    assert [path for _, path, _ in ASKED] == ["/1", "/2", "/3", "/a"]
-    # The name is public at first and private at the second hop.
+    assert [path for _, path, _ in REQUESTS] == ["/1", "/2", "/3", "/a"]
+    # The name resolves to an allowed address at first and to a private one at a later hop.
     with pytest.raises(BadRemote, match="not public"):
         fetch(f"http://{HOST}:{port}/1", hosts=hosts, names=Names(["127.0.0.1"], ["127.0.0.1"], ["192.168.0.1"]))
 
@@ -346,6 +346,6 @@ def test_bytes_time_and_status_are_limited(port):
     with pytest.raises(BadRemote, match="status 404"):
         fetch(f"{url}/gone", hosts=hosts)
     [packed] = fetch(f"{url}/packed", hosts=hosts, max_image_bytes=100_000)
-    assert packed[:2] == b"\x1f\x8b"  # as it came
+    assert packed[:2] == b"\x1f\x8b"  # not unpacked
     with pytest.raises(BadRemote, match="cannot be fetched"):
         fetch("http://images.test:1/a", hosts=("http://images.test:1",))

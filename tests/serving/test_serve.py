@@ -1,4 +1,4 @@
-"""The HTTP service through real sockets, from other processes: its answers are the library's, its refusals clear."""
+"""The HTTP service over real sockets, from other processes: it returns what the library computes, and clear errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from umarvel_ray.serving.settings import Service
 PNG = base64.b64encode(picture(1)).decode()
 PNG_URI = f"data:image/png;base64,{PNG}"
 INSTRUCTION = "Find an image that matches the caption."
-# One request per form of input: (what the client sends, the library's items, side).
+# One request per form of input: (what the client sends, the items for the library, side).
 FORMS = [
     ("a red fox", ["a red fox"], "query"),
     (["a red fox", "two boats near a pier"], ["a red fox", "two boats near a pier"], "document"),
@@ -54,12 +54,12 @@ import cohere
 from openai import OpenAI
 url, forms, texts, image = json.load(sys.stdin)
 client = OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-answers = []
+responses = []
 for given, _, side in forms:
     for form in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
-        answer = client.embeddings.create(model="distillation", input=given, extra_body={"input_type": side}, **form)
-        rows = [[row.index, row.embedding] for row in answer.data]
-        answers.append([rows, answer.usage.total_tokens])
+        response = client.embeddings.create(model="distillation", input=given, extra_body={"input_type": side}, **form)
+        rows = [[row.index, row.embedding] for row in response.data]
+        responses.append([rows, response.usage.total_tokens])
 shorter = client.embeddings.create(model="distillation", input=texts, dimensions=8).data
 co = cohere.ClientV2(api_key="none", base_url=url)
 kinds = ["float", "ubinary"]
@@ -69,7 +69,7 @@ fused = [{"content": [{"type": "text", "text": texts[0]}, part]}]
 fused = co.embed(model="distillation", inputs=fused, input_type="search_query", embedding_types=["float"])
 best = co.rerank(model="reranker", query=texts[0], documents=texts, top_n=2)
 print(json.dumps({
-    "openai": answers,
+    "openai": responses,
     "models": [model.id for model in client.models.list().data],
     "shorter": [row.embedding for row in shorter],
     "cohere": [embedded.embeddings.float_, embedded.embeddings.ubinary, fused.embeddings.float_],
@@ -100,7 +100,7 @@ def expected(embedder: Embedder, items: list, side: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def clients(url) -> dict:
-    """What the real clients of OpenAI and Cohere, in another process, get."""
+    """What the official OpenAI and Cohere clients receive, in another process."""
     client = subprocess.run(
         [sys.executable, "-c", CLIENT],
         input=json.dumps([url, [[given, None, side] for given, _, side in FORMS], TEXTS, PNG_URI]),
@@ -112,12 +112,12 @@ def clients(url) -> dict:
     return json.loads(client.stdout)
 
 
-def test_openai_client_gets_the_librarys_vectors(clients, embedder):
+def test_the_openai_client_gets_the_vectors_of_the_library(clients, embedder):
     assert clients["models"] == ["distillation", "reranker"]
     for number, (rows, tokens) in enumerate(clients["openai"]):
         _, items, side = FORMS[number // 3]
         indices, vectors = zip(*rows, strict=True)
-        if number % 3 == 2:  # asked for in so many words, base64 is what the client hands on
+        if number % 3 == 2:  # an explicit base64 request is passed through undecoded
             vectors = [np.frombuffer(base64.b64decode(vector), "<f4") for vector in vectors]
         np.testing.assert_allclose(vectors, expected(embedder, items, side), atol=1e-5)
         assert indices == tuple(range(len(items)))
@@ -126,7 +126,7 @@ def test_openai_client_gets_the_librarys_vectors(clients, embedder):
     np.testing.assert_allclose(clients["shorter"], first / np.linalg.norm(first, axis=1, keepdims=True), atol=1e-5)
 
 
-def test_cohere_client_gets_the_librarys_vectors_and_scores(clients, service, embedder):
+def test_the_cohere_client_gets_the_vectors_and_scores_of_the_library(clients, service, embedder):
     floats, bits, fused = clients["cohere"]
     vectors = embedder.encode_document(TEXTS)
     np.testing.assert_allclose(floats, vectors, atol=1e-5)
@@ -142,35 +142,35 @@ def test_cohere_client_gets_the_librarys_vectors_and_scores(clients, service, em
 def test_chat_messages_are_items(url, embedder):
     content = [{"type": "text", "text": "at dusk"}, {"type": "image_url", "image_url": {"url": PNG_URI}}]
     messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}]
-    status, answer, _ = call(f"{url}/v1/embeddings", {"messages": messages})
+    status, response, _ = call(f"{url}/v1/embeddings", {"messages": messages})
     assert status == 200
     item = {"text": "at dusk", "image": picture(1), "instruction": INSTRUCTION}
-    np.testing.assert_allclose(answer["data"][0]["embedding"], embedder.encode_query([item])[0], atol=1e-5)
+    np.testing.assert_allclose(response["data"][0]["embedding"], embedder.encode_query([item])[0], atol=1e-5)
     for bad in ([*messages, messages[1]], messages[:1]):
         assert call(f"{url}/v1/embeddings", {"messages": bad})[0] == 400
 
 
-def test_several_pictures_and_a_second_time(url, embedder):
-    """An answer from the cache is the first one; another order of pictures is another item."""
+def test_several_pictures_and_the_cache(url, embedder):
+    """A cached vector equals the first one; another order of pictures is another item."""
     images = [base64.b64encode(picture(seed)).decode() for seed in (1, 2)]
     for order in (1, 1, -1, 1):
-        status, answer, _ = call(f"{url}/v1/embeddings", {"input": {"text": "both", "image": images[::order]}})
+        status, response, _ = call(f"{url}/v1/embeddings", {"input": {"text": "both", "image": images[::order]}})
         assert status == 200
         item = {"text": "both", "image": [picture(seed) for seed in (1, 2)[::order]]}
-        np.testing.assert_allclose(answer["data"][0]["embedding"], embedder.encode_query([item])[0], atol=1e-5)
+        np.testing.assert_allclose(response["data"][0]["embedding"], embedder.encode_query([item])[0], atol=1e-5)
 
 
-def test_a_bad_item_need_not_fail_the_others(url, embedder, service):
+def test_bad_items_can_be_skipped(url, embedder, service):
     items = ["a red fox", {"image": "cat.png"}, "two boats", {"image": PNG[:80]}, ""]
-    status, answer, _ = call(f"{url}/v1/embeddings", {"input": items, "on_error": "skip"})
+    status, response, _ = call(f"{url}/v1/embeddings", {"input": items, "on_error": "skip"})
     assert status == 200
-    assert [row["index"] for row in answer["data"]] == [0, 2]
-    assert [error["index"] for error in answer["errors"]] == [1, 3, 4]
-    vectors = [row["embedding"] for row in answer["data"]]
+    assert [row["index"] for row in response["data"]] == [0, 2]
+    assert [error["index"] for error in response["errors"]] == [1, 3, 4]
+    vectors = [row["embedding"] for row in response["data"]]
     np.testing.assert_allclose(vectors, embedder.encode_query(["a red fox", "two boats"]), atol=1e-5)
-    _, answer, _ = call(f"{url}/v1/rerank", {"query": "a", "documents": items, "on_error": "skip"})
+    _, response, _ = call(f"{url}/v1/rerank", {"query": "a", "documents": items, "on_error": "skip"})
     scores = Reranker.from_pretrained(service.reranker).score("a", ["a red fox", "two boats"])
-    found = {result["index"]: result["relevance_score"] for result in answer["results"]}
+    found = {result["index"]: result["relevance_score"] for result in response["results"]}
     np.testing.assert_allclose([found[0], found[2]], scores, atol=1e-5)
 
 
@@ -189,15 +189,15 @@ def test_score_is_p_yes_or_cosine(url, service, embedder):
     assert call(f"{url}/v1/score", {"queries": ["a", "b"], "documents": ["a", "b", "c"]})[0] == 400
 
 
-def test_metrics_and_the_dashboard_speak_of_the_same(url):
-    """Every series that serve/grafana.json plots is there once there was work, and an error."""
+def test_every_metric_on_the_dashboard_exists(url):
+    """/metrics has every series that serve/grafana.json plots, after some requests and an error."""
     call(f"{url}/v1/embeddings", {"input": "counted once"})
     call(f"{url}/v1/embeddings", {"input": []})
     plotted = set(re.findall(r"ray_\w+", (REPO / "serve" / "grafana.json").read_text()))
     assert len(plotted) >= 10
-    for _ in range(60):  # Ray's agents collect now and then
-        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
-            page = answer.read().decode()
+    for _ in range(60):  # Ray's agents collect at intervals
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
+            page = response.read().decode()
         missing = plotted - set(re.findall(r"^(ray_\w+)[{ ]", page, re.MULTILINE))
         if not missing:
             break
@@ -206,34 +206,34 @@ def test_metrics_and_the_dashboard_speak_of_the_same(url):
     assert re.search(r'^ray_umarvel_items_total\S*source="model"\S* \d', page, re.MULTILINE)
 
 
-def test_requests_that_share_a_batch_keep_their_own_answers(url, embedder):
+def test_requests_that_share_a_batch_get_their_own_vectors(url, embedder):
     texts = [" ".join(TEXTS[: 1 + i % 5]) + f" {i}" for i in range(48)]
     with ThreadPoolExecutor(48) as pool:
-        answers = list(pool.map(lambda text: call(f"{url}/v1/embeddings", {"input": text}), texts))
-    assert [status for status, _, _ in answers] == [200] * len(texts)
-    vectors = [answer["data"][0]["embedding"] for _, answer, _ in answers]
+        responses = list(pool.map(lambda text: call(f"{url}/v1/embeddings", {"input": text}), texts))
+    assert [status for status, _, _ in responses] == [200] * len(texts)
+    vectors = [response["data"][0]["embedding"] for _, response, _ in responses]
     np.testing.assert_allclose(vectors, embedder.encode_query(texts), atol=1e-5)
 
 
 def test_a_request_larger_than_a_batch(url, embedder):
     texts = [f"{' '.join(TEXTS)} {i}" for i in range(96)]
     assert sum(embedder.encoder.encode(text, "query").length for text in texts) > SLOTS * SLOT_TOKENS
-    status, answer, _ = call(f"{url}/v1/embeddings", {"input": texts})
+    status, response, _ = call(f"{url}/v1/embeddings", {"input": texts})
     assert status == 200
-    vectors = [row["embedding"] for row in answer["data"]]
+    vectors = [row["embedding"] for row in response["data"]]
     np.testing.assert_allclose(vectors, embedder.encode_query(texts), atol=1e-5)
 
 
 def test_a_request_of_many_megabytes_reaches_the_model(url, embedder):
-    """gRPC between deployments takes 4 MiB by default."""
+    """By default, gRPC between deployments carries 4 MiB."""
     pictures = [picture(seed, (80, 80)) for seed in range(8)]
     items = [{"image": pictures, "text": f"{i}"} for i in range(48)]
     encoded = [embedder.encoder.encode(item, "query") for item in items]
     assert sum(part.pixels.nbytes for item in encoded for part in item.pictures) > 4 * 2**20
     uris = [f"data:image/png;base64,{base64.b64encode(one).decode()}" for one in pictures]
-    status, answer, _ = call(f"{url}/v1/embeddings", {"input": [item | {"image": uris} for item in items]})
+    status, response, _ = call(f"{url}/v1/embeddings", {"input": [item | {"image": uris} for item in items]})
     assert status == 200
-    vectors = [row["embedding"] for row in answer["data"]]
+    vectors = [row["embedding"] for row in response["data"]]
     np.testing.assert_allclose(vectors, embedder.encode_query(items), atol=1e-5)
 
 
@@ -245,68 +245,68 @@ def test_batches_are_measured_in_tokens(embedder):
     assert batch_slots([[short]] * (SLOTS + 1)) == SLOTS + 1
 
 
-def test_rerank_is_the_librarys(url, service):
+def test_rerank_equals_the_library(url, service):
     query = {"text": "a boat", "instruction": INSTRUCTION}
     documents = ["two boats", {"image": PNG}, {"text": "dusk", "image": f"data:image/png;base64,{PNG}"}, "a fox"]
     items = ["two boats", {"image": picture(1)}, {"text": "dusk", "image": picture(1)}, "a fox"]
     scores = Reranker.from_pretrained(service.reranker).score(query, items)
     body = {"query": query, "documents": documents, "return_documents": True}
-    status, answer, _ = call(f"{url}/v1/rerank", body)
+    status, response, _ = call(f"{url}/v1/rerank", body)
     assert status == 200
-    order = [result["index"] for result in answer["results"]]
+    order = [result["index"] for result in response["results"]]
     assert order == np.argsort(-scores).tolist()
-    np.testing.assert_allclose([result["relevance_score"] for result in answer["results"]], scores[order], atol=1e-5)
+    np.testing.assert_allclose([result["relevance_score"] for result in response["results"]], scores[order], atol=1e-5)
     wanted = [
         {"text": item, "image": None, "instruction": None} if isinstance(item, str) else item for item in documents
     ]
-    for result in answer["results"]:
+    for result in response["results"]:
         assert result["document"].items() >= wanted[result["index"]].items()
     _, first, _ = call(f"{url}/v1/rerank", body | {"top_n": 2, "return_documents": False})
     assert [(r["index"], r["document"]) for r in first["results"]] == [(index, None) for index in order[:2]]
 
 
 @pytest.mark.parametrize("rerank", [False, True])
-def test_search_is_the_librarys(url, run, rerank):
+def test_search_equals_the_library(url, run, rerank):
     query = {"text": "a bird on a boat", "instruction": INSTRUCTION}
     body = {"query": query, "top_k": 4, "rerank": rerank, "return_documents": True}
-    status, answer, _ = call(f"{url}/v1/search", body)
+    status, response, _ = call(f"{url}/v1/search", body)
     assert status == 200
     hits = search_run(run, query, top_k=4, rerank=rerank)
-    assert [result["id"] for result in answer["results"]] == [hit.document["id"] for hit in hits]
-    np.testing.assert_allclose([r["score"] for r in answer["results"]], [hit.score for hit in hits], atol=1e-5)
-    for result, hit in zip(answer["results"], hits, strict=True):
+    assert [result["id"] for result in response["results"]] == [hit.document["id"] for hit in hits]
+    np.testing.assert_allclose([r["score"] for r in response["results"]], [hit.score for hit in hits], atol=1e-5)
+    for result, hit in zip(response["results"], hits, strict=True):
         assert result["document"]["text"] == hit.document["text"]
         image = result["document"]["image"]
         assert (base64.b64decode(image.split(",")[1]) if image else None) == hit.document["image"]
         assert (result["rerank_score"] is None) != rerank
-    assert answer["timings"]["encode_ms"] > 0
-    assert (answer["timings"]["rerank_ms"] > 1) == rerank
+    assert response["timings"]["encode_ms"] > 0
+    assert (response["timings"]["rerank_ms"] > 1) == rerank
 
 
 def test_a_picture_finds_itself(url):
     body = {"query": {"image": base64.b64encode(picture(3)).decode()}, "top_k": 1}
-    _, answer, _ = call(f"{url}/v1/search", body)
-    assert answer["results"][0]["id"] == "i3"
-    assert answer["results"][0]["score"] == pytest.approx(1, abs=1e-5)
+    _, response, _ = call(f"{url}/v1/search", body)
+    assert response["results"][0]["id"] == "i3"
+    assert response["results"][0]["score"] == pytest.approx(1, abs=1e-5)
 
 
-def test_what_is_added_is_found_and_what_is_deleted_is_not(url, embedder):
+def test_added_documents_are_found_and_deleted_ones_are_not(url, embedder):
     _, before, _ = call(f"{url}/v1/index")
     documents = [
         {"id": "n1", "text": "a lantern on a hill", "source": "notes"},
         {"id": "n2", "image": PNG_URI},
-        {"id": "t0", "text": "a kite above the roofs", "source": "notes"},  # replaces one of the corpus
+        {"id": "t0", "text": "a kite above the roofs", "source": "notes"},  # replaces a document of the corpus
         {"id": "bad", "image": PNG[:80]},
     ]
-    status, answer, _ = call(f"{url}/v1/index", {"documents": documents})
-    assert (status, answer["error"]["index"]) == (400, 3)
+    status, response, _ = call(f"{url}/v1/index", {"documents": documents})
+    assert (status, response["error"]["index"]) == (400, 3)
     status, added, _ = call(f"{url}/v1/index", {"documents": documents, "on_error": "skip"})
     assert (status, added["added"], added["replaced"], added["errors"][0]["index"]) == (200, 2, 1, 3)
     body = {"query": "a kite above the roofs", "top_k": 20, "after": added["sequence"], "return_documents": True}
-    _, answer, _ = call(f"{url}/v1/search", body)
-    found = {result["id"]: result for result in answer["results"]}
+    _, response, _ = call(f"{url}/v1/search", body)
+    found = {result["id"]: result for result in response["results"]}
     assert len(found) == before["documents"] + 2 == call(f"{url}/v1/index")[1]["documents"]
-    assert answer["results"][0]["id"] == "t0"
+    assert response["results"][0]["id"] == "t0"
     [query], vectors = embedder.encode_query([body["query"]]), embedder.encode_document(["a lantern on a hill"])
     assert found["n1"]["score"] == pytest.approx(float(vectors[0] @ query), abs=1e-5)
     assert base64.b64decode(found["n2"]["document"]["image"].split(",")[1]) == picture(1)
@@ -317,20 +317,20 @@ def test_what_is_added_is_found_and_what_is_deleted_is_not(url, embedder):
     assert (deleted["deleted"], deleted["unknown"]) == (2, ["nobody"])
     restored = {"documents": [{"id": "t0", "text": TEXTS[0], "source": "tiny"}]}
     _, last, _ = call(f"{url}/v1/index", restored)
-    _, answer, _ = call(f"{url}/v1/search", body | {"after": last["sequence"]})
-    assert {result["id"] for result in answer["results"]} == found.keys() - {"n1", "n2"}
-    status, answer, _ = call(f"{url}/v1/search", body | {"after": last["sequence"] + 1})
-    assert (status, answer["error"]["param"]) == (409, "after")
-    assert f"is at commit {last['sequence']}" in answer["error"]["message"]
+    _, response, _ = call(f"{url}/v1/search", body | {"after": last["sequence"]})
+    assert {result["id"] for result in response["results"]} == found.keys() - {"n1", "n2"}
+    status, response, _ = call(f"{url}/v1/search", body | {"after": last["sequence"] + 1})
+    assert (status, response["error"]["param"]) == (409, "after")
+    assert f"is at commit {last['sequence']}" in response["error"]["message"]
 
 
 @pytest.mark.parametrize(
     "header", ["X-Request-ID", "X-Session-ID", "Serve-Multiplexed-Model-ID", "X-Request-Disconnect-Disabled"]
 )
-def test_a_header_that_is_no_text_is_not_there(url, header):
-    """Serve's proxy itself reads these, before any route."""
-    status, answer, headers = call(f"{url}/v1/embeddings", {"input": "a red fox"}, **{header: "\xff"})
-    assert (status, len(answer["data"])) == (200, 1)
+def test_headers_that_are_not_text_are_dropped(url, header):
+    """Serve's proxy itself reads these headers, before any route."""
+    status, response, headers = call(f"{url}/v1/embeddings", {"input": "a red fox"}, **{header: "\xff"})
+    assert (status, len(response["data"])) == (200, 1)
     assert headers["X-Request-ID"].isalnum() or uuid.UUID(headers["X-Request-ID"])
 
 
@@ -346,7 +346,7 @@ def test_health_when_ready(url):
         ("embeddings", {"input": [{"image": "file:///etc/hostname"}]}, "input[0].image", 0),
         ("embeddings", {"input": ["a", "b", {"image": "data:text/plain;base64,aGk="}]}, "input[2].image", 2),
         ("embeddings", {"input": ["a", {"image": base64.b64encode(picture(1)[:60]).decode()}]}, "input[1]", 1),
-        ("embeddings", {"input": ["a", {"text": "b", "colour": "red"}]}, "input[1].colour", 1),
+        ("embeddings", {"input": ["a", {"text": "b", "color": "red"}]}, "input[1].color", 1),
         ("embeddings", {"input": ["a", ""]}, "input[1]", 1),
         ("embeddings", {"input": [[1, 2, 3]]}, "input[0]", 0),
         ("embeddings", {"input": ["a", {"image": 3}]}, "input[1].image", 1),
@@ -366,31 +366,31 @@ def test_health_when_ready(url):
         ("search", {"query": "a", "top_k": 0}, "top_k", None),
     ],
 )
-def test_a_bad_item_is_named(url, route, body, param, index):
-    status, answer, _ = call(f"{url}/v1/{route}", body)
+def test_the_error_locates_the_bad_item(url, route, body, param, index):
+    status, response, _ = call(f"{url}/v1/{route}", body)
     assert status == 400
-    assert (answer["error"]["param"], answer["error"]["index"]) == (param, index)
-    assert answer["error"]["type"] == "invalid_request_error"
-    assert "\n" not in answer["error"]["message"]
+    assert (response["error"]["param"], response["error"]["index"]) == (param, index)
+    assert response["error"]["type"] == "invalid_request_error"
+    assert "\n" not in response["error"]["message"]
 
 
 def test_a_model_that_is_not_served(url):
-    status, answer, _ = call(f"{url}/v1/embeddings", {"input": "a", "model": "gpt"})
+    status, response, _ = call(f"{url}/v1/embeddings", {"input": "a", "model": "gpt"})
     assert status == 404
-    assert "'distillation'" in answer["error"]["message"]
+    assert "'distillation'" in response["error"]["message"]
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0})
 class Late:
-    """Stands where the reranker stands, and starts when it is let."""
+    """Takes the place of the reranker; starts once the file `gate` exists."""
 
     def __init__(self, gate: str) -> None:
         while not Path(gate).exists():
             time.sleep(0.05)
 
 
-def test_starting_overload_and_missing_parts(url, service, embedder, tmp_path):
-    """A second application: a late part, no index, and an embedder with room for two requests."""
+def test_startup_overload_and_missing_components(url, service, embedder, tmp_path):
+    """A second application: a deployment that starts late, no index, and an embedder with room for two requests."""
     reranker, service = service.reranker, service.model_copy(update={"reranker": None, "index": None, "live": None})
     small = EmbedderDeployment.options(num_replicas=1, max_ongoing_requests=1, max_queued_requests=1)
     checkpoints = {"embedder": CheckpointRef.of(service.embedder), "reranker": CheckpointRef.of(reranker)}
@@ -403,57 +403,57 @@ def test_starting_overload_and_missing_parts(url, service, embedder, tmp_path):
     serve.run_many([target], wait_for_applications_running=False)
 
     states = health_until(
-        f"{url}/small", lambda status, answer: answer == {"status": "starting", "waiting_for": ["Late"]}
+        f"{url}/small", lambda status, response: response == {"status": "starting", "waiting_for": ["Late"]}
     )
     assert 200 not in states
     (tmp_path / "gate").touch()
-    health_until(f"{url}/small", lambda status, answer: status == 200)
+    health_until(f"{url}/small", lambda status, response: status == 200)
 
     texts = [f"{' '.join(TEXTS)} {i}" for i in range(96)]
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: call(f"{url}/small/v1/embeddings", {"input": texts}), range(16)))
-    assert {status for status, _, _ in answers} == {200, 503}
+        responses = list(pool.map(lambda _: call(f"{url}/small/v1/embeddings", {"input": texts}), range(16)))
+    assert {status for status, _, _ in responses} == {200, 503}
     vectors = embedder.encode_query(texts)
-    for status, answer, headers in answers:
+    for status, response, headers in responses:
         if status == 200:
-            np.testing.assert_allclose([row["embedding"] for row in answer["data"]], vectors, atol=1e-5)
+            np.testing.assert_allclose([row["embedding"] for row in response["data"]], vectors, atol=1e-5)
         else:
             assert int(headers["Retry-After"]) >= 1
-            assert answer["error"]["type"] == "overloaded"
+            assert response["error"]["type"] == "overloaded"
     assert call(f"{url}/small/v1/embeddings", {"input": texts[:1]})[0] == 200
 
-    status, answer, _ = call(f"{url}/small/v1/search", {"query": "a"})
+    status, response, _ = call(f"{url}/small/v1/search", {"query": "a"})
     assert status == 404
-    assert "UMARVEL_INDEX" in answer["error"]["message"]
+    assert "UMARVEL_INDEX" in response["error"]["message"]
     serve.delete("small")
 
 
 def health_until(url: str, reached: Callable[[int, dict], bool]) -> set[int]:
-    """Poll /health until it says what is awaited; the statuses seen on the way."""
+    """Poll /health until `reached` is true; returns the statuses seen on the way."""
     seen = set()
     for _ in range(600):
         try:
-            status, answer, _ = call(f"{url}/health")
+            status, response, _ = call(f"{url}/health")
         except json.JSONDecodeError:  # the proxy's own 404, before the route exists
-            status, answer = 404, {}
+            status, response = 404, {}
         seen.add(status)
-        if reached(status, answer):
+        if reached(status, response):
             return seen
         time.sleep(0.1)
-    pytest.fail(f"{url}/health: statuses {seen}, last {answer}")
+    pytest.fail(f"{url}/health: statuses {seen}, last {response}")
 
 
-def test_a_missing_path_is_said_before_anything_starts(service):
+def test_a_missing_path_is_reported_before_anything_starts(service):
     with pytest.raises(UserError, match=r"reranker: no folder nowhere.*UMARVEL_RERANKER"):
         build(service.model_copy(update={"reranker": "nowhere"}))
 
 
-def test_an_index_of_another_model_is_refused(service, tmp_path):
+def test_an_index_of_another_model_is_rejected(service, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(service.embedder, other)
     file = other / "umarvel.json"
     file.write_text(file.read_text().replace('"bidirectional"', '"causal"'))
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="embedded by a different model"):
         build(service.model_copy(update={"embedder": str(other)}))
 
 

@@ -1,4 +1,4 @@
-"""Keys, rate limit, body limit, request ids and the access log, through plain ASGI calls."""
+"""API keys, rate limit, body limit, request ids and the access log, through plain ASGI calls."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ KEY, OTHER = "k" * 20, "0123456789abcdef"
 SECRET = "do-not-log-me"
 
 
-def keys(*written: str) -> Keys:
-    return Keys.load(environment={auth.VARIABLE: ",".join(written)})
+def keys(*entries: str) -> Keys:
+    return Keys.load(environment={auth.VARIABLE: ",".join(entries)})
 
 
 def test_keys_from_file_and_environment(tmp_path, caplog):
@@ -49,11 +49,11 @@ def test_keys_from_file_and_environment(tmp_path, caplog):
     assert KEY.encode() not in pickle.dumps(loaded)
     path.chmod(0o640)
     Keys.load(path, {})
-    assert "others may read" in caplog.text
+    assert "readable by others" in caplog.text
     assert KEY not in caplog.text
 
 
-def test_no_keys_is_an_open_service():
+def test_without_keys_the_service_is_open():
     assert not keys()
     assert not Keys.load(environment={})
 
@@ -80,7 +80,7 @@ def test_bad_keys_are_one_line_without_the_key(tmp_path, text, message):
     assert KEY[:15] not in str(error.value)
 
 
-def test_every_hash_is_compared_whichever_key_comes(monkeypatch):
+def test_every_hash_is_compared_for_every_key(monkeypatch):
     several = keys(*(f"{letter}:{letter * 16}" for letter in "abcde"))
     compared = []
     spy = SimpleNamespace(compare_digest=lambda one, two: compared.append(one) or one == two)
@@ -92,7 +92,7 @@ def test_every_hash_is_compared_whichever_key_comes(monkeypatch):
 
 
 @given(st.sampled_from([0.5, 1, 7, 60, 600]), st.lists(st.floats(0, 30), min_size=1, max_size=60))
-def test_no_window_holds_more_than_the_bucket_and_waiting_helps(per_minute, gaps):
+def test_no_window_exceeds_the_bucket_and_the_wait_suffices(per_minute, gaps):
     limit, now, passed = RateLimit(per_minute), 0.0, []
     for gap in gaps:
         now += gap
@@ -100,20 +100,20 @@ def test_no_window_holds_more_than_the_bucket_and_waiting_helps(per_minute, gaps
             assert limit.allow("ann", now + 0.99 * wait)
             now += 1.001 * wait
             assert limit.allow("ann", now) == 0
-        assert limit.allow("bob", now) >= 0  # another's bucket
+        assert limit.allow("bob", now) >= 0  # another bucket
         passed.append(now)
     for first, start in enumerate(passed):
         for last, end in enumerate(passed[first:], first):
             assert last - first + 1 <= max(per_minute, 1) + (end - start) * per_minute / 60 + 1e-6
 
 
-def test_a_minute_of_requests_may_come_at_once():
+def test_a_minute_of_requests_may_arrive_at_once():
     limit = RateLimit(5)
     assert [limit.allow("ann", 0.0) > 0 for _ in range(6)] == [False] * 5 + [True]
     assert limit.allow("bob", 0.0) == 0
 
 
-def test_unknown_limits_are_refused():
+def test_unknown_limits_are_rejected():
     with pytest.raises(ValidationError, match="max_itmes"):
         Limits(max_itmes=3)
     assert pickle.loads(pickle.dumps(Limits(max_items=3))).max_items == 3
@@ -149,7 +149,7 @@ def service(limits: Limits | None = None, allowed: Keys | None = None) -> FastAP
     return guard(app, limits or Limits(), allowed or Keys())
 
 
-class Answer:
+class Response:
     def __init__(self, messages: list[dict], received: int) -> None:
         self.status = messages[0]["status"]
         self.headers = [(name.decode(), value.decode()) for name, value in messages[0]["headers"]]
@@ -164,10 +164,10 @@ class Answer:
         return dict(self.headers)[name]
 
 
-def call(app, method: str, path: str, chunks: Iterable[bytes] = (b"",), query: str = "", **headers: str) -> Answer:
-    """One request to an ASGI app; the body comes as `chunks`."""
+def call(app, method: str, path: str, chunks: Iterable[bytes] = (b"",), query: str = "", **headers: str) -> Response:
+    """Send one request to an ASGI app; the body arrives in `chunks`."""
     chunks = list(chunks)
-    coming = [
+    incoming = [
         {"type": "http.request", "body": chunk, "more_body": n < len(chunks)} for n, chunk in enumerate(chunks, 1)
     ]
     received, sent = 0, []
@@ -175,9 +175,9 @@ def call(app, method: str, path: str, chunks: Iterable[bytes] = (b"",), query: s
     async def receive() -> dict:
         nonlocal received
         received += 1
-        if received > len(coming):
-            await asyncio.Event().wait()  # the client stays
-        return coming[received - 1]
+        if received > len(incoming):
+            await asyncio.Event().wait()  # the client stays connected
+        return incoming[received - 1]
 
     async def send(message: dict) -> None:
         sent.append(message)
@@ -197,7 +197,7 @@ def call(app, method: str, path: str, chunks: Iterable[bytes] = (b"",), query: s
         "server": ("127.0.0.1", 8000),
     }
     asyncio.run(app(scope, receive, send))
-    return Answer(sent, received)
+    return Response(sent, received)
 
 
 @pytest.fixture
@@ -215,44 +215,47 @@ def lines():
     logging.getLogger("umarvel.access").removeHandler(handler)
 
 
-def test_a_key_opens_what_is_not_open():
+def test_a_key_opens_the_protected_paths():
     app = service(allowed=keys(f"ann:{KEY}"))
     for wrong in ({}, {"authorization": f"Bearer {OTHER}"}, {"authorization": f"Basic {KEY}"}):
-        answer = call(app, "POST", "/v1/raw", **wrong)
-        assert answer.status == 401
-        assert answer["www-authenticate"] == "Bearer"
-        assert answer.error["type"] == "authentication_error"
+        response = call(app, "POST", "/v1/raw", **wrong)
+        assert response.status == 401
+        assert response["www-authenticate"] == "Bearer"
+        assert response.error["type"] == "authentication_error"
     assert call(app, "POST", "/v1/raw", [b"abc"], authorization=f"Bearer {KEY}").body == b"3"
     assert call(app, "GET", "/health").status == 200
-    assert [call(app, "GET", path).status for path in ("/", "/static/page.js")] == [404, 404]  # open, here no routes
+    assert [call(app, "GET", path).status for path in ("/", "/static/page.js")] == [
+        404,
+        404,
+    ]  # open, but this app has no such routes
     closed = ("/docs", "/openapi.json", "/health/", "//", "/staticx", "/v1/../health", "/nowhere")
     assert {call(app, "GET", path).status for path in closed} == {401}
     assert call(service(), "POST", "/v1/raw", [b"abc"]).body == b"3"
 
 
-def test_each_key_has_its_own_rate():
+def test_each_key_has_its_own_rate_limit():
     app = service(Limits(requests_per_minute=2), keys(f"ann:{KEY}", f"bob:{OTHER}"))
     ann, bob = ({"authorization": f"Bearer {key}"} for key in (KEY, OTHER))
     assert [call(app, "POST", "/v1/raw", **ann).status for _ in range(3)] == [200, 200, 429]
-    answer = call(app, "POST", "/v1/raw", **ann)
-    assert 1 <= int(answer["retry-after"]) <= 30
-    assert answer.error["type"] == "rate_limit_error"
+    response = call(app, "POST", "/v1/raw", **ann)
+    assert 1 <= int(response["retry-after"]) <= 30
+    assert response.error["type"] == "rate_limit_error"
     assert call(app, "POST", "/v1/raw", **bob).status == 200
     assert call(app, "GET", "/health").status == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/raw", "/v1/items/a"])
-def test_a_body_over_the_limit_is_413_and_not_read_on(path):
+def test_a_body_over_the_limit_is_413_and_no_longer_read(path):
     app = service(Limits(max_body_bytes=100))
     body = json.dumps({"a": "x" * 92}).encode()
     assert len(body) == 101
     assert call(app, "POST", path, [body[:-2], b"}"], content_type="application/json").status != 413
     for length in ("101", "9" * 5000):
-        told = call(app, "POST", path, [body], content_length=length)
-        assert (told.status, told.received) == (413, 0)
-        assert told.error["param"] == "body"
-    for lied in ({}, {"content_length": "7"}, {"content_length": "-1"}):
-        streamed = call(app, "POST", path, [b"x" * 60] * 9, content_type="application/json", **lied)
+        declared = call(app, "POST", path, [body], content_length=length)
+        assert (declared.status, declared.received) == (413, 0)
+        assert declared.error["param"] == "body"
+    for wrong in ({}, {"content_length": "7"}, {"content_length": "-1"}):
+        streamed = call(app, "POST", path, [b"x" * 60] * 9, content_type="application/json", **wrong)
         assert (streamed.status, streamed.received) == (413, 2)
         assert streamed.error["message"] == "body: over 100 bytes"
 
@@ -260,37 +263,37 @@ def test_a_body_over_the_limit_is_413_and_not_read_on(path):
 def test_a_safe_request_id_is_kept_and_any_other_replaced(lines):
     app = service()
     kept = call(app, "GET", "/health", x_request_id="a1/b-2")
-    assert [name for name, _ in kept.headers].count("x-request-id") == 0  # Serve's proxy writes it
-    made = [
-        call(app, "GET", "/health", **given) for given in ({}, {"x_request_id": "a b"}, {"x_request_id": "a" * 129})
+    assert [name for name, _ in kept.headers].count("x-request-id") == 0  # Serve's proxy adds it
+    replaced = [
+        call(app, "GET", "/health", **headers) for headers in ({}, {"x_request_id": "a b"}, {"x_request_id": "a" * 129})
     ]
-    ids = [answer["x-request-id"] for answer in made]
+    ids = [response["x-request-id"] for response in replaced]
     assert len(set(ids)) == 3
     assert [line["request_id"] for line in lines()] == ["a1/b-2", *ids]
 
 
-def test_an_unexpected_exception_is_one_answer_and_one_traceback(lines):
-    answer = call(
+def test_an_unexpected_exception_is_one_response_and_one_traceback(lines):
+    response = call(
         service(), "POST", "/v1/boom", [json.dumps({"text": SECRET}).encode()], content_type="application/json"
     )
-    assert answer.status == 500
+    assert response.status == 500
     error, request = lines()
     assert (error["event"], error["error"], request["status"]) == ("error", "KeyError", 500)
     assert any(frame.endswith(" boom") for frame in error["traceback"])
-    assert answer["x-request-id"] == error["request_id"] == request["request_id"]
-    assert error["request_id"] in answer.error["message"]
-    assert SECRET not in json.dumps(lines()) + answer.body.decode()
+    assert response["x-request-id"] == error["request_id"] == request["request_id"]
+    assert error["request_id"] in response.error["message"]
+    assert SECRET not in json.dumps(lines()) + response.body.decode()
 
 
-def test_an_answer_broken_off_is_logged_and_ends_the_connection(lines):
-    with pytest.raises(RuntimeError, match="after its answer began") as error:
+def test_an_interrupted_response_is_logged_and_ends_the_connection(lines):
+    with pytest.raises(RuntimeError, match="after its response began") as error:
         call(service(), "GET", "/v1/halfway")
     assert SECRET not in str(error.value)
     assert error.value.__suppress_context__
     assert [line["event"] for line in lines()] == ["error", "request"]
 
 
-def test_a_line_per_request_and_nothing_a_client_wrote(lines, capfd):
+def test_one_line_per_request_with_nothing_a_client_wrote(lines, capfd):
     app = service(Limits(max_body_bytes=1000), keys(f"ann:{KEY}"))
     body = json.dumps({"text": SECRET}).encode()
     for path in (f"/v1/items/{SECRET}", f"/{SECRET}", "/v1/boom"):
@@ -308,10 +311,10 @@ def test_a_line_per_request_and_nothing_a_client_wrote(lines, capfd):
     assert KEY not in json.dumps(lines()) + out + err
 
 
-def test_a_client_that_leaves_is_logged_without_a_status(lines):
-    async def left(scope, receive, send) -> None:
+def test_a_client_that_disconnects_is_logged_without_a_status(lines):
+    async def disconnected(scope, receive, send) -> None:
         raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(AccessLog(left)({"type": "http", "method": "GET", "path": "/", "headers": []}, None, None))
+        asyncio.run(AccessLog(disconnected)({"type": "http", "method": "GET", "path": "/", "headers": []}, None, None))
     assert [line["status"] for line in lines()] == [None]

@@ -1,4 +1,4 @@
-"""What clients see while replicas and the proxy are killed, the model changes, and replicas come and go with load."""
+"""What clients see while replicas and the proxy are killed, the model changes, and replicas scale with the load."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUERIES = [f"{' '.join(TEXTS[: 1 + i % 5])} {i}" for i in range(40)]
 
 @pytest.fixture(scope="module")
 def other_run(tmp_path_factory) -> Path:
-    """The same recipe, other weights."""
+    """The same recipe with other weights."""
     from tests.support.tiny import make_tiny_base
 
     base = make_tiny_base(tmp_path_factory.mktemp("other_base"), seed=1)
@@ -37,14 +37,14 @@ def other_run(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def load(ask: Callable[[int], None], clients: int = 8) -> Iterator[list[BaseException]]:
-    """`ask(number)` from several threads, again and again, while the block runs; what they raised."""
+def load(send: Callable[[int], None], clients: int = 8) -> Iterator[list[BaseException]]:
+    """Call `send(number)` repeatedly from several threads while the block runs; yields what the calls raised."""
     stop, raised = threading.Event(), []
 
     def client(number: int) -> None:
         while not stop.is_set():
             try:
-                ask(number)
+                send(number)
             except Exception as error:
                 raised.append(error)
             number += clients
@@ -61,7 +61,7 @@ def load(ask: Callable[[int], None], clients: int = 8) -> Iterator[list[BaseExce
 
 
 def processes(title: str) -> list[int]:
-    """The processes under this one whose title matches: never those of another Ray."""
+    """Descendants of this process whose title matches, so never processes of another Ray."""
     return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if _is_ours(folder, title)]
 
 
@@ -72,7 +72,7 @@ def _is_ours(folder: Path, title: str) -> bool:
         while folder.name not in ("0", "1", str(os.getpid())):
             parent = re.search(r"PPid:\s+(\d+)", (folder / "status").read_text())[1]
             folder = folder.with_name(parent)
-    except OSError:  # gone meanwhile
+    except OSError:  # it exited meanwhile
         return False
     return folder.name == str(os.getpid())
 
@@ -90,7 +90,7 @@ def wait_until(reached: Callable[[], bool], seconds: float = 400) -> None:
 
 
 def deploy(run: Path, **deployments: dict) -> None:
-    """What `serve deploy` does with a config file; `deployments` are the options that it gives each by name."""
+    """What `serve deploy` does with a config file; `deployments` are the options of each by name."""
     application = {
         "name": NAME,
         "route_prefix": "/",
@@ -109,7 +109,7 @@ def running() -> bool:
 def is_healthy(address: str) -> bool:
     try:
         return call(f"{address}/health")[0] == 200
-    except OSError:  # no proxy, or one that knows no routes yet
+    except OSError:  # no proxy, or one without routes yet
         return False
 
 
@@ -117,7 +117,7 @@ TWO = {name: {"num_replicas": 2} for name in ("Ingress", "EmbedderDeployment", "
 
 
 def test_killed_processes_and_a_new_model(address, run, other_run):
-    """One service throughout: every answer in every state is one model's, and right."""
+    """One service throughout: in every state, each response is correct for exactly one of the models."""
     deploy(run, **TWO)
     wait_until(running)
     old, new = (
@@ -127,28 +127,28 @@ def test_killed_processes_and_a_new_model(address, run, other_run):
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=20)
     seen = []
 
-    def ask(number: int) -> None:
+    def send(number: int) -> None:
         number %= len(QUERIES)
-        status, answer, _ = call(f"{address}/v1/embeddings", {"input": QUERIES[number]})
-        assert status == 200, answer
-        [row] = answer["data"]
+        status, response, _ = call(f"{address}/v1/embeddings", {"input": QUERIES[number]})
+        assert status == 200, response
+        [row] = response["data"]
         matching = [np.abs(vectors[number] - row["embedding"]).max() < 1e-5 for vectors in (old, new)]
-        assert any(matching), "an answer of neither model"
+        assert any(matching), "the response matches neither model"
         seen.append(matching.index(True))
 
-    def ask_patiently(number: int) -> None:
+    def send_with_retries(number: int) -> None:
         number %= len(QUERIES)
         [row] = client.embeddings.create(model="distillation", input=QUERIES[number]).data
         assert np.abs(old[number] - row.embedding).max() < 1e-5
 
-    with load(ask) as raised:  # a model replica: not noticed, with no retry of the client
+    with load(send) as raised:  # a model replica: clients notice nothing, without retries
         time.sleep(1)
         os.kill(processes("ServeReplica.*EmbedderDeployment")[0], signal.SIGKILL)
         time.sleep(1)
         wait_until(lambda: replicas("EmbedderDeployment") == 2)
     assert raised == []
 
-    with load(ask_patiently) as raised:  # an ingress replica, then the proxy: the client's retries heal it
+    with load(send_with_retries) as raised:  # an ingress replica, then the proxy: client retries are enough
         time.sleep(1)
         os.kill(processes("ServeReplica.*Ingress")[0], signal.SIGKILL)
         wait_until(lambda: replicas("Ingress") == 2)
@@ -159,7 +159,7 @@ def test_killed_processes_and_a_new_model(address, run, other_run):
     assert raised == []
 
     seen.clear()
-    with load(ask) as raised:
+    with load(send) as raised:
         deploy(other_run, **TWO)
         wait_until(lambda: sum(seen[-50:]) == 50)
         wait_until(running)
@@ -169,14 +169,14 @@ def test_killed_processes_and_a_new_model(address, run, other_run):
     assert status == 200
 
 
-def test_replicas_come_and_go_with_load(address, run):
+def test_replicas_scale_with_the_load(address, run):
     scaling = {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 2}
-    hurry = {"upscale_delay_s": 1, "downscale_delay_s": 2, "metrics_interval_s": 0.5, "look_back_period_s": 2}
-    deploy(run, EmbedderDeployment={"autoscaling_config": scaling | hurry, "ray_actor_options": {"num_cpus": 0.2}})
+    fast = {"upscale_delay_s": 1, "downscale_delay_s": 2, "metrics_interval_s": 0.5, "look_back_period_s": 2}
+    deploy(run, EmbedderDeployment={"autoscaling_config": scaling | fast, "ray_actor_options": {"num_cpus": 0.2}})
     wait_until(lambda: running() and replicas("EmbedderDeployment") == 1)
     long = {"input": [f"{' '.join(TEXTS)} {number}" for number in range(48)]}
     with load(lambda _: call(f"{address}/v1/embeddings", long), clients=12) as raised:
         wait_until(lambda: replicas("EmbedderDeployment") >= 2)
-        assert replicas("Ingress") == 1  # each scales by its own load
+        assert replicas("Ingress") == 1  # each deployment scales by its own load
     assert raised == []
     wait_until(lambda: replicas("EmbedderDeployment") == 1)

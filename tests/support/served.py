@@ -1,4 +1,4 @@
-"""A running service for tests, and how they talk to it."""
+"""A running service for tests, and a client for it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from umarvel_ray.serving.settings import Service
 
 
 def service_of(run: Path, **changes) -> Service:
-    """What a run of `make_run` serves."""
-    given = {
+    """The service for a run folder of `make_run`; `changes` override its settings."""
+    settings = {
         "embedder": str(run / "checkpoints" / "distillation"),
         "reranker": str(run / "checkpoints" / "reranker"),
         "index": str(run / "evaluation" / "distillation" / "test-documents"),
@@ -25,12 +25,12 @@ def service_of(run: Path, **changes) -> Service:
         "live": str(run / "live"),
         "threads": 1,
     }
-    return Service(**(given | changes))
+    return Service(**(settings | changes))
 
 
 @contextmanager
 def serve_address() -> Iterator[str]:
-    """Ray Serve on a free port of loopback, until the end."""
+    """Ray Serve on a free loopback port, while the block runs; yields its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,12 +42,12 @@ def serve_address() -> Iterator[str]:
 
 
 def call(url: str, body: dict | bytes | None = None, **headers: str) -> tuple[int, dict, dict]:
-    """Status, JSON and headers of a GET, or of a POST when there is a body."""
+    """Status, JSON and headers of the response to a GET, or to a POST if there is a body."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | headers)
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return answer.status, json.load(answer), answer.headers
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response), response.headers
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.load(error), error.headers

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
-from umarvel_ray import __version__
+from umarvel_ray.version import __version__
 from umarvel_ray.data.tables import Dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.evaluate.charts import Line, bar_chart, duration, line_chart, smooth

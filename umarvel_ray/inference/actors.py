@@ -1,6 +1,6 @@
-"""Ray actors that live as long as the driver wants: loaded once, used for every checkpoint, restarted when they die.
+"""Long-lived Ray actors: started once, used for every checkpoint, restarted when they die.
 
-Every call carries all an actor needs to know (which checkpoint, which rows), so a restarted actor simply carries on.
+Each call carries everything an actor needs (which checkpoint, which rows), so a restarted actor needs no other state.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ray.exceptions import RayActorError, RayTaskError
 from umarvel_ray.errors import UserError
 from umarvel_ray.recipe import Cluster, Compute
 
-CALLS_IN_FLIGHT = 2  # per actor: the input of the next call travels while this one runs
+CALLS_IN_FLIGHT = 2  # per actor: the next call's input is transferred while the current call runs
 
 
 class ActorGroup:
-    """A fixed number of equal actors, started at first use and stopped on leaving the `with` block.
+    """A fixed number of identical actors, started on first use and killed when the `with` block exits.
 
     Args:
-        actor: a Ray actor class; its constructor takes the compute settings, its device and its number of threads.
-        cluster: how many actors, how large, and how often each actor, and each call, is retried after a crash.
-        what: names the work in errors.
+        actor: a Ray actor class whose constructor takes the compute settings, a device and a number of threads.
+        cluster: the number of actors, their resources, and how often an actor or a call is retried after a crash.
+        what: the kind of work, for error messages.
     """
 
     def __init__(self, actor: Any, cluster: Cluster, compute: Compute, what: str) -> None:
@@ -56,13 +56,13 @@ class ActorGroup:
         return self._actors
 
     def run(self, calls: Sequence[int], submit: Callable[[Any, int], ray.ObjectRef]) -> Iterator[Any]:
-        """Make numbered calls, yielding results as they come.
+        """Run numbered calls and yield their results as they complete.
 
-        Call n belongs to actor n mod count, which then has its items cached when the same table is embedded with the
-        next checkpoint; an idle actor takes the last call of the longest queue.
+        Call n is assigned to actor n mod count, so that its items are already cached there when the same table is
+        embedded with the next checkpoint. An idle actor steals the last call of the longest queue.
 
         Args:
-            submit: makes one call on one actor, as `lambda actor, number: actor.method.remote(number)`.
+            submit: starts one call on one actor, for example `lambda actor, call: actor.method.remote(call)`.
 
         Raises:
             UserError: raised by a call, or an actor died more often than allowed.
@@ -72,23 +72,23 @@ class ActorGroup:
             queues[call % len(queues)].append(call)
         in_flight: dict[ray.ObjectRef, int] = {}
 
-        def feed(number: int) -> None:
-            queue = queues[number]
+        def submit_next(index: int) -> None:
+            queue = queues[index]
             longest = max(queues, key=len)
             if queue or longest:
                 call = queue.popleft() if queue else longest.pop()
-                in_flight[submit(self.actors[number], call)] = number
+                in_flight[submit(self.actors[index], call)] = index
 
-        for number in [*range(len(queues))] * CALLS_IN_FLIGHT:
-            feed(number)
+        for index in [*range(len(queues))] * CALLS_IN_FLIGHT:
+            submit_next(index)
         while in_flight:
             (done, *_), _ = ray.wait(list(in_flight))
-            number = in_flight.pop(done)
-            feed(number)
+            index = in_flight.pop(done)
+            submit_next(index)
             yield self.get(done)
 
     def get(self, refs: Any) -> Any:
-        """`ray.get`, with an actor's own error line instead of Ray's traceback."""
+        """`ray.get`, but a `UserError` raised in an actor is re-raised as such, without Ray's traceback."""
         try:
             return ray.get(refs)
         except RayTaskError as error:

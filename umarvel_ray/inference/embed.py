@@ -1,11 +1,11 @@
-"""Bulk embedding: a table of items to shards of vectors, on a group of actors.
+"""Bulk embedding: turn a table of items into shards of vectors, on a group of actors.
 
     with EmbedderGroup(recipe.cluster, recipe.compute) as embedders:
         embeddings = embed_table(embedders, dataset.documents, "document", run / "documents", ref, "documents")
 
-An actor does both halves of the work: its threads read, decode and tokenize the next rows while its device runs the
-model. Separate preprocessing processes would add 400 MB each and move 100 KB of pixels per picture between processes;
-on a GPU node `cpus_per_embedder` threads (Pillow and the tokenizer release the GIL) feed one GPU.
+Each actor does both the preprocessing and the inference: its threads read, decode and tokenize the next rows while its
+device runs the model. Separate preprocessing processes would cost 400 MB each and copy 100 KB of pixels per picture
+between processes; threads suffice to feed a GPU, because Pillow and the tokenizer release the GIL.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ CACHE_BYTES = 2**30  # per actor
 
 @ray.remote
 class EmbedderActor:
-    """One device: embeds shards, and runs functions on what was embedded."""
+    """Embeds shards on one device, and runs functions next to the resulting vectors."""
 
     def __init__(self, compute: Compute, device: str, threads: int) -> None:
-        from umarvel_ray.inference.cached_embedder import CachedEmbedder  # the driver does without the model
+        from umarvel_ray.inference.cached_embedder import CachedEmbedder  # keeps the model code out of the driver
 
         torch.set_num_threads(threads)
         cache = CACHE_BYTES if compute.cache_vision else 0
@@ -46,19 +46,19 @@ class EmbedderActor:
     def embed_shard(
         self, ref: CheckpointRef, truncate_dim: int | None, rows: pa.Table, side: str, folder: Path, index: int
     ) -> int:
-        """Embed and write one shard; returns the number of rows done."""
+        """Embed and write one shard; returns the number of input rows."""
         self._embedder.load(ref, truncate_dim)
         ids, vectors, quarantined = self._embedder.embed(rows.to_pylist(), side)
         write_shard(folder, index, embedding_table(ids, vectors), quarantined)
         return rows.num_rows
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function here; what it returns stays in this node's object store until it is fetched."""
+        """Run a function in this actor; its result stays in this node's object store until it is fetched."""
         return function(*args)
 
 
 class EmbedderGroup(ActorGroup):
-    """The embedding actors of a run. They also search what they embedded, exactly (`retrieve/exact.py`)."""
+    """The embedding actors of a run. They also run exact search over the vectors (`retrieve/exact.py`)."""
 
     def __init__(self, cluster: Cluster, compute: Compute) -> None:
         super().__init__(EmbedderActor, cluster, compute, "embedding")
@@ -74,22 +74,22 @@ def embed_table(
     shard_rows: int = SHARD_ROWS,
     truncate_dim: int | None = None,
 ) -> Embeddings:
-    """Embed every row of a documents or queries table, or finish an earlier attempt at exactly that.
+    """Embed every row of a documents or queries table, resuming an interrupted attempt with the same inputs.
 
     Writes shards, `quarantine.parquet` and `manifest.json` under `out_dir` (`inference/shards.py`). Existing shards are
-    kept when rows, side, checkpoint, settings and dimension are the same, else the folder is emptied first. If all
-    exist no actor starts.
+    kept if the rows, side, checkpoint, settings and dimension are unchanged; otherwise the folder is emptied first. No
+    actor starts if all shards exist.
 
     Args:
         side: "query" or "document".
-        what: names the rows on the progress bar.
-        truncate_dim: see `Embedder.from_pretrained`; the manifest's `dimension` says how long the vectors are.
+        what: names the rows in errors and on the progress bar.
+        truncate_dim: see `Embedder.from_pretrained`; the manifest records the length of the vectors as `dimension`.
 
     Returns:
         ids and vectors in the order of `rows`, without quarantined rows.
 
     Raises:
-        UserError: an empty table, no such dimension, disk full, an actor died too often.
+        UserError: an empty table, an invalid `truncate_dim`, a full disk, or an actor that died too often.
     """
     if not rows.num_rows:
         raise UserError(f"{what}: no rows to embed; check the table")

@@ -1,4 +1,4 @@
-"""Reading embeddings back from their shards."""
+"""Embeddings as Arrow tables, and reading them back from shards."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ class Embeddings(NamedTuple):
     vectors: np.ndarray  # float32 (n, d), unit norm
 
     def row_of(self) -> dict[str, int]:
+        """Row number of each id."""
         return {id_: row for row, id_ in enumerate(self.ids)}
 
 
 def embedding_table(ids: list[str], vectors: np.ndarray) -> pa.Table:
-    """ids and float32 (n, d) as `id: string, embedding: fixed_size_list<float32>[d]`."""
+    """A table with columns `id: string` and `embedding: fixed_size_list<float32>[d]`, from vectors (n, d)."""
     flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
     embedding = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
     return pa.table([pa.array(ids, pa.string()), embedding], names=["id", "embedding"])
@@ -36,15 +37,18 @@ def vectors_of(table: pa.Table) -> np.ndarray:
 
 
 def read_embeddings(folder: str | Path) -> Embeddings:
-    """All embeddings of a finished embed job, in the order of its input rows, quarantined rows left out.
+    """All embeddings of a finished embed job, in the order of its input rows, without quarantined rows.
 
     Raises:
-        UserError: the folder holds no finished job.
+        UserError: the folder holds no finished embed job.
     """
     table = read_shards(Path(folder))
     return Embeddings(table["id"].to_pylist(), vectors_of(table))
 
 
 def embedder_of(folder: str | Path) -> str | None:
-    """Identity of the checkpoint (see `CheckpointRef`) that a finished embed job used; None where there is none."""
-    return read_manifest(Path(folder))["inputs"].get("checkpoint") if is_complete(Path(folder)) else None
+    """Identity (see `CheckpointRef`) of the checkpoint that a finished embed job used; None if no job has finished."""
+    if not is_complete(Path(folder)):
+        return None
+    identity: str | None = read_manifest(Path(folder))["inputs"].get("checkpoint")
+    return identity

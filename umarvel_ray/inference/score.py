@@ -1,13 +1,14 @@
-"""Bulk reranking: P(yes) of each query's candidates, on a group of actors, resumable.
+"""Bulk reranking: score each query's candidates with P(yes) on a group of actors; resumable.
 
     with RerankerGroup(recipe.cluster, recipe.compute) as rerankers:
         scored = score_table(rerankers, candidates, queries, documents, run / "scores", ref)
 
-`scored` is `candidates` with one more column, `rerank_scores`; it is fused with the cosines where both are used.
+`scored` is `candidates` with one more column, `rerank_scores`. Callers fuse it with the cosines.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from umarvel_ray.model.reranker import Reranker
 
 SHARD_QUERIES = 64
-ENCODED_DOCUMENTS = 2048  # kept per actor: neighbouring queries share many candidates
+ENCODED_DOCUMENTS = 2048  # cached per actor: neighboring queries share many candidates
 SCORED = pa.schema(
     [
         ("query_id", pa.string()),
@@ -43,19 +44,18 @@ SCORED = pa.schema(
 
 @ray.remote
 class RerankerActor:
-    """One device."""
+    """Scores shards on one device."""
 
     def __init__(self, compute: Compute, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self._device, self._compute = device, compute
-        self._loaded: CheckpointRef | None = None
-        self._reranker: Reranker | None = None
-        self._encoded: LRUCache[tuple, EncodedPair] = LRUCache(ENCODED_DOCUMENTS)
+        self._loaded: tuple[CheckpointRef, Reranker] | None = None
+        self._encoded: LRUCache[Hashable, EncodedPair] = LRUCache(ENCODED_DOCUMENTS)
 
     def score_shard(
         self, ref: CheckpointRef, candidates: pa.Table, queries: pa.Table, documents: pa.Table, folder: Path, index: int
     ) -> int:
-        """Score and write one shard; returns the number of queries done."""
+        """Score and write one shard; returns the number of input queries."""
         reranker = self._load(ref)
         query_of = {row["id"]: row for row in queries.to_pylist()}
         document_of = {row["id"]: row for row in documents.to_pylist()}
@@ -64,8 +64,8 @@ class RerankerActor:
             try:
                 item = item_of(query_of[row["query_id"]])
                 query = reranker.encoder.encode_query(item, f"query {row['query_id']}")
-                halves = [self._document(document_of[id_]) for id_ in row["document_ids"]]
-                scores = reranker.score_encoded(query, halves, self._compute.token_budget)
+                candidate_halves = [self._document(reranker, document_of[id_]) for id_ in row["document_ids"]]
+                scores = reranker.score_encoded(query, candidate_halves, self._compute.token_budget)
                 done.append(row | {"rerank_scores": scores.tolist()})
             except UserError as error:
                 quarantined.append((row["query_id"], str(error)))
@@ -73,23 +73,22 @@ class RerankerActor:
         return candidates.num_rows
 
     def _load(self, ref: CheckpointRef) -> Reranker:
-        from umarvel_ray.model.reranker import Reranker  # the driver does without the model
+        from umarvel_ray.model.reranker import Reranker  # keeps the model code out of the driver
 
-        if ref != self._loaded:
+        if self._loaded is None or self._loaded[0] != ref:
             self._encoded.clear()
-            self._reranker = Reranker.from_pretrained(ref.path, self._device, self._compute.dtype)
-            self._loaded = ref
-        return self._reranker
+            self._loaded = ref, Reranker.from_pretrained(ref.path, self._device, self._compute.dtype)
+        return self._loaded[1]
 
-    def _document(self, row: dict) -> EncodedPair:
+    def _document(self, reranker: Reranker, row: dict[str, Any]) -> EncodedPair:
         key = content_key(row)
         if key not in self._encoded:
-            self._encoded[key] = self._reranker.encoder.encode_document(item_of(row), f"document {row['id']}")
+            self._encoded[key] = reranker.encoder.encode_document(item_of(row), f"document {row['id']}")
         return self._encoded[key]
 
 
 class RerankerGroup(ActorGroup):
-    """The reranking actors of a run, as many and as large as the embedders."""
+    """The reranking actors of a run: the same number and resources as the embedding actors."""
 
     def __init__(self, cluster: Cluster, compute: Compute) -> None:
         super().__init__(RerankerActor, cluster, compute, "reranking")
@@ -104,19 +103,20 @@ def score_table(
     ref: CheckpointRef,
     what: str = "queries",
 ) -> pa.Table:
-    """Score every candidate of every query, or finish an earlier attempt at exactly that.
+    """Score every candidate of every query, resuming an interrupted attempt with the same inputs.
 
     Args:
-        candidates: query_id, document_ids[], scores[] (cosines); other columns are ignored. Each query once.
-        queries, documents: the tables those ids are found in.
+        candidates: columns query_id, document_ids[], scores[] (cosines); others are ignored. One row per query.
+        queries, documents: the tables that contain these ids.
         ref: a reranker's checkpoint.
 
     Returns:
-        query_id, document_ids[], scores[], rerank_scores[] in the order of `candidates`. A query with an item that
-        cannot be used is left out and listed in `quarantine.parquet` with the reason.
+        query_id, document_ids[], scores[], rerank_scores[] in the order of `candidates`. A query is left out, and
+        listed in `quarantine.parquet` with the reason, if it or one of its candidates cannot be used.
 
     Raises:
-        UserError: no candidates, an id that is in no table, not a reranker, disk full, an actor died too often.
+        UserError: no candidates, an id missing from the tables, a checkpoint that is not a reranker, a full disk, or an
+            actor that died too often.
     """
     candidates = candidates.select(["query_id", "document_ids", "scores"])
     if not candidates.num_rows:
@@ -129,13 +129,13 @@ def score_table(
     missing = open_output(folder, inputs, -(-candidates.num_rows // SHARD_QUERIES))
 
     def submit(actor: Any, index: int) -> ray.ObjectRef:
-        some = candidates.slice(index * SHARD_QUERIES, SHARD_QUERIES)
-        wanted = dict.fromkeys(id_ for ids in some["document_ids"].to_pylist() for id_ in ids)
+        shard = candidates.slice(index * SHARD_QUERIES, SHARD_QUERIES)
+        document_ids = dict.fromkeys(id_ for ids in shard["document_ids"].to_pylist() for id_ in ids)
         return actor.score_shard.remote(
             ref,
-            some,
-            queries.take(_find(query_row, some["query_id"].to_pylist(), "query")),
-            documents.take(_find(document_row, wanted, "document")),
+            shard,
+            queries.take(_find(query_row, shard["query_id"].to_pylist(), "query")),
+            documents.take(_find(document_row, document_ids, "document")),
             folder,
             index,
         )
@@ -154,8 +154,8 @@ def _row_of(table: pa.Table) -> dict[str, int]:
     return {id_: row for row, id_ in enumerate(table["id"].to_pylist())}
 
 
-def _find(row_of: dict[str, int], ids, kind: str) -> pa.Array:
+def _find(row_of: dict[str, int], ids: Collection[str], kind: str) -> pa.Array:
     unknown = next((id_ for id_ in ids if id_ not in row_of), None)
     if unknown is not None:
-        raise UserError(f"candidates name the {kind} '{unknown}', which is in no table; mine again")
+        raise UserError(f"candidates refer to the {kind} '{unknown}', which is not in its table; mine again")
     return pa.array([row_of[id_] for id_ in ids], pa.int64())

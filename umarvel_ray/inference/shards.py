@@ -1,9 +1,8 @@
-"""Resumable sharded output: each shard is one Parquet file written once; a rerun does only what is missing.
+"""Resumable sharded output: each shard is one Parquet file, written once; a rerun computes only the missing shards.
 
 A folder holds `shard-00000.parquet` …, `quarantine.parquet` (id, reason) and `manifest.json`, which records the inputs
-(what was computed, from what) and, when complete, the counts: rows = written + quarantined. The rows a shard could not
-use travel in its own schema metadata, so a shard and its quarantine appear in one atomic rename. A folder made from
-other inputs is emptied first.
+and, once complete, the counts: rows = written + quarantined. A shard stores its quarantined rows in its own schema
+metadata, so that both appear in one atomic rename. A folder written from different inputs is emptied first.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,8 +24,8 @@ _META = b"umarvel.quarantine"
 Quarantined = list[tuple[str, str]]
 
 
-def open_output(folder: Path, inputs: dict, shards: int) -> list[int]:
-    """Make the folder ready for what is computed from these inputs, and list the shards that are still missing.
+def open_output(folder: Path, inputs: dict[str, Any], shards: int) -> list[int]:
+    """Prepare the folder for output computed from these inputs and return the numbers of the missing shards.
 
     Raises:
         UserError: the folder cannot be written.
@@ -46,7 +46,11 @@ def shard_path(folder: Path, index: int) -> Path:
 
 
 def write_shard(folder: Path, index: int, table: pa.Table, quarantined: Quarantined) -> None:
-    """Write one shard atomically, with the (id, reason) rows that could not be used."""
+    """Write one shard atomically, together with (id, reason) for each row that could not be used.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     table = table.replace_schema_metadata({_META: json.dumps(quarantined)})
     path = shard_path(folder, index)
     try:
@@ -56,11 +60,11 @@ def write_shard(folder: Path, index: int, table: pa.Table, quarantined: Quaranti
         raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another output") from None
 
 
-def close_output(folder: Path, rows: int, facts: dict | None = None) -> dict:
-    """Write `quarantine.parquet`, reconcile the counts, mark the manifest complete, add `facts` and return it.
+def close_output(folder: Path, rows: int, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write `quarantine.parquet`, reconcile the counts, add `facts` to the manifest, mark it complete and return it.
 
     Raises:
-        UserError: written + quarantined rows are not the input rows.
+        UserError: written + quarantined rows do not add up to the input rows.
     """
     manifest = _read_manifest(folder)
     written, quarantined = 0, []
@@ -69,7 +73,10 @@ def close_output(folder: Path, rows: int, facts: dict | None = None) -> dict:
         written += file.metadata.num_rows
         quarantined += json.loads(file.schema_arrow.metadata[_META])
     if written + len(quarantined) != rows:
-        raise UserError(f"{folder}: {written} + {len(quarantined)} quarantined of {rows} rows; delete the folder")
+        raise UserError(
+            f"{folder}: {written} written + {len(quarantined)} quarantined rows, but {rows} input rows; "
+            "delete the folder and run the job again"
+        )
     columns = [[row[0] for row in quarantined], [row[1] for row in quarantined]]
     with atomic_path(folder / "quarantine.parquet") as partial:
         pq.write_table(pa.table(columns, schema=QUARANTINE), partial)
@@ -80,33 +87,40 @@ def close_output(folder: Path, rows: int, facts: dict | None = None) -> dict:
 
 
 def is_complete(folder: Path) -> bool:
+    """Whether all shards are written and reconciled."""
     return bool(_read_manifest(folder).get("complete"))
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete output.
 
     Raises:
         UserError: there is none, or the job that writes it has not finished.
     """
     if not is_complete(folder):
-        raise UserError(f"{folder}: no complete manifest.json; run the job that writes it (again)")
+        raise UserError(f"{folder}: no complete manifest.json; run, or rerun, the job that writes this folder")
     return _read_manifest(folder)
 
 
 def read_shard(folder: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """One shard, without the quarantine in its metadata."""
     return pq.read_table(shard_path(folder, index), columns=columns).replace_schema_metadata(None)
 
 
 def read_shards(folder: Path) -> pa.Table:
-    """Every row of a complete output, in shard order."""
+    """Every row of a complete output, in shard order.
+
+    Raises:
+        UserError: see `read_manifest`.
+    """
     return pa.concat_tables([read_shard(folder, i) for i in range(read_manifest(folder)["shards"])])
 
 
-def _read_manifest(folder: Path) -> dict:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return manifest
 
 
-def _write_manifest(folder: Path, manifest: dict) -> None:
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_json(folder / "manifest.json", manifest)

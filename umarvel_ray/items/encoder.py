@@ -1,8 +1,8 @@
-"""From an item to token ids, pooling mask and pixels: U-MARVEL's message template (method sections 1.1 to 1.4).
+"""From an item to token ids, pooling mask and pixels: U-MARVEL's message template (docs/method.md#item-template).
 
-One conversation per item, the same on both sides: a user turn with the pictures, then the text, and an assistant turn
-`<emb>.`, rendered with the checkpoint's own chat template. A query's instruction stands before its text, wrapped in
-`<instruction_start>…<instruction_end>`; the span, both tags included, stays out of the mean.
+Queries and documents share one template: a user turn with the pictures, then the text, and the assistant turn
+`<emb>.`, rendered with the checkpoint's own chat template. A query's instruction precedes its text, wrapped in
+`<instruction_start>…<instruction_end>`; the span, including both tags, is left out of the pooled mean.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from umarvel_ray.items.template import (
     VISION_START,
     format_string,
     load_tokenizer,
+    render,
     text_part,
     user_turn,
 )
@@ -41,10 +42,13 @@ TEXT_SLOT = "\x00"
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """One tokenised item.
+    """One tokenized item of L tokens.
 
-    input_ids: int32 (L,); pool_mask: bool (L,), True where a token enters the pooled mean; positions: int32 (3, L)
-    rotary positions; pictures: in the order of their tokens, images before the video.
+    Attributes:
+        input_ids: int32 (L,).
+        pool_mask: bool (L,), True for tokens that enter the pooled mean.
+        positions: int32 (3, L), rotary positions.
+        pictures: in the order of their tokens, images before the video.
     """
 
     input_ids: np.ndarray
@@ -58,7 +62,7 @@ class EncodedItem:
 
 
 class ItemEncoder:
-    """Tokenises items and prepares their pictures on the CPU. Picklable; holds no weights."""
+    """Tokenizes items and prepares their pictures on the CPU. Picklable; holds no weights."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, pictures: PictureFormat, family: Family, settings: ModelSettings
@@ -68,20 +72,21 @@ class ItemEncoder:
         self.settings = settings
         self.family = family
         self.picture_token_ids = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
-        self._emb, self._start, self._end = tokenizer.convert_tokens_to_ids([EMB, INSTRUCTION_START, INSTRUCTION_END])
+        ids = map(tokenizer.convert_tokens_to_ids, (EMB, INSTRUCTION_START, INSTRUCTION_END))
+        self._emb, self._start, self._end = ids
         self._frames: dict[tuple[bool, ...], tuple[str, str]] = {}
-        # Control tokens written out in a user's text would be read as structure.
+        # A control token spelled out in a user's text would otherwise be read as structure.
         self._control = re.compile("|".join(re.escape(token) for token in tokenizer.get_added_vocab()))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, settings: ModelSettings, limits: MediaLimits = OWN_FILES) -> ItemEncoder:
-        """Read tokenizer, chat template and image processor from an HF directory.
+        """Read the tokenizer, chat template and image processor of a Hugging Face directory.
 
         Args:
-            limits: which pictures and videos are opened at all.
+            limits: which pictures and videos may be opened.
 
         Raises:
-            UserError: the directory lacks one of them.
+            UserError: one of them is missing or unreadable.
         """
         try:
             tokenizer = load_tokenizer(path)
@@ -91,7 +96,7 @@ class ItemEncoder:
         return cls(tokenizer, PictureFormat.from_pretrained(path, settings, limits), family, settings)
 
     def within(self, limits: MediaLimits) -> ItemEncoder:
-        """The same, but for which pictures and videos are opened at all."""
+        """A copy of this encoder with other limits on the pictures and videos it opens."""
         return ItemEncoder(self.tokenizer, replace(self.picture_format, limits=limits), self.family, self.settings)
 
     def encode(self, item: Item | str, side: str, where: str = "item") -> EncodedItem:
@@ -103,7 +108,7 @@ class ItemEncoder:
             where: names the item (file and row, or id) in errors.
 
         Raises:
-            UserError: nothing to embed, a key that is not known, an instruction on a document, a bad picture.
+            UserError: nothing to embed, an unknown key, an instruction on a document, a bad picture or video.
         """
         item = check_item(item, where)
         if side == "document" and item.get("instruction"):
@@ -120,7 +125,7 @@ class ItemEncoder:
         )
 
     def pictures(self, item: Item, where: str) -> tuple[Picture, ...]:
-        """Open, resize and cut into patches the item's images, then its video."""
+        """Open, resize and patchify the item's images, then its video."""
         images = item.get("image", [])
         opened = [
             read_picture(image, self.picture_format, where)
@@ -131,61 +136,59 @@ class ItemEncoder:
         return tuple(opened)
 
     def tokenize(self, rendered: str, pictures: Sequence[Picture]) -> np.ndarray:
-        """Token ids int32 (L,) of a rendered conversation, in which each picture becomes its run of picture tokens."""
-        if self.family.timestamps:  # each step brings its own tags
+        """Token ids, int32 (L,), of a rendered conversation, each placeholder expanded to its picture's run of tokens."""
+        if self.family.timestamps:  # each frame group is wrapped in tags of its own
             rendered = rendered.replace(f"{VISION_START}{VIDEO}{VISION_END}", VIDEO)
         head, *rest = re.split(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}", rendered)
-        written = [self._written(picture) for picture in pictures]
-        text = head + "".join(run + part for run, part in zip(written, rest, strict=True))
+        runs = [self._placeholders(picture) for picture in pictures]
+        text = head + "".join(run + part for run, part in zip(runs, rest, strict=True))
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.int32)
 
     def positions(self, input_ids: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
-        """Rotary positions int32 (3, L), as the settings ask."""
+        """Rotary positions, int32 (3, L), as `ModelSettings.positions` says."""
         spans = [span for picture in pictures for span in self._spans(picture)]
         return rotary_positions(np.isin(input_ids, self.picture_token_ids), spans, self.settings.positions)
 
-    def _written(self, picture: Picture) -> str:
-        steps, rows, columns = picture.grid
+    def _placeholders(self, picture: Picture) -> str:
+        groups, rows, columns = picture.grid
         run = rows * columns // self.picture_format.merge_size**2
-        if not picture.is_video:
+        if picture.seconds is None:
             return IMAGE * run
         if not self.family.timestamps:
-            return VIDEO * steps * run
+            return VIDEO * groups * run
         return "".join(f"<{second:.1f} seconds>{VISION_START}{VIDEO * run}{VISION_END}" for second in picture.seconds)
 
     def _spans(self, picture: Picture) -> list[Span]:
-        steps, rows, columns = picture.grid
+        groups, rows, columns = picture.grid
         merge = self.picture_format.merge_size
         if picture.is_video and self.family.timestamps:
-            return [Span((1, rows // merge, columns // merge))] * steps
-        apart = 1.0
-        if self.family.tokens_per_second and picture.is_video and steps > 1:
-            apart = self.family.tokens_per_second * (picture.seconds[1] - picture.seconds[0])
-        return [Span((steps, rows // merge, columns // merge), apart)]
+            return [Span((1, rows // merge, columns // merge))] * groups
+        interval = 1.0
+        if self.family.tokens_per_second and picture.seconds and groups > 1:
+            interval = self.family.tokens_per_second * (picture.seconds[1] - picture.seconds[0])
+        return [Span((groups, rows // merge, columns // merge), interval)]
 
     def clean(self, text: str | None) -> str:
-        """Text without control tokens, in the form `format_string` gives."""
+        """The text without control tokens, normalized by `format_string`."""
         return format_string(self._control.sub(" ", text or ""))
 
     def cut(self, text: str, tokens: int) -> str:
-        """The longest beginning of `text` within that many tokens."""
-        if len(text.encode()) <= tokens:  # a token is at least a byte
+        """The longest prefix of `text` that fits in `tokens` tokens."""
+        if len(text.encode()) <= tokens:  # a token is at least one byte
             return text
         ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         if len(ids) <= tokens:
             return text
-        return self.tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+        prefix = str(self.tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False))
+        return prefix.rstrip("\ufffd")  # of a character cut in half
 
     def _frame(self, pictures: Sequence[Picture]) -> tuple[str, str]:
-        """The rendered conversation before and after the user's text; rendering anew takes longer than the rest."""
+        """The rendered conversation before and after the user's text; cached, since rendering dominates encoding."""
         moving = tuple(picture.is_video for picture in pictures)
         if moving not in self._frames:
-            rendered = self.tokenizer.apply_chat_template(
-                [user_turn(TEXT_SLOT, pictures), {"role": "assistant", "content": [text_part(f"{EMB}.")]}],
-                tokenize=False,
-                add_generation_prompt=self.settings.generation_prompt,
-            )
+            messages = [user_turn(TEXT_SLOT, pictures), {"role": "assistant", "content": [text_part(f"{EMB}.")]}]
+            rendered = render(self.tokenizer, messages, self.settings.generation_prompt)
             before, _, after = rendered.partition(TEXT_SLOT)
             self._frames[moving] = before, after
         return self._frames[moving]
@@ -195,21 +198,21 @@ class ItemEncoder:
         if not instruction:
             return self.cut(self.clean(text), limit)
         tags = (INSTRUCTION_START, INSTRUCTION_END) if self.settings.instruction_mask else ("", "")
-        told = self.cut(self.clean(instruction), max(limit - 2, 0))
-        wanted = self._control.sub(" ", text or "")
-        # Cleaned as one string (method 1.2): the text keeps its own first letter, and an empty one leaves a full stop.
-        return self.cut(format_string(f"{tags[0]}{told}{tags[1]} {wanted}"), limit)
+        instruction = self.cut(self.clean(instruction), max(limit - 2, 0))
+        text = self._control.sub(" ", text or "")
+        # Normalized as one string (docs/method.md#text-cleaning): the text keeps the case of its first letter, and an
+        # empty text leaves a period.
+        return self.cut(format_string(f"{tags[0]}{instruction}{tags[1]} {text}"), limit)
 
     def _prompt(self, item: Item) -> str:
         if not self.settings.compression_prompt:
             return ""
         kinds = [word for key, word in (("image", "image"), ("video", "video"), ("text", "sentence")) if key in item]
-        shown = " and ".join(kinds)
-        return f"\nSummarize above {shown} in one word: "
+        return f"\nSummarize above {' and '.join(kinds)} in one word: "
 
     def _pool_mask(self, input_ids: np.ndarray) -> np.ndarray:
         if self.settings.pooling == "last":
             return np.roll(input_ids == self._emb, -1)
         opened = np.cumsum(input_ids == self._start)
-        closed = np.cumsum(input_ids == self._end) - (input_ids == self._end)
-        return opened == closed
+        closed = np.cumsum(input_ids == self._end) - (input_ids == self._end)  # the end tag is inside the span
+        return np.asarray(opened == closed)

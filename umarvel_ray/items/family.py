@@ -1,4 +1,4 @@
-"""What differs between the backbones beyond what transformers hides: how a video is written down, and DeepStack."""
+"""Differences between backbone families that transformers does not hide: how a video is tokenized, and DeepStack."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from umarvel_ray.errors import UserError
 class Family:
     """A backbone family.
 
-    timestamps: each step of a video is written as its second and a picture of its own (Qwen3-VL). tokens_per_second:
-    steps lie as far apart on M-RoPE's time axis as their seconds do (Qwen2.5-VL); None counts them.
+    Attributes:
+        timestamps: each frame group of a video is its own picture, preceded by its time in seconds (Qwen3-VL).
+        tokens_per_second: M-RoPE time positions per second of video (Qwen2.5-VL); None counts frame groups.
     """
 
     timestamps: bool = False
@@ -25,13 +26,13 @@ class Family:
 
 
 def read_model_config(path: str | Path) -> PretrainedConfig:
-    """A checkpoint's `config.json`.
+    """Read a checkpoint's `config.json`.
 
     Raises:
-        UserError: not a valid configuration, or not that of a supported family.
+        UserError: not a valid configuration, or an unsupported model family.
     """
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}/config.json: not a valid model configuration ({reason})") from None
@@ -40,7 +41,11 @@ def read_model_config(path: str | Path) -> PretrainedConfig:
 
 
 def family_of(config: PretrainedConfig, path: str | Path) -> Family:
-    """The adapter of a configuration. Raises UserError, naming `path`, for a family without one."""
+    """The family of a model configuration.
+
+    Raises:
+        UserError: an unsupported family; the message names `path`.
+    """
     match config.model_type:
         case "qwen2_vl":
             return Family()
@@ -55,7 +60,10 @@ def family_of(config: PretrainedConfig, path: str | Path) -> Family:
 
 
 def without_deepstack(config: PretrainedConfig) -> None:
-    """Have Qwen3-VL's tower make no DeepStack features (as the reference does, trap T9); others have none anyway."""
+    """Turn off DeepStack in a Qwen3-VL configuration, as the reference does (docs/method.md#deepstack-dropped).
+
+    No effect on other families, which have no DeepStack.
+    """
     vision: Any = config.vision_config
     if hasattr(vision, "deepstack_visual_indexes"):
         vision.deepstack_visual_indexes = []

@@ -1,4 +1,4 @@
-"""Open pictures from anywhere, safely: every bad one ends as one `BadImage` line that names where it came from."""
+"""Open untrusted pictures safely: any bad one raises a one-line `BadImage` that names where it came from."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.limits import OWN_FILES, MediaLimits
 
-MAX_SCANS = 100  # a JPEG has a dozen; each costs a pass over all its pixels, and only bytes of the file
-TILE = 322, 323  # a TIFF's tags for a tile's width and height, which may be larger than the picture
+MAX_SCANS = 100  # JPEGs have about a dozen; one scan takes a few bytes but costs a pass over all pixels
+TILE = 322, 323  # TIFF tags of a tile's width and height; a tile may be larger than the picture
 SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"BM": "bmp", b"RIFF": "webp"}
-_GIVEN = threading.Lock()  # a PIL picture may stand in several items, and reads its file in no more than one thread
+_LAZY_LOAD = threading.Lock()  # several items may share a PIL picture, whose lazy loading is not thread-safe
 
 
 class BadImage(UserError):
-    """A picture that cannot be used."""
+    """An unusable picture."""
 
 
 def open_image(image: str | Path | bytes | Image.Image, where: str, limits: MediaLimits = OWN_FILES) -> Image.Image:
     """Read a picture as upright RGB.
 
     Args:
-        image: a path, a `data:` URI, encoded bytes or a PIL picture. EXIF rotation is applied, transparency laid on
-            white, the first frame of an animation taken, 16-bit grey scaled to 8.
+        image: a path, a `data:` URI, encoded bytes or a PIL picture. EXIF rotation is applied, transparency is
+            composited on white, an animation gives its first frame, and 16-bit gray is scaled to 8 bits.
         where: names the picture in errors (file and row, or id).
-        limits: what is read at all. A PIL picture may have any format.
+        limits: formats and sizes that are accepted; a PIL picture may have any format.
 
     Raises:
-        BadImage: missing, unreadable, truncated, empty, over a limit, or a URL.
+        BadImage: missing, unreadable, truncated, empty, over a limit, or given by URL.
     """
     try:
-        with _GIVEN if isinstance(image, Image.Image) else nullcontext(), warnings.catch_warnings():
+        with _LAZY_LOAD if isinstance(image, Image.Image) else nullcontext(), warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = image if isinstance(image, Image.Image) else _identify(image, where, limits)
             if picture.width * picture.height > limits.pixels:
@@ -51,11 +52,11 @@ def open_image(image: str | Path | bytes | Image.Image, where: str, limits: Medi
             return _rgb(ImageOps.exif_transpose(picture))
     except BadImage:
         raise
-    except FileNotFoundError:
-        raise BadImage(f"{where}: picture {image} not found") from None
+    except FileNotFoundError as error:
+        raise BadImage(f"{where}: picture {error.filename} not found") from None
     except UnidentifiedImageError:
         raise BadImage(f"{where}: not a picture in a known format ({', '.join(limits.formats)})") from None
-    # Decoders raise what they like on hostile bytes (SyntaxError, struct.error, ZeroDivisionError …).
+    # Decoders raise anything on malformed bytes (SyntaxError, struct.error, ZeroDivisionError …).
     except Exception as error:
         reason = " ".join(str(error).split())
         raise BadImage(f"{where}: picture cannot be read ({type(error).__name__}: {reason})") from None
@@ -64,38 +65,38 @@ def open_image(image: str | Path | bytes | Image.Image, where: str, limits: Medi
 def open_stream(
     source: str | Path | bytes, where: str, kind: str = "picture", limits: MediaLimits = OWN_FILES
 ) -> io.BytesIO:
-    """The bytes behind a path, a `data:` URI or bytes; `kind` names what they should be in errors.
+    """The bytes behind a path, a `data:` URI or bytes; `kind` is the word for them in errors.
 
     Raises:
-        BadImage: a URL, a bad URI, or something else; with `limits.only_bytes` all but bytes.
+        BadImage: a URL, a malformed URI or another type; with `limits.only_bytes`, anything but bytes.
         FileNotFoundError: no such file.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)
     if limits.only_bytes:
-        raise BadImage(f"{where}: a {kind} is bytes here, not {type(source).__name__}")
+        raise BadImage(f"{where}: a {kind} must be bytes here, not {type(source).__name__}")
     if isinstance(source, str) and source.startswith("data:"):
         head, comma, body = source.partition(",")
         if not comma or not head.endswith(";base64"):
-            raise BadImage(f"{where}: data URI is not base64")
+            raise BadImage(f"{where}: data URI is not base64-encoded")
         try:
             return io.BytesIO(base64.b64decode(body, validate=True))
         except binascii.Error:
             raise BadImage(f"{where}: data URI is not valid base64") from None
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise BadImage(f"{where}: {kind}s by URL are not fetched; give a path, bytes or a data URI")
+        raise BadImage(f"{where}: {kind} URLs are not fetched; give a path, bytes or a data URI")
     if isinstance(source, str | Path):
         return io.BytesIO(Path(source).read_bytes())
-    raise BadImage(f"{where}: a {kind} is a path, bytes or a data URI, not {type(source).__name__}")
+    raise BadImage(f"{where}: a {kind} must be a path, bytes or a data URI, not {type(source).__name__}")
 
 
 def image_type(content: bytes) -> str | None:
-    """The subtype of an encoded picture's media type (`image/…`), by its first bytes; None for other formats."""
+    """The media subtype (`image/…`) of an encoded picture, from its first bytes; None for other formats."""
     return next((kind for start, kind in SIGNATURES.items() if content.startswith(start)), None)
 
 
 def picture_uri(image: bytes | str | Path | None) -> str | None:
-    """A picture (encoded bytes or a path) as a data URI of its own format; None stays None."""
+    """A picture (encoded bytes or a path) as a data URI in its own format; None stays None."""
     if image is None:
         return None
     content = image if isinstance(image, bytes) else Path(image).read_bytes()
@@ -103,18 +104,21 @@ def picture_uri(image: bytes | str | Path | None) -> str | None:
 
 
 def _identify(image: str | Path | bytes, where: str, limits: MediaLimits) -> Image.Image:
-    """The picture's header; its pixels are not read yet."""
+    """Open the picture and check its header; pixels are not decoded yet."""
     stream = open_stream(image, where, limits=limits)
     picture = Image.open(stream, formats=limits.formats)
     if picture.format in ("JPEG", "MPO") and (scans := stream.getvalue().count(b"\xff\xda")) > MAX_SCANS:
-        raise BadImage(f"{where}: JPEG of {scans} scans is over {MAX_SCANS}")
-    if picture.format == "TIFF" and (tile := math.prod(picture.tag_v2.get(tag, 0) for tag in TILE)) > limits.pixels:
-        raise BadImage(f"{where}: TIFF tile of {tile} pixels is over {limits.pixels}")
+        raise BadImage(f"{where}: JPEG has {scans} scans, over {MAX_SCANS}")
+    if (
+        isinstance(picture, TiffImageFile)
+        and (tile := math.prod(picture.tag_v2.get(tag, 0) for tag in TILE)) > limits.pixels
+    ):
+        raise BadImage(f"{where}: TIFF tile has {tile} pixels, over {limits.pixels}")
     return picture
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # PIL clips 16-bit grey at 255 instead of scaling it
+    if picture.mode.startswith("I"):  # PIL clips 16-bit gray at 255 instead of scaling it
         return Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
         return Image.fromarray(np.asarray(picture).clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -1,14 +1,14 @@
-"""What opening one picture or video may cost, and which formats are read at all."""
+"""Limits on what opening one picture or video may cost, and which formats are accepted."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-# PIL's names; MPO is opened as JPEG. Not among them: what starts another program (EPS runs Ghostscript), and rarities.
+# PIL's names; MPO is opened as JPEG. Left out: rare formats, and those that start another program (EPS: Ghostscript).
 PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-# What strangers may send: decoded by C code whose time and memory the number of pixels bounds. TIFF has tiles larger
-# than the picture, JPEG 2000 is slow, BMP's run lengths are unpacked in Python.
+# Formats accepted from untrusted clients: C decoders whose time and memory are bounded by the number of pixels. TIFF
+# allows tiles larger than the picture, JPEG 2000 is slow, and PIL expands BMP run lengths in Python.
 WEB_FORMATS = ("AVIF", "GIF", "JPEG", "PNG", "WEBP")
 
 
@@ -16,9 +16,12 @@ WEB_FORMATS = ("AVIF", "GIF", "JPEG", "PNG", "WEBP")
 class MediaLimits:
     """Limits on one picture or video; the defaults are for a user's own files.
 
-    formats: PIL's names of the picture formats that are read; pixels: of a picture, or of a video's frame;
-    video_seconds: a video's length; video_pixels: of all its frames together, which is what decoding costs;
-    only_bytes: take encoded bytes and nothing else, so that no text from outside can name a file.
+    Attributes:
+        formats: accepted picture formats, by PIL's names.
+        pixels: of a picture, or of one frame of a video.
+        video_seconds: length of a video.
+        video_pixels: of all frames of a video together, which is what decoding costs.
+        only_bytes: accept encoded bytes only, so that a client's text can never name a file.
     """
 
     formats: tuple[str, ...] = PICTURE_FORMATS

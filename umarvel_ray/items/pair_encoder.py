@@ -1,7 +1,8 @@
-"""The reranker's prompt: one user turn with a query and a candidate, answered Yes or No (method section 4).
+"""The reranker's prompt: one user turn with a query and a candidate, answered Yes or No (docs/method.md#reranker).
 
-The wording is the reference's without its stray indentation and its typo. The query comes first and is tokenised apart
-from the candidate, so the tokens up to "Candidate:" are the same for every candidate and can be computed once.
+The wording is the reference's without its stray indentation and its typo (docs/method.md#reranker-prompt). The query
+comes first and is tokenized separately from the candidate, so the tokens up to "Candidate:" are the same for every
+candidate and are computed once per query.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.items.encoder import ItemEncoder
 from umarvel_ray.items.item import Item, check_item
 from umarvel_ray.items.pictures import Picture
-from umarvel_ray.items.template import EMB, picture_parts, text_part
+from umarvel_ray.items.template import EMB, picture_parts, render, text_part
 from umarvel_ray.recipe import ModelSettings
 
 TASK = (
@@ -29,10 +30,13 @@ IGNORED = -100  # a position without a label
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A tokenised pair, or one side of it.
+    """A tokenized pair of L tokens, or one side of it.
 
-    input_ids: int32 (L,); labels: int32 (L,), −100 except on the answer word and the end of the turn; positions: int32
-    (3, L) rotary positions, from 0; pictures: the query's, then the document's.
+    Attributes:
+        input_ids: int32 (L,).
+        labels: int32 (L,), −100 except for the answer word and the end of the turn.
+        positions: int32 (3, L), rotary positions from 0.
+        pictures: the query's, then the document's.
     """
 
     input_ids: np.ndarray
@@ -46,66 +50,67 @@ class EncodedPair:
 
     @property
     def next_position(self) -> int:
-        """Where what follows goes on: every side ends in text."""
+        """The first position of the part that follows; every side ends in text, where all axes agree."""
         return int(self.positions.max()) + 1
 
 
 class PairEncoder:
-    """Tokenises (query, document) pairs and prepares their pictures on the CPU. Picklable; holds no weights.
+    """Tokenizes (query, document) pairs and prepares their pictures on the CPU. Picklable; holds no weights.
 
-    `answer_ids`: the tokens of "Yes" and "No"; `end_id` closes the assistant's turn.
+    Attributes:
+        answer_ids: the tokens of "Yes" and of "No".
+        end_id: the token that ends the assistant's turn.
     """
 
     def __init__(self, items: ItemEncoder, max_text_tokens: int) -> None:
         self.items = items
         self.max_text_tokens = max_text_tokens
         self.answer_ids = {word: self._ids(word) for word in ("Yes", "No")}
-        said = items.tokenizer.apply_chat_template(
-            [{"role": "user", "content": []}, {"role": "assistant", "content": [text_part(EMB)]}], tokenize=False
-        )
-        self.end_id = self._ids(said.split(EMB)[1])[0]
+        empty = [{"role": "user", "content": []}, {"role": "assistant", "content": [text_part(EMB)]}]
+        rendered = render(items.tokenizer, empty)
+        self.end_id = self._ids(rendered.split(EMB)[1])[0]
         if self.answer_ids["Yes"][0] == self.answer_ids["No"][0]:
-            raise UserError("the tokenizer begins 'Yes' and 'No' with the same token; use one that tells them apart")
+            raise UserError("'Yes' and 'No' start with the same token in this tokenizer; use one that separates them")
 
     @classmethod
     def from_pretrained(cls, path: str | Path, settings: ModelSettings, max_text_tokens: int) -> PairEncoder:
-        """Read tokenizer, chat template and image processor from an HF directory.
+        """Read the tokenizer, chat template and image processor of a Hugging Face directory.
 
         Args:
-            max_text_tokens: where a query's (instruction and text together) or a document's text is cut.
+            max_text_tokens: limit on a document's text, and on a query's instruction and text together.
 
         Raises:
-            UserError: a file is missing, or the tokenizer cannot tell Yes from No.
+            UserError: a file is missing, or "Yes" and "No" start with the same token.
         """
         return cls(ItemEncoder.from_pretrained(path, settings), max_text_tokens)
 
     @property
     def yes_no(self) -> tuple[int, int]:
-        """The first token of each answer: the two logits a score is made of."""
+        """The first token of each answer; a score compares their two logits."""
         return self.answer_ids["Yes"][0], self.answer_ids["No"][0]
 
     def encode(
         self, query: Item | str, document: Item | str, answer: bool | None = None, where: str = "pair"
     ) -> EncodedPair:
-        """The whole conversation; with `answer`, the reply and its labels too.
+        """Encode the whole conversation; with `answer`, the reply and its labels too.
 
         Raises:
-            UserError: an empty item, a key that is not known, an instruction on the document, a bad picture.
+            UserError: an empty item, an unknown key, an instruction on the document, a bad picture or video.
         """
         parts = [self.encode_query(query, where), self.encode_document(document, where)]
         return join(parts if answer is None else [*parts, self.reply(answer)])
 
     def encode_query(self, item: Item | str, where: str = "query") -> EncodedPair:
-        """Everything up to and including "Candidate:". Raises: see `encode`."""
+        """Encode everything up to and including "Candidate:". Raises: see `encode`."""
         item = check_item(item, where)
         pictures = self.items.pictures(item, where)
-        told = self.items.clean(item.get("instruction"))
-        text = self._cut(f"{told} {item.get('text') or ''}")
+        instruction = self.items.clean(item.get("instruction"))
+        text = self._cut(f"{instruction} {item.get('text') or ''}")
         prompt, _ = self._render([*picture_parts(pictures), text_part(text)], [])
         return self._side(prompt, pictures)
 
     def encode_document(self, item: Item | str, where: str = "document") -> EncodedPair:
-        """The candidate and the assistant's header. Raises: see `encode`."""
+        """Encode the candidate and the header of the assistant turn. Raises: see `encode`."""
         item = check_item(item, where)
         if item.get("instruction"):
             raise UserError(f"{where}: a document carries no instruction; put it on the query")
@@ -114,16 +119,14 @@ class PairEncoder:
         return self._side(prompt, pictures)
 
     def reply(self, answer: bool) -> EncodedPair:
-        """The answer word and the end of the turn, labelled."""
+        """The answer word and the end of the turn, both with labels."""
         ids = np.asarray([*self.answer_ids["Yes" if answer else "No"], self.end_id], dtype=np.int32)
         return EncodedPair(ids, ids, self.items.positions(ids, ()), ())
 
-    def _render(self, query: list[dict], document: list[dict]) -> tuple[str, str]:
-        # <emb> marks the border: cleaning takes it out of users' texts, so it occurs once.
+    def _render(self, query: list[dict[str, str]], document: list[dict[str, str]]) -> tuple[str, str]:
+        # <emb> marks the boundary: `clean` strips it from users' texts, so it occurs exactly once.
         content = [text_part(f"{TASK}\nQuery: "), *query, text_part(f"\nCandidate: {EMB}"), *document]
-        rendered = self.items.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        rendered = render(self.items.tokenizer, [{"role": "user", "content": content}], generation_prompt=True)
         before, after = rendered.split(EMB)
         return before, after
 
@@ -136,11 +139,12 @@ class PairEncoder:
         return self.items.cut(self.items.clean(text), self.max_text_tokens)
 
     def _ids(self, text: str) -> list[int]:
-        return self.items.tokenizer(text, add_special_tokens=False).input_ids
+        ids: list[int] = self.items.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
 
 
 def join(parts: Sequence[EncodedPair]) -> EncodedPair:
-    """Query, document and reply as one sequence; positions go on where the part before ended."""
+    """Concatenate query, document and reply; each part's positions continue those of the part before."""
     starts = accumulate((part.next_position for part in parts), initial=0)
     return EncodedPair(
         input_ids=np.concatenate([part.input_ids for part in parts]),

@@ -1,8 +1,8 @@
-"""From pictures to what the vision tower reads: resized, cut into patches, normalised (Qwen2-VL).
+"""From pictures to the vision tower's input: resized, cut into patches, normalized (Qwen2-VL).
 
-The same numbers as transformers' `Qwen2VLImageProcessor`, several times faster on small pictures, and without that
-class, whose import takes seconds. Patches travel as bytes, an eighth of what the tower reads: they are
-normalised and repeated in time where the batch is built.
+Gives the same values as transformers' `Qwen2VLImageProcessor`, but is several times faster on small pictures and needs
+no import of that class, which takes seconds. Patches are kept as bytes, an eighth of the size of the tower's input;
+they are normalized, and stills repeated in time, when the batch is built.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from umarvel_ray.items.videos import Video, open_video
 from umarvel_ray.recipe import ModelSettings
 
 CONFIG = "preprocessor_config.json"
-REFERENCE_SIDE = 28  # the reference's own resizing knows no other merged patch
+REFERENCE_SIDE = 28  # the reference's own resizing always assumes merged patches of this size
 MAX_ASPECT = 200
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture or video as the tower reads it.
+    """One picture or video, patchified.
 
-    pixels: uint8 (patches, 3 · patch²), a video's (patches, 3 · times · patch²), see `PixelScale`; grid: patches in
-    time, height, width; key: sha1 of what was resized, so that equal keys mean equal tower outputs; seconds: when each
-    step of a video's grid was shown, None for a still.
+    Attributes:
+        pixels: uint8 (patches, 3 · patch²); for a video (patches, 3 · times · patch²), see `PixelScale`.
+        grid: number of patches in time, height and width.
+        key: SHA-1 of the resized pixels; equal keys mean equal tower outputs.
+        seconds: when each frame group of a video is shown; None for a still.
     """
 
     pixels: np.ndarray
@@ -51,7 +53,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class PixelScale:
-    """How a checkpoint normalises pixels, and how many frames make a step: a still is repeated as often."""
+    """How a checkpoint normalizes pixels, and how many frames make a group; a still is repeated that many times."""
 
     factor: float
     mean: tuple[float, float, float]
@@ -60,21 +62,23 @@ class PixelScale:
     times: int
 
     def __call__(self, pictures: Sequence[np.ndarray], device: torch.device | str = "cpu") -> torch.Tensor:
-        """`Picture.pixels` of at least one picture → float32 (patches, 3 · times · patch²), what the tower reads."""
-        if len({pixels.shape[1] for pixels in pictures}) > 1:  # stills beside videos
+        """`Picture.pixels` of one or more pictures → the tower's input, float32 (patches, 3 · times · patch²)."""
+        if len({pixels.shape[1] for pixels in pictures}) > 1:  # both stills and videos
             return torch.cat([self([pixels], device) for pixels in pictures])
         patches = torch.from_numpy(np.concatenate(pictures)).to(device)
-        colours = patches.view(len(patches), 3, -1, self.patch_size**2) * self.factor
+        colors = patches.view(len(patches), 3, -1, self.patch_size**2) * self.factor
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.mean, self.std))
-        return ((colours - mean) / std).expand(-1, -1, self.times, -1).reshape(len(patches), -1)
+        return ((colors - mean) / std).expand(-1, -1, self.times, -1).reshape(len(patches), -1)
 
 
 @dataclass(frozen=True)
 class PictureFormat:
-    """How a checkpoint reads pictures: the sides of a patch and of a merged patch, the pixel budgets, the scale.
+    """How a checkpoint reads pictures: patch and merge sizes, pixel budgets and normalization.
 
-    `before`: pixel budget of a resizing to multiples of 28 that comes first (the reference, trap T9); `limits`: which
-    pictures and videos are opened at all.
+    Attributes:
+        before: pixel budget (min, max) of a first resizing to multiples of 28, as the reference does
+            (docs/method.md#picture-resizing); None skips it.
+        limits: which pictures and videos may be opened.
     """
 
     patch_size: int
@@ -92,22 +96,22 @@ class PictureFormat:
     def from_pretrained(
         cls, path: str | Path, settings: ModelSettings, limits: MediaLimits = OWN_FILES
     ) -> PictureFormat:
-        """What the directory's `preprocessor_config.json` says, with the settings' picture sizes.
+        """Combine a directory's `preprocessor_config.json` with the picture sizes of the settings.
 
-        With `resize_twice` the settings' sizes hold for the first resizing, the directory's own for the second.
+        With `resize_twice` the settings' sizes apply to the first resizing and the directory's own to the second.
 
         Raises: see `read_picture_config`.
         """
         config = read_picture_config(path)
         budget = settings.min_pixels, settings.max_pixels
         own = config.get("size", {})
-        least = own.get("shortest_edge", config.get("min_pixels", budget[0]))
-        most = own.get("longest_edge", config.get("max_pixels", budget[1]))
+        own_min = own.get("shortest_edge", config.get("min_pixels", budget[0]))
+        own_max = own.get("longest_edge", config.get("max_pixels", budget[1]))
         return cls(
             patch_size=config["patch_size"],
             merge_size=config["merge_size"],
-            min_pixels=least if settings.resize_twice else budget[0],
-            max_pixels=most if settings.resize_twice else budget[1],
+            min_pixels=own_min if settings.resize_twice else budget[0],
+            max_pixels=own_max if settings.resize_twice else budget[1],
             video_frames=settings.video_frames,
             max_video_pixels=settings.max_video_pixels,
             resample=config.get("resample", Image.Resampling.BICUBIC),
@@ -123,38 +127,40 @@ class PictureFormat:
         )
 
     def size(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
-        """Height and width a picture, or a frame of a video, is resized to: multiples of a merged patch, the area
-        within the pixel budget, the proportions as near as that allows (Qwen2-VL's "smart resize").
+        """Height and width that a picture, or each of `frames` video frames, is resized to (Qwen2-VL's "smart resize").
+
+        Both are multiples of a merged patch, and their product is within the pixel budget; the aspect ratio is kept as
+        closely as that allows.
 
         Raises:
-            ValueError: one side over 200 times the other.
+            ValueError: one side is more than 200 times the other.
         """
-        most = self.max_pixels if frames == 1 else min(self.max_pixels, self.max_video_pixels // frames)
-        return _smart_resize(height, width, self.patch_size * self.merge_size, min(self.min_pixels, most), most)
+        high = self.max_pixels if frames == 1 else min(self.max_pixels, self.max_video_pixels // frames)
+        return _smart_resize(height, width, self.patch_size * self.merge_size, min(self.min_pixels, high), high)
 
 
-def _smart_resize(height: int, width: int, side: int, least: int, most: int) -> tuple[int, int]:
+def _smart_resize(height: int, width: int, side: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(f"aspect ratio over {MAX_ASPECT}: {width} × {height} pixels")
-    high, wide = round(height / side) * side, round(width / side) * side
-    if high * wide > most:
-        shrink = math.sqrt(height * width / most)
+    rows, columns = round(height / side) * side, round(width / side) * side
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
         return max(side, int(height / shrink / side) * side), max(side, int(width / shrink / side) * side)
-    if high * wide < least:
-        grow = math.sqrt(least / (height * width))
+    if rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
         return math.ceil(height * grow / side) * side, math.ceil(width * grow / side) * side
-    return high, wide
+    return rows, columns
 
 
 def read_picture_config(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's `preprocessor_config.json`.
+    """Read a checkpoint's `preprocessor_config.json`.
 
     Raises:
-        UserError: no such file, or not that of a Qwen-VL image processor.
+        UserError: missing, unreadable, or not from a Qwen-VL image processor.
     """
     file = Path(path) / CONFIG
     try:
-        config = json.loads(file.read_text())
+        config: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); give a directory with an image processor") from None
     for key in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"):
@@ -167,30 +173,30 @@ def read_picture(image: Any, form: PictureFormat, where: str) -> Picture:
     """Open and prepare one picture.
 
     Raises:
-        BadImage: naming `where`.
+        BadImage: unusable; the message names `where`.
     """
     return _picture(_resize(open_image(image, where, form.limits), form, where)[None], 1, form)
 
 
 def read_video(video: Any, form: PictureFormat, where: str) -> Picture:
-    """Open and prepare one video: `form.video_frames` frames at most, the last repeated where a step wants more.
+    """Open and prepare one video: at most `form.video_frames` frames, the last repeated to fill its group.
 
     Raises:
-        BadVideo, BadImage: naming `where`.
+        BadVideo, BadImage: unusable; the message names `where`.
     """
-    shown: Video = open_video(video, form.video_frames, where, form.limits)
+    opened: Video = open_video(video, form.video_frames, where, form.limits)
     times = form.scale.times
-    short = -len(shown.frames) % times
-    frames = [*shown.frames, *[shown.frames[-1]] * short]
-    seconds = [*shown.seconds, *[shown.seconds[-1]] * short]
+    missing = -len(opened.frames) % times
+    frames = [*opened.frames, *[opened.frames[-1]] * missing]
+    seconds = [*opened.seconds, *[opened.seconds[-1]] * missing]
     resized = np.stack([_resize(frame, form, where, len(frames)) for frame in frames])
-    # A step of several frames is shown midway between its first and its last.
-    steps = tuple((seconds[i] + seconds[i + times - 1]) / 2 for i in range(0, len(seconds), times))
-    return _picture(resized, times, form, steps)
+    # The time of a frame group is midway between its first and last frame.
+    midpoints = tuple((seconds[i] + seconds[i + times - 1]) / 2 for i in range(0, len(seconds), times))
+    return _picture(resized, times, form, midpoints)
 
 
 def _resize(picture: Image.Image, form: PictureFormat, where: str, frames: int = 1) -> np.ndarray:
-    """uint8 (height, width, 3), both sides multiples of a merged patch."""
+    """uint8 (height, width, 3), with both sides multiples of a merged patch."""
     try:
         if form.before:
             first = _smart_resize(picture.height, picture.width, REFERENCE_SIDE, *form.before)
@@ -201,11 +207,13 @@ def _resize(picture: Image.Image, form: PictureFormat, where: str, frames: int =
 
 
 def _picture(frames: np.ndarray, times: int, form: PictureFormat, seconds: tuple[float, ...] | None = None) -> Picture:
-    """Frames (steps · times, height, width, 3) cut into patches; the four that are merged follow each other."""
+    """Patchify frames (groups · times, height, width, 3); the patches of a merged block are adjacent."""
     size, merge = form.patch_size, form.merge_size
     count, height, width, _ = frames.shape
     grid = count // times, height // size, width // size
+    # (group, time, block row, row, y, block column, column, x, color)
     blocks = frames.reshape(grid[0], times, grid[1] // merge, merge, size, grid[2] // merge, merge, size, 3)
+    # → (group, block row, block column, row, column, color, time, y, x)
     patches = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(math.prod(grid), -1)
     key = hashlib.sha1(f"{frames.shape} {seconds}".encode() + frames.tobytes()).hexdigest()
     return Picture(patches, grid, key, seconds)

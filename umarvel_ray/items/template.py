@@ -1,10 +1,11 @@
-"""U-MARVEL's messages: special tokens, text cleaning and the user turn (docs/method.md#items)."""
+"""U-MARVEL's messages: special tokens, text cleaning and the user turn (docs/method.md#item-template)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ IMAGE, VIDEO, VISION_START, VISION_END = "<|image_pad|>", "<|video_pad|>", "<|vi
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer with U-MARVEL's three tokens, always in the same order, so with the same ids."""
+    """The checkpoint's tokenizer with U-MARVEL's three tokens added in a fixed order, which fixes their ids."""
     tokenizer = AutoTokenizer.from_pretrained(str(path))
     if tokenizer.chat_template is None and (older := Path(path) / "chat_template.json").is_file():
         tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
@@ -24,7 +25,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def format_string(text: str | None) -> str:
-    """UniIR's clean-up: no carriage returns, outer spaces or quotes; capital first letter; closing punctuation."""
+    """UniIR's normalization: strip carriage returns, outer spaces and quotes; capitalize; end with punctuation."""
     text = (text or "").replace("\r", "").strip().strip('"')
     if not text:
         return ""
@@ -32,16 +33,21 @@ def format_string(text: str | None) -> str:
     return text if text[-1] in ".?!" else text + "."
 
 
-def user_turn(text: str, pictures: Sequence[Picture]) -> dict:
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
+    """A conversation as text, by the checkpoint's chat template."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+
+
+def user_turn(text: str, pictures: Sequence[Picture]) -> dict[str, Any]:
     """A user message: pictures first, then the text."""
     return {"role": "user", "content": [*picture_parts(pictures), text_part(text)]}
 
 
 def picture_parts(pictures: Sequence[Picture]) -> list[dict[str, str]]:
-    """The content parts that stand for the pictures in a message."""
+    """The content parts of a message that are placeholders for pictures."""
     return [{"type": "video" if picture.is_video else "image"} for picture in pictures]
 
 
 def text_part(text: str) -> dict[str, str]:
-    """The content part that holds a text."""
+    """The content part of a message that holds text."""
     return {"type": "text", "text": text}

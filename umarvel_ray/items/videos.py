@@ -1,8 +1,8 @@
-"""Open videos from anywhere as a few frames spread evenly; a bad one ends as one `BadVideo` line."""
+"""Open untrusted videos as a few evenly spaced frames; any bad one raises a one-line `BadVideo`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,70 +14,74 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.items.images import open_image, open_stream
 from umarvel_ray.items.limits import OWN_FILES, MediaLimits
 
-# Containers that hold their streams themselves: a playlist (HLS, DASH, concat) would name files and addresses to open.
+# Self-contained formats only: a playlist (HLS, DASH, concat) names files and addresses that FFmpeg would open.
 CONTAINERS = ("asf", "avi", "flv", "gif", "matroska", "mov", "mpeg", "mpegts", "ogg", "webm")
 
-MAX_STREAMS = 32  # of a container: a frame of each is decoded to learn what it is
-LEAST_FRAME = 16_384  # pixels: what a frame is counted as at least, so that a million tiny ones are over a limit too
+MAX_STREAMS = 32  # per container: FFmpeg decodes a frame of each to identify it
+MIN_FRAME_PIXELS = 16_384  # counted per frame at least, so that a million tiny frames exceed the limit too
 
 
 class BadVideo(UserError):
-    """A video that cannot be used."""
+    """An unusable video."""
 
 
 class Video(NamedTuple):
-    """Upright RGB frames of one size, and the second each is shown at."""
+    """Upright RGB frames of one size, and the time of each in seconds, the first at 0."""
 
     frames: list[Image.Image]
     seconds: list[float]
 
 
 def open_video(
-    video: str | Path | bytes | Sequence[Any], most: int, where: str, limits: MediaLimits = OWN_FILES
+    video: str | Path | bytes | list[Any] | tuple[Any, ...],
+    max_frames: int,
+    where: str,
+    limits: MediaLimits = OWN_FILES,
 ) -> Video:
-    """At most `most` frames, the first and the last among them.
+    """Decode at most `max_frames` evenly spaced frames, including the first and the last.
 
     Args:
-        video: a path, a `data:` URI, encoded bytes, or a list of pictures, taken as one frame a second.
+        video: a path, a `data:` URI, encoded bytes, or a list of pictures, taken as one frame per second.
         where: names the video in errors (file and row, or id).
+        limits: lengths and sizes that are accepted.
 
     Raises:
-        BadVideo: missing, unreadable, without a frame, over a limit, a playlist, or a URL.
-        BadImage: a picture of a list that cannot be used.
+        BadVideo: missing, unreadable, without frames, over a limit, a playlist, or given by URL.
+        BadImage: an unusable picture of a list.
     """
     if isinstance(video, list | tuple):
         if not video:
-            raise BadVideo(f"{where}: the video has no frame")
+            raise BadVideo(f"{where}: the video has no frames")
         if len(video) > limits.video_seconds:
             raise _too_long(where, limits)
-        chosen = spread(len(video), most)
+        chosen = spread(len(video), max_frames)
         frames = [open_image(video[n], f"{where}, frame {n}", limits) for n in chosen]
         return Video([frame.resize(frames[0].size) for frame in frames], [float(n) for n in chosen])
     try:
         with open_stream(video, where, "video", limits) as stream:
-            return _decode(stream, most, where, limits)
+            return _decode(stream, max_frames, where, limits)
     except UserError as error:
         raise BadVideo(str(error)) from None
-    except FileNotFoundError:
-        raise BadVideo(f"{where}: video {video} not found") from None
-    # Decoders raise what they like on hostile bytes.
+    except FileNotFoundError as error:
+        raise BadVideo(f"{where}: video {error.filename} not found") from None
+    # Decoders raise anything on malformed bytes.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise BadVideo(f"{where}: video cannot be read ({type(error).__name__}: {reason})") from None
 
 
-def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers 0 … count − 1, evenly apart, the ends among them."""
-    return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of the numbers 0 … count − 1, evenly spaced, including both ends."""
+    return [int(n) for n in np.linspace(0, count - 1, min(limit, count)).round()]
 
 
-def _decode(stream: Any, most: int, where: str, limits: MediaLimits) -> Video:
-    with _container(stream, limits) as container:  # counted, not asked: containers say a wrong number, or none
+def _decode(stream: Any, max_frames: int, where: str, limits: MediaLimits) -> Video:
+    with _container(stream, limits) as container:  # counted, since containers may state no count or a wrong one
         count = sum(1 for _ in _frames(container, where, limits))
     if not count:
-        raise BadVideo(f"{where}: the video has no frame")
+        raise BadVideo(f"{where}: the video has no frames")
     stream.seek(0)
-    wanted = set(spread(count, most))
+    wanted = set(spread(count, max_frames))
     frames, seconds = [], []
     with _container(stream, limits) as container:
         for number, frame in enumerate(islice(_frames(container, where, limits), max(wanted) + 1)):
@@ -88,18 +92,22 @@ def _decode(stream: Any, most: int, where: str, limits: MediaLimits) -> Video:
 
 
 def _frames(container: Any, where: str, limits: MediaLimits) -> Iterator[Any]:
-    """The frames of the first video stream, as long as they keep the limits."""
+    """The frames of the first video stream.
+
+    Raises:
+        BadVideo: a limit is exceeded.
+    """
     if not container.streams.video:
         return
     stream = container.streams.video[0]
     if stream.width * stream.height > limits.pixels:
         raise BadVideo(f"{where}: video of {stream.width}×{stream.height} is over {limits.pixels} pixels")
-    stream.codec_context.options = _options(limits)  # its later frames may be larger than it says
+    stream.codec_context.options = _options(limits)  # later frames may be larger than the header says
     started, pixels = None, 0
     for frame in container.decode(stream):
-        pixels += max(frame.width * frame.height, LEAST_FRAME)
+        pixels += max(frame.width * frame.height, MIN_FRAME_PIXELS)
         if pixels > limits.video_pixels:
-            raise BadVideo(f"{where}: the video's frames are over {limits.video_pixels} pixels together")
+            raise BadVideo(f"{where}: the video's frames are over {limits.video_pixels} pixels in total")
         if frame.time is not None:
             started = frame.time if started is None else started
             if frame.time - started > limits.video_seconds:
@@ -108,7 +116,7 @@ def _frames(container: Any, where: str, limits: MediaLimits) -> Iterator[Any]:
 
 
 def _container(stream: Any, limits: MediaLimits) -> Any:
-    import av  # here, because only video files need it: not every machine has it
+    import av  # optional; only video files need it
 
     return av.open(
         stream,
@@ -123,11 +131,11 @@ def _container(stream: Any, limits: MediaLimits) -> Any:
 
 
 def _options(limits: MediaLimits) -> dict[str, str]:
-    return {"max_pixels": str(2 * limits.pixels + 2**16)}  # decoders count their padding too
+    return {"max_pixels": str(2 * limits.pixels + 2**16)}  # decoders count padding too
 
 
 def _refuse(url: str, flags: int, options: dict[str, str]) -> Any:
-    raise PermissionError("a video opens no other file")
+    raise PermissionError("a video may not open other files")
 
 
 def _too_long(where: str, limits: MediaLimits) -> BadVideo:

@@ -1,4 +1,4 @@
-"""Batches of encoded items under a token budget: rows of like lengths padded on the right, or one packed row."""
+"""Batches of encoded items under a token budget: rows of similar lengths padded on the right, or one packed row."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from umarvel_ray.items.encoder import EncodedItem
 from umarvel_ray.items.pair_encoder import IGNORED, EncodedPair
 from umarvel_ray.items.pictures import Picture
 
-PADDED_SHARE = 1 / 32  # of a token budget: on a CPU 32 tokens, about as much time as a pass takes at least
-PAD = 0  # padding is masked everywhere, so any token will do that is not a picture's
+PADDED_SHARE = 1 / 32  # of a token budget; on a CPU 32 tokens, which cost about as much as one more forward pass
+PAD = 0  # padding is masked everywhere, so any token works except a picture's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """B token sequences: rows padded to L tokens, or, where `bounds` is given, packed in one row of L tokens.
+    """B token sequences, padded to L tokens each or, if `bounds` is set, packed into one row of L tokens.
 
-    input_ids: int64 (B or 1, L); positions: int64 (3, B or 1, L); attention_mask: int64 (B, L), 0 on padding, None when
-    packed; bounds: int32 (B + 1,), where sequences begin and end, and longest: the most tokens of one, where packed;
-    pictures: of all sequences, in order, on the CPU.
+    Attributes:
+        input_ids: int64 (B, L), packed (1, L).
+        positions: int64 (3, B, L), packed (3, 1, L).
+        attention_mask: int64 (B, L), 0 on padding; None when packed.
+        pictures: of all sequences, in order, on the CPU.
+        bounds: int32 (B + 1,), where each packed sequence begins and ends.
+        longest: tokens of the longest sequence.
     """
 
     input_ids: torch.Tensor
@@ -37,53 +41,57 @@ class Sequences:
         return len(self.input_ids) if self.bounds is None else len(self.bounds) - 1
 
     def to(self, device: torch.device | str) -> Self:
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
         return replace(self, **tensors)
 
     def sequence_of(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """The number of the sequence that each token at (row, column) belongs to: int64, shaped like `columns`."""
+        """Index of the sequence that each token at (row, column) belongs to: int64, shaped like `columns`."""
         return rows if self.bounds is None else torch.bucketize(columns, self.bounds[1:], right=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ItemBatch(Sequences):
-    """Items; pool_mask: bool (B or 1, L), False on padding."""
+    """A batch of items; pool_mask: bool, shaped like input_ids, True on the tokens that are pooled."""
 
     pool_mask: torch.Tensor
 
 
 class Encoded(Protocol):
-    """What is arranged in batches: an `EncodedItem` or an `EncodedPair`."""
+    """What a batch is made of: an `EncodedItem` or an `EncodedPair`."""
 
-    input_ids: np.ndarray
-    positions: np.ndarray
-    pictures: tuple[Picture, ...]
+    @property
+    def positions(self) -> np.ndarray: ...
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]: ...
 
     @property
     def length(self) -> int: ...
 
 
 def default_budget(device: torch.device | str) -> int:
-    """Tokens of a batch that suit a device: on a CPU few, which stay in its caches."""
+    """A batch size in tokens that suits the device: small on a CPU, so that activations stay in its caches."""
     return 1024 if torch.device(device).type == "cpu" else 16384
 
 
 def token_buckets(lengths: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
-    """Group indices, longest first, so that no group's size exceeds `budget` tokens.
+    """Group indices, longest first, so that no group exceeds `budget` tokens.
 
     A group's size is what is computed: longest × count when padded, the sum when packed. An item longer than the budget
-    has a group of its own. Equal lengths keep their order. Few items of unlike lengths are not padded into one group:
-    where its padding would exceed a `PADDED_SHARE` of the budget, another group takes less time.
+    gets a group of its own. Equal lengths keep their order. A padded group also ends where its padding would exceed
+    `PADDED_SHARE` of the budget: another forward pass then takes less time.
     """
     buckets: list[list[int]] = []
     size = padding = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        # Padded, every item of a group counts as its first, which is the longest.
-        more = lengths[index] if packed or not buckets else lengths[buckets[-1][0]]
-        if buckets and size + more <= budget and padding + more - lengths[index] <= budget * PADDED_SHARE:
+        # When padded, every item costs as much as the group's first, which is the longest.
+        cost = lengths[index] if packed or not buckets else lengths[buckets[-1][0]]
+        if buckets and size + cost <= budget and padding + cost - lengths[index] <= budget * PADDED_SHARE:
             buckets[-1].append(index)
-            size += more
-            padding += more - lengths[index]
+            size += cost
+            padding += cost - lengths[index]
         else:
             buckets.append([index])
             size, padding = lengths[index], 0
@@ -98,10 +106,10 @@ def collate(
 
 
 def arrange(sequences: Sequence[Encoded], fill: Mapping[str, int | bool], packed: bool) -> dict[str, Any]:
-    """The fields of `Sequences`, on the CPU, and one for each other name in `fill`: an array that sequences have.
+    """The fields of a `Sequences` on the CPU, with one array for each name in `fill`.
 
     Args:
-        fill: what stands on padding, by array.
+        fill: the padding value of each array, by the name of the sequences' attribute.
     """
     lengths = [sequence.length for sequence in sequences]
     longest, mask, bounds = max(lengths), None, None
@@ -133,7 +141,7 @@ def arrange(sequences: Sequence[Encoded], fill: Mapping[str, int | bool], packed
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch(Sequences):
-    """Pairs, or one side of them; labels: int64 (B or 1, L)."""
+    """A batch of pairs, or of one side of them; labels: int64, shaped like input_ids."""
 
     labels: torch.Tensor
 

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: its `umarvel.json` in words."""
+"""The model card of a checkpoint, written from its `umarvel.json`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ d = embedder.encode_document([{"image": "car.png"}, {"image": "boat.png", "text"
 print(q @ d.T)
 ```
 
-With sentence-transformers 6, the same vectors (`trust_remote_code`: the directory's `umarvel_embedding.py` renders the
-messages and masks the instruction; umarvel-ray need not be installed):
+With sentence-transformers 6, which gives the same vectors and does not need umarvel-ray (`trust_remote_code` runs the
+directory's `umarvel_embedding.py`, which renders the messages and masks the instruction):
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -53,9 +53,9 @@ def model_card(record: Mapping[str, Any]) -> str:
     """Markdown with YAML front matter, as the Hugging Face hub reads it.
 
     Args:
-        record: what `umarvel.json` holds. Only "settings" must be there; each other key adds what it knows: "phase",
-            "parent", "recipe", "data", "metrics", "versions", and of a release "license" and "evaluation"
-            ({"k", "chance", "local", "global"}: by task).
+        record: the contents of `umarvel.json`. Only "settings" is required; "phase", "parent", "recipe", "data",
+            "metrics" and "versions", and for a release "license" and "evaluation" ({"k", "chance", "local", "global"},
+            each by task), add to the card.
     """
     sections = [
         ("Use", USE_RERANKER if record.get("phase") == RERANKER else USE_EMBEDDER),
@@ -65,12 +65,12 @@ def model_card(record: Mapping[str, Any]) -> str:
         ("Versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())),
     ]
     matter = yaml.safe_dump(_front_matter(record), sort_keys=False)
-    head = f"---\n{matter}---\n\n# {_title(record)}\n\n{_what(record)}\n"
+    head = f"---\n{matter}---\n\n# {_title(record)}\n\n{_description(record)}\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections if text)
 
 
 def last_part(value: Any) -> Any:
-    """The last part of a path on the machine of the training; any other value as it is."""
+    """The last part of a path, which means nothing on another machine; any other value unchanged."""
     return PurePath(value).name if isinstance(value, str) and value.startswith(("/", ".")) else value
 
 
@@ -92,13 +92,13 @@ def _title(record: Mapping[str, Any]) -> str:
     return " · ".join(part for part in (_recipe(record).get("name"), record.get("phase")) if part) or "umarvel-ray"
 
 
-def _what(record: Mapping[str, Any]) -> str:
+def _description(record: Mapping[str, Any]) -> str:
     kind = (
         "A pointwise reranker of a universal multimodal retriever: the probability that a document answers a query"
         if record.get("phase") == RERANKER
-        else "An embedder for universal multimodal retrieval: one unit vector for a text, a picture or both"
+        else "An embedder for universal multimodal retrieval: one unit vector for a text, a picture, or both"
     )
-    text = f"{kind}, guided by an instruction in words ([U-MARVEL](https://arxiv.org/abs/2507.14902)). "
+    text = f"{kind}, guided by a natural-language instruction ([U-MARVEL](https://arxiv.org/abs/2507.14902)). "
     origin = {
         "phase": record.get("phase"),
         "parent": last_part(record.get("parent")),
@@ -107,33 +107,35 @@ def _what(record: Mapping[str, Any]) -> str:
         "recipe": _recipe(record).get("name"),
         "seed": _recipe(record).get("seed"),
     }
-    told = "; ".join(f"{key}: `{value}`" for key, value in origin.items() if value is not None)
-    return text + (f"Trained with umarvel-ray. {told[0].upper()}{told[1:]}." if told else "Made with umarvel-ray.")
+    details = "; ".join(f"{key}: `{value}`" for key, value in origin.items() if value is not None)
+    if not details:
+        return f"{text}Made with umarvel-ray."
+    return f"{text}Trained with umarvel-ray. {details[0].upper()}{details[1:]}."
 
 
 def _settings(record: Mapping[str, Any]) -> str:
-    given = record["settings"]
-    pooled = "the hidden state before `<emb>`" if given["pooling"] == "last" else "the mean over all tokens"
-    if given["pooling"] == "mean" and given["instruction_mask"]:
-        pooled += " but the instruction's"
-    lines = [f"attention: {given['attention']}"]
+    settings = record["settings"]
+    pooled = "the hidden state before `<emb>`" if settings["pooling"] == "last" else "the mean over all tokens"
+    if settings["pooling"] == "mean" and settings["instruction_mask"]:
+        pooled += " except the instruction's"
+    lines = [f"attention: {settings['attention']}"]
     if record.get("phase") != RERANKER:
         lines.append(f"embedding: {pooled}, scaled to unit norm")
     lines += [
-        f"positions: {'M-RoPE' if given['positions'] == 'mrope' else 'sequential (0, 1, 2 …), pictures too'}",
-        f"pictures: {given['min_pixels']:,} to {given['max_pixels']:,} pixels; texts: up to "
-        f"{given['max_text_tokens']} tokens",
+        f"positions: {'M-RoPE' if settings['positions'] == 'mrope' else 'sequential (0, 1, 2 …), pictures too'}",
+        f"pictures: {settings['min_pixels']:,} to {settings['max_pixels']:,} pixels; texts: up to "
+        f"{settings['max_text_tokens']} tokens",
     ]
-    if not given["deepstack"]:
+    if not settings["deepstack"]:
         lines.append("DeepStack: off")
-    asked = [key for key in ("compression_prompt", "generation_prompt") if given[key]]
-    if asked:
-        lines.append(f"the message ends with the {' and the '.join(key.replace('_', ' ') for key in asked)}")
+    prompts = [key.replace("_", " ") for key in ("compression_prompt", "generation_prompt") if settings[key]]
+    if prompts:
+        lines.append(f"the message ends with the {' and the '.join(prompts)}")
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _evaluation(scores: Mapping[str, Any]) -> str:
-    """Recall at k by task, and chance beside it."""
+    """Recall@k by task, next to chance."""
     scopes = [scope for scope in ("local", "global") if scope in scores]
     header = ["recall", "k", *(name for scope in scopes for name in (f"{scope} pool", "chance"))]
     rows = [

@@ -1,4 +1,4 @@
-"""Checkpoints: a plain HF directory plus `umarvel.json`, which says how to use it and where it comes from (rule 9)."""
+"""Checkpoints: a Hugging Face directory plus `umarvel.json`, which states how to use it and where it comes from."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
 
-from umarvel_ray import __version__
 from umarvel_ray.errors import UserError
 from umarvel_ray.files import atomic_folder
 from umarvel_ray.model.companions import write_companions
 from umarvel_ray.recipe import ModelSettings
+from umarvel_ray.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,9 +27,9 @@ PROVENANCE = "umarvel.json"
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """Which checkpoint: its directory (absolute), how it is used, and a digest of its weights and settings.
+    """A checkpoint: its absolute path, its settings, and a digest of its weights and settings.
 
-    Equal identities mean equal embeddings, or equal scores of a reranker.
+    Checkpoints of equal `identity` give equal embeddings, or equal scores if they are rerankers.
     """
 
     path: str
@@ -38,13 +38,13 @@ class CheckpointRef:
 
     @classmethod
     def of(cls, checkpoint: str | Path, settings: ModelSettings | None = None) -> CheckpointRef:
-        """The checkpoint in a directory.
+        """Reference the checkpoint in a directory.
 
         Args:
-            settings: in place of its own; a base needs them, for it has none.
+            settings: override the checkpoint's own; required for a base model, which has none.
 
         Raises:
-            UserError: files missing or truncated; a base without settings.
+            UserError: missing or truncated files, or a base model without `settings`.
         """
         path = Path(checkpoint).absolute()
         check_files(path)
@@ -67,17 +67,16 @@ class HasBackbone(Protocol):
 def save_checkpoint(model: HasBackbone, path: str | Path, settings: ModelSettings, provenance: dict[str, Any]) -> None:
     """Write weights, config, tokenizer, image processor, chat template, `umarvel.json` and a model card, atomically.
 
-    An embedder's directory opens in sentence-transformers too.
-
-    Tokenizer and image processor come from the directory the backbone was loaded from. An existing checkpoint at
-    `path` is replaced only once the new one is complete.
+    An embedder's directory opens in sentence-transformers, too. Tokenizer and image processor come from the directory
+    that the backbone was loaded from. An existing checkpoint at `path` is replaced only once the new one is complete.
 
     Args:
-        model: its adapters merged.
-        provenance: temperature, phase, parent, recipe, data, metrics; the versions are added here.
+        model: an embedder or a reranker with merged adapters.
+        provenance: temperature, phase, parent, recipe, data and metrics; versions are added here.
 
     Raises:
         UserError: the disk is full or `path` cannot be written.
+        ValueError: the adapters are not merged.
     """
     backbone = model.backbone
     if any(".lora_" in name for name in backbone.state_dict()):
@@ -85,7 +84,7 @@ def save_checkpoint(model: HasBackbone, path: str | Path, settings: ModelSetting
     try:
         with atomic_folder(path) as fresh:
             backbone.save_pretrained(fresh)
-            _save_processor(backbone.name_or_path, fresh, settings)
+            _save_processor(str(backbone.name_or_path), fresh, settings)
             record = {"settings": settings.model_dump(mode="json"), **provenance, "versions": _versions()}
             (fresh / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
             write_companions(fresh, record)
@@ -94,22 +93,27 @@ def save_checkpoint(model: HasBackbone, path: str | Path, settings: ModelSetting
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
-    """What `umarvel.json` says.
+    """The contents of `umarvel.json`.
 
     Raises:
-        UserError: no such checkpoint, or the file is not valid.
+        UserError: no such checkpoint, or the file is not valid JSON.
     """
     file = Path(path) / PROVENANCE
     try:
-        return json.loads(file.read_text())
+        record: dict[str, Any] = json.loads(file.read_text())
+        return record
     except FileNotFoundError:
-        raise UserError(f"{file}: not found; give a checkpoint written by umarvel-ray") from None
+        raise UserError(f"{file}: not found; use a checkpoint written by umarvel-ray") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); write the checkpoint again") from None
 
 
 def load_settings(path: str | Path) -> ModelSettings:
-    """The settings a checkpoint was trained with. Raises: see `read_provenance`."""
+    """The settings a checkpoint was trained with.
+
+    Raises:
+        UserError: see `read_provenance`; or the settings are missing or invalid.
+    """
     try:
         return ModelSettings.model_validate(read_provenance(path)["settings"])
     except (KeyError, TypeError, ValidationError):
@@ -117,14 +121,14 @@ def load_settings(path: str | Path) -> ModelSettings:
 
 
 def check_files(path: str | Path) -> None:
-    """Config and weights are there and whole, by each safetensors file's own header.
+    """Check that config and weights exist and, by each safetensors file's header, are complete.
 
     Raises:
-        UserError: naming the first file that is missing or truncated.
+        UserError: names the first file that is missing or truncated.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise UserError(f"{path}: no config.json; give a directory that holds a Hugging Face model")
+        raise UserError(f"{path}: no config.json; give the directory of a Hugging Face model")
     index = path / "model.safetensors.index.json"
     try:
         names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
@@ -149,7 +153,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _save_processor(source: str, target: Path, settings: ModelSettings) -> None:
-    # Imported here: who only looks at a checkpoint's files does without transformers.
+    # Imported here so that reading a checkpoint's records does not import transformers.
     from umarvel_ray.items.pictures import CONFIG, read_picture_config
     from umarvel_ray.items.template import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""The files that let other libraries open a checkpoint: sentence-transformers' own, and the model card."""
+"""Files for other libraries in a checkpoint: what sentence-transformers reads, and the model card."""
 
 from __future__ import annotations
 
@@ -19,21 +19,25 @@ MODULES = (  # folder, class
 
 
 def write_companions(folder: Path, record: dict[str, Any]) -> None:
-    """The model card, and for an embedder what sentence-transformers reads; `record` is what `umarvel.json` holds."""
+    """Write the model card and, for an embedder, the files of sentence-transformers.
+
+    Args:
+        record: the contents of `umarvel.json`.
+    """
     _write_card(folder, record)
     if record.get("phase") != RERANKER:
         _write_sentence_transformers(folder)
 
 
 def _write_card(folder: Path, record: dict[str, Any]) -> None:
-    """`README.md` of a checkpoint whose `umarvel.json` holds `record`."""
+    """Write the checkpoint's `README.md`."""
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
 
 
 def _write_sentence_transformers(folder: Path) -> None:
-    """What `SentenceTransformer(folder, trust_remote_code=True)` reads beside the weights.
+    """Write what `SentenceTransformer(folder, trust_remote_code=True)` reads besides the weights.
 
-    The pooling is always a mean: which tokens enter it, our module says (`umarvel_embedding.py`).
+    Pooling is always a mean; `umarvel_embedding.py` decides which tokens enter it.
     """
     config = json.loads((folder / "config.json").read_text())
     dimension = config["text_config"]["hidden_size"]

@@ -11,13 +11,16 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
-from umarvel_ray.items.item import Item
+from umarvel_ray.items.item import Item, with_instruction
 from umarvel_ray.model.batch import collate, default_budget, token_buckets
 from umarvel_ray.model.checkpoint import load_settings
+from umarvel_ray.model.device import PROBE, best_device, checked_device
 from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.model.hub import model_folder
 from umarvel_ray.model.int8 import load_as
 from umarvel_ray.model.packing import is_packed
 from umarvel_ray.model.vectors import truncate
@@ -30,7 +33,7 @@ class Embedder:
     """Embeds queries and documents with a checkpoint's own settings.
 
     >>> embedder = Embedder.from_pretrained(path)
-    >>> queries = embedder.encode_query([{"text": "a red car", "instruction": "Find an image that matches."}])
+    >>> queries = embedder.encode_query(["a red car", "a boat"], prompt="Find an image that matches the caption.")
     >>> scores = embedder.similarity(queries, embedder.encode_document([{"image": "car.jpg"}]))
     """
 
@@ -53,55 +56,83 @@ class Embedder:
     def from_pretrained(
         cls,
         path: str | Path,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         dtype: torch.dtype | str = "float32",
         settings: ModelSettings | None = None,
         preset: Literal["reference"] | None = None,
         generation_prompt: bool = True,
         truncate_dim: int | None = None,
+        revision: str | None = None,
     ) -> Embedder:
-        """Load a checkpoint. A directory without `umarvel.json` (a base, a released one) needs `settings` or `preset`.
+        """Load a checkpoint. One without `umarvel.json` (a base, a released one) needs `settings` or `preset`.
 
         Args:
-            dtype: of PyTorch, or "int8" (see `int8`).
+            path: a directory, or an id on the Hugging Face Hub (see `model_folder`).
+            device: by default the best one: "cuda", "mps" if the model runs there, or "cpu".
+            dtype: a PyTorch dtype, or "int8" (see `int8`).
             preset: "reference" for a checkpoint that U-MARVEL's authors released, embedded as their code does.
-            generation_prompt: with the preset: their evaluation appends one, their training does not (trap T4).
-            truncate_dim: keep so many coordinates of each vector, scaled to unit norm again; for checkpoints that were
-                trained with `matryoshka`.
+            generation_prompt: with the preset: their evaluation appends one, their training does not
+                (docs/method.md#generation-prompt).
+            truncate_dim: keep this many coordinates of each vector, scaled to unit norm again; for checkpoints that
+                were trained with `matryoshka`.
+            revision: branch, tag or commit on the Hub.
 
         Raises:
             UserError: not a checkpoint; missing or truncated files; another preset; no such dimension.
         """
         if preset not in (None, "reference"):
-            raise UserError(f"preset '{preset}' is not known; the only one is 'reference'")
+            raise UserError(f"unknown preset '{preset}'; the only one is 'reference'")
         if preset:
             settings = ModelSettings.reference(generation_prompt)
-        settings = settings or load_settings(path)
-        model = load_as(dtype, device, partial(EmbeddingModel.from_pretrained, path, settings))
-        return cls(model, ItemEncoder.from_pretrained(path, settings), device, truncate_dim)
+        folder = model_folder(path, revision)
+        settings = settings or load_settings(folder)
+        chosen = best_device() if device is None else device
+        model = load_as(dtype, chosen, partial(EmbeddingModel.from_pretrained, folder, settings))
+        encoder = ItemEncoder.from_pretrained(folder, settings)
+        if device is None:
+            chosen = checked_device(str(chosen), lambda tried: cls(model, encoder, tried).encode(PROBE))
+        return cls(model, encoder, chosen, truncate_dim)
 
     @property
     def dimension(self) -> int:
         return self.truncate_dim or self.model.dimension
 
-    def encode_query(self, items: Sequence[Item | str], token_budget: int | None = None) -> np.ndarray:
-        """Embed queries: float32 (n, d), rows of unit norm, in the order given.
+    def encode_query(
+        self, items: Sequence[Item | str] | Item | str, prompt: str | None = None, *, token_budget: int | None = None
+    ) -> np.ndarray:
+        """Embed queries.
 
         Args:
-            token_budget: padded tokens of a batch; by default what suits the device.
+            items: one item or a sequence of them; a bare string is text.
+            prompt: the instruction of every item without one of its own.
+            token_budget: the most tokens in a batch, padding included; by default what suits the device.
+
+        Returns:
+            float32 (n, d), rows of unit norm, in the order given; (d,) for one item.
 
         Raises:
             UserError: see `ItemEncoder.encode`.
         """
-        return self._encode(items, "query", token_budget)
+        return self._encode(items, "query", prompt, token_budget)
 
-    def encode_document(self, items: Sequence[Item | str], token_budget: int | None = None) -> np.ndarray:
-        """Embed documents; otherwise as `encode_query`."""
-        return self._encode(items, "document", token_budget)
+    def encode_document(
+        self, items: Sequence[Item | str] | Item | str, prompt: str | None = None, *, token_budget: int | None = None
+    ) -> np.ndarray:
+        """Embed documents; otherwise as `encode_query`, but a `prompt` is refused: documents carry no instruction."""
+        return self._encode(items, "document", prompt, token_budget)
+
+    def encode(
+        self, items: Sequence[Item | str] | Item | str, prompt: str | None = None, *, token_budget: int | None = None
+    ) -> np.ndarray:
+        """Embed items that are neither queries nor documents, such as those to be clustered: as `encode_query`.
+
+        Without an instruction the two sides give the same vector.
+        """
+        return self.encode_query(items, prompt, token_budget=token_budget)
 
     @torch.inference_mode()
-    def encode(self, encoded: Sequence[EncodedItem], token_budget: int | None = None) -> np.ndarray:
-        """Embed items that are tokenised already, in batches of at most `token_budget` tokens, padding included."""
+    def embed_encoded(self, encoded: Sequence[EncodedItem], token_budget: int | None = None) -> np.ndarray:
+        """`encode` for items that are tokenized already: float32 (n, d)."""
         result = np.empty((len(encoded), self.dimension), dtype=np.float32)
         budget = token_budget or default_budget(self.device)
         for bucket in token_buckets([item.length for item in encoded], budget, self.packed):
@@ -110,23 +141,37 @@ class Embedder:
         return result
 
     @staticmethod
-    def similarity(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Cosines (n_queries, n_documents) of unit vectors."""
-        return queries @ documents.T
+    def similarity(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+        """Cosines float32 (n, m) of vectors (n, d) and (m, d), of any norm; one vector (d,) counts as a row."""
+        cosines: np.ndarray = _unit_rows(a) @ _unit_rows(b).T
+        return cosines
 
-    def _encode(self, items: Sequence[Item | str], side: str, token_budget: int | None) -> np.ndarray:
+    def _encode(
+        self, items: Sequence[Item | str] | Item | str, side: str, prompt: str | None, token_budget: int | None
+    ) -> np.ndarray:
+        if prompt and side == "document":
+            raise UserError("prompt: a document carries no instruction; put it on the query")
         if isinstance(items, str | dict):
-            raise TypeError("give a list of items, not one item")
+            vector: np.ndarray = self._encode([items], side, prompt, token_budget)[0]
+            return vector
         parts = [np.empty((0, self.dimension), dtype=np.float32)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
 
+            def encode_one(index: int) -> EncodedItem:
+                return self.encoder.encode(with_instruction(items[index], prompt), side, f"{side} {index}")
+
             def prepare(start: int) -> Iterator[EncodedItem]:
-                window = range(start, min(start + WINDOW, len(items)))
-                return threads.map(lambda i: self.encoder.encode(items[i], side, f"{side} {i}"), window)
+                return threads.map(encode_one, range(start, min(start + WINDOW, len(items))))
 
             coming = prepare(0)
             for start in range(0, len(items), WINDOW):
-                # The next window is decoded and tokenised while the model works on this one.
+                # The next window is decoded and tokenized while the model works on this one.
                 window, coming = list(coming), prepare(start + WINDOW)
-                parts.append(self.encode(window, token_budget))
+                parts.append(self.embed_encoded(window, token_budget))
         return np.concatenate(parts)
+
+
+def _unit_rows(vectors: ArrayLike) -> np.ndarray:
+    rows = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+    norms: np.ndarray = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / norms.clip(1e-12)

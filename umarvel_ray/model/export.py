@@ -1,4 +1,4 @@
-"""A checkpoint as a release: a folder of its own, with its scores in the model card and no path of this machine."""
+"""Release a checkpoint: a folder of its own, with its scores in the model card and no paths of this machine."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def export_checkpoint(
     """Copy a checkpoint to `target`, atomically.
 
     Args:
-        target: does not exist, or is empty.
-        evaluation: its scores for the model card: {"k", "chance", "local", "global"}, each by task.
-        dtype: of the weights there; default: as they are.
+        target: a folder that does not exist or is empty.
+        evaluation: scores for the model card: {"k", "chance", "local", "global"}, each by task.
+        dtype: dtype of the exported weights; by default unchanged.
         license_name: for the model card, such as "apache-2.0".
 
     Raises:
-        UserError: `source` is not a whole checkpoint, `target` is in use or cannot be written.
+        UserError: `source` is not a complete checkpoint, or `target` is not empty or cannot be written.
     """
     target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -50,7 +50,7 @@ def export_checkpoint(
 
 
 def _without_folders(value: Any) -> Any:
-    """The same tree with each path's last part in its place."""
+    """The same tree with every path reduced to its last part."""
     if isinstance(value, dict):
         return {key: _without_folders(part) for key, part in value.items()}
     return [_without_folders(part) for part in value] if isinstance(value, list) else last_part(value)
@@ -60,5 +60,6 @@ def _write_weights(source: Path, target: Path, dtype: str) -> None:
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).save_pretrained(target)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+    model.save_pretrained(target)

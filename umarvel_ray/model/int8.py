@@ -1,4 +1,4 @@
-"""Inference with the language model's linear layers in 8 bits: half of their memory in bfloat16."""
+"""Inference with the language model's linear layers in int8, which halves their memory compared with bfloat16."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weight is int8 (out, in) times a scale for each row, at most half a step from the original.
+    """A linear layer whose weight is stored as int8 `levels` (out, in) times a `scale` (out,).
 
-    Activations are not quantized: their scales would make an item's vector depend on what shares its batch.
+    Each weight is off by at most scale / 2. Activations are not quantized: their scales would make an item's vector
+    depend on the other items in its batch.
     """
+
+    levels: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         scale = linear.weight.detach().abs().amax(1).clamp_min(torch.finfo(linear.weight.dtype).tiny) / 127
-        self.register_buffer("steps", (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("levels", (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        result = functional.linear(states, self.steps.to(states.dtype)) * self.scale
+        result = functional.linear(states, self.levels.to(states.dtype)) * self.scale
         return result if self.bias is None else result + self.bias
 
 
@@ -41,10 +45,12 @@ def quantize(model: nn.Module) -> None:
 
 
 def load_as(dtype: torch.dtype | str, device: torch.device | str, load: Callable[[torch.dtype | str], Model]) -> Model:
-    """The model that `load` gives, in a dtype of PyTorch or in "int8": then activations and what is not quantized are
-    float32 on a CPU, bfloat16 on a GPU."""
+    """The model that `load` returns, in a PyTorch dtype or in "int8".
+
+    With "int8", activations and all other weights are float32 on a CPU and bfloat16 on a GPU.
+    """
     if dtype != INT8:
         return load(dtype)
     model = load(torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    quantize(model.backbone.model.language_model)
+    quantize(model.get_submodule("backbone.model.language_model"))
     return model

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the language model's linear layers, and nowhere else (method section 2; trap T8)."""
+"""Low-rank adapters (LoRA) on the language model's linear layers, and nowhere else (docs/method.md#lora-targets)."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.model.checkpoint import HasBackbone
 from umarvel_ray.recipe import Lora
 
 ADAPTER = "default"
 TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # keys of PEFT's that change what r and α mean
+VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # PEFT keys that change what r and α mean
 
 
 def lora_config(lora: Lora) -> LoraConfig:
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none", target_modules=TARGETS)
 
 
-def add_lora(model: EmbeddingModel, lora: Lora, seed: int) -> None:
-    """Freeze the backbone and put adapters into it, in place: fresh ones by the seed, or those of `lora.init`.
+def add_lora(model: HasBackbone, lora: Lora, seed: int) -> None:
+    """Freeze the backbone and add adapters in place: fresh ones drawn with `seed`, or those of `lora.init`.
 
-    `log_temperature` keeps its own `requires_grad`.
+    `log_temperature` keeps its `requires_grad`.
 
     Raises:
-        UserError: `lora.init` is no adapter of these layers with this r and alpha.
+        UserError: `lora.init` is not an adapter for these layers with this r and alpha.
     """
     model.backbone.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(lora_config(lora), model.backbone, adapter_name=ADAPTER)
     if lora.init:
-        _load_adapter(model, lora)
+        _load_adapter(model, lora, lora.init)
     for layer in model.backbone.modules():
         if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False  # autocast casts the adapter, which is smaller
 
 
-def merge_lora(model: EmbeddingModel) -> None:
-    """Add the adapters to the weights and take them out, in place: the names are the base's again."""
+def merge_lora(model: HasBackbone) -> None:
+    """Merge the adapters into the weights and remove them, in place; parameters get the base's names back."""
     for name, layer in list(model.backbone.named_modules()):
         if isinstance(layer, LoraLayer):
             layer.merge(safe_merge=True)
@@ -53,17 +53,17 @@ def merge_lora(model: EmbeddingModel) -> None:
             setattr(model.backbone.get_submodule(parent), child, layer.get_base_layer())
 
 
-def save_adapter(model: EmbeddingModel, lora: Lora, path: str | Path) -> None:
+def save_adapter(model: HasBackbone, lora: Lora, path: str | Path) -> None:
     """Write the adapters as a directory that `peft.PeftModel.from_pretrained(backbone, path)` reads."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.cpu().contiguous() for name, value in _adapter(model).items()}
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    lora_config(lora).save_pretrained(path)
+    lora_config(lora).save_pretrained(str(path))
 
 
-def _adapter(model: EmbeddingModel) -> dict[str, torch.Tensor]:
-    """The adapters' tensors by the names that PEFT gives them in a file."""
+def _adapter(model: HasBackbone) -> dict[str, torch.Tensor]:
+    """The adapters' tensors under the names that PEFT uses in its files."""
     return {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value.detach()
         for name, value in model.backbone.state_dict().items()
@@ -71,22 +71,23 @@ def _adapter(model: EmbeddingModel) -> dict[str, torch.Tensor]:
     }
 
 
-def _load_adapter(model: EmbeddingModel, lora: Lora) -> None:
-    """Layers that the saved adapter leaves out keep their fresh one, which changes nothing yet."""
-    path, own = Path(lora.init), _adapter(model)
+def _load_adapter(model: HasBackbone, lora: Lora, init: str) -> None:
+    """Load a saved adapter; layers it leaves out keep their fresh one, which changes nothing until it is trained."""
+    path, own = Path(init), _adapter(model)
     try:
         config, saved = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"lora.init {path}: no PEFT adapter that can be read ({error}); give its directory") from None
+        raise UserError(f"lora.init {path}: not a readable PEFT adapter ({error}); give its directory") from None
     if variant := next((key for key in VARIANTS if config.get(key)), None):
         raise UserError(
-            f"lora.init {path}: made with {variant}, which is not supported; merge it into the base instead"
+            f"lora.init {path}: made with {variant}, which is not supported; merge it into the base model instead"
         )
     if (config["r"], config["lora_alpha"]) != (lora.r, lora.alpha):
         raise UserError(
-            f"lora.init {path}: made with r: {config['r']}, alpha: {config['lora_alpha']}; set lora to these"
+            f"lora.init {path}: made with r: {config['r']}, alpha: {config['lora_alpha']}; "
+            "set lora.r and lora.alpha to these"
         )
     for name, value in saved.items():
         if name not in own or own[name].shape != value.shape:
-            raise UserError(f"lora.init {path}: '{name}' fits no layer of this model; give an adapter of the same base")
+            raise UserError(f"lora.init {path}: '{name}' fits no layer of this model; use an adapter of the same base")
         own[name].copy_(value)

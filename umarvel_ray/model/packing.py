@@ -1,8 +1,8 @@
-"""Attention over items packed one after another in a single row: each token sees its own item's tokens alone.
+"""Attention over items packed end to end in one row: each token attends only to its own item, without padding.
 
-No token of padding is computed. The language model and the vision tower (whose items are frames or windows) call the
-same function: on a GPU FlashAttention's kernel for sequences of varying length, as torch ships it; elsewhere, and in
-float32, torch's attention on one item after the other, which is the exact reference. Padded batches go the usual way.
+The language model and the vision tower (whose items are frames or windows) call the same function. On a GPU it is
+FlashAttention's kernel for sequences of varying length, as torch ships it; on a CPU, or in float32, it is torch's
+attention on one item after another, the exact reference. Padded batches use transformers' SDPA attention.
 """
 
 from __future__ import annotations
@@ -17,28 +17,32 @@ from transformers import PreTrainedModel
 
 from umarvel_ray.compat.transformers import sdpa_attention_forward, use_attention
 
-# transformers hands a tower's pictures over in one piece only to an attention with "flash" in its name.
+# transformers passes a tower's pictures in one piece only to an attention function with "flash" in its name.
 ATTENTION = "umarvel_flash"
 AMPERE = (8, 0)  # the oldest GPUs that FlashAttention runs on
-# Before it had this argument, torch's kernel took fewer heads of keys than of queries without being told.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+# Versions of torch without this argument accept fewer key heads than query heads anyway.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def is_packed(choice: bool | Literal["auto"], device: torch.device | str) -> bool:
-    """Whether batches on a device are packed: "auto" packs on GPUs; a CPU is faster with batches of like lengths."""
+    """Whether to pack batches: "auto" packs on GPUs; on CPUs, padded rows of similar lengths are faster."""
     return torch.device(device).type == "cuda" if choice == "auto" else choice
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let a model of transformers read packed rows as well as padded batches."""
+    """Make a transformers model accept packed rows as well as padded batches."""
     use_attention(model, ATTENTION, attention_forward)
 
 
 def packed_arguments(bounds: torch.Tensor, longest: int, causal: bool) -> dict[str, Any]:
-    """What a language model's forward is told about a packed row, in transformers' own names."""
-    ready = torch.empty(1, 1, 0, 0, device=bounds.device)  # four axes: passed on as it is, so no (T, T) mask is made
+    """Keyword arguments of a language model's forward for a packed row, by transformers' own names.
+
+    Args:
+        bounds: int32 (n + 1,); longest: tokens of the longest item.
+    """
+    no_mask = torch.empty(1, 1, 0, 0, device=bounds.device)  # 4-D masks are passed through, so no (T, T) mask is built
     return {
-        "attention_mask": ready,
+        "attention_mask": no_mask,
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,
@@ -56,24 +60,26 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
+    max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls: packed where it is given bounds, else over padded rows.
+    """The attention function that transformers calls: packed if it gets `cu_seq_lens_q`, otherwise on padded rows.
 
     Args:
-        query, key, value: (B, heads, L, d), one row when packed; cu_seq_lens_q: see `packed_attention`.
+        query, key, value: (B, heads, L, d), B = 1 when packed.
+        cu_seq_lens_q, max_length_q: `bounds` and `longest` of `packed_attention`.
 
     Returns:
-        (B, L, heads, d), and no weights.
+        (B, L, heads, d), and no attention weights.
     """
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(
+        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    # Under autocast a trained norm gives queries and keys in float32; torch's own attention would cast them too.
-    rows = [tensor.to(value.dtype).squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-    return packed_attention(*rows, cu_seq_lens_q, max_length_q, is_causal, scaling).unsqueeze(0), None
+        return output
+    # Under autocast a trained norm returns float32 queries and keys; torch's own attention would cast them as well.
+    q, k, v = (tensor.to(value.dtype).squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # (L, heads, d)
+    return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, bool(is_causal), scaling).unsqueeze(0), None
 
 
 def packed_attention(
@@ -85,24 +91,30 @@ def packed_attention(
     causal: bool,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention within each item of a row.
+    """Attention within each of the n items of a row.
 
     Args:
-        query: (T, heads, d); key, value: (T, heads or a divisor of it, d); bounds: int32 (n + 1,), where items begin
-            and end, from 0 to T; longest: the most tokens of an item.
+        query: (T, heads, d).
+        key, value: (T, key-value heads, d); their number divides `heads`.
+        bounds: int32 (n + 1,), where items begin and end, from 0 to T.
+        longest: tokens of the longest item.
 
     Returns:
         (T, heads, d).
     """
     if _has_kernel(query):
         window = (-1, 0) if causal else (-1, -1)
-        return varlen_attn(
+        kernel: Any = varlen_attn  # returns a tuple only if asked for more than the output
+        output: torch.Tensor = kernel(
             query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, **GROUPED
         )
-    items = zip(
-        *(tensor.transpose(0, 1).split(bounds.diff().tolist(), dim=1) for tensor in (query, key, value)), strict=True
-    )
-    outputs = [F.scaled_dot_product_attention(*item, is_causal=causal, scale=scale, enable_gqa=True) for item in items]
+        return output
+    lengths = bounds.diff().tolist()
+    by_item = (torch.split(tensor.transpose(0, 1), lengths, dim=1) for tensor in (query, key, value))
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)  # (heads, length, d)
+        for q, k, v in zip(*by_item, strict=True)
+    ]
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 

@@ -1,9 +1,11 @@
-"""The reranker: a generative pointwise model that answers Yes or No to a (query, candidate) pair (method section 4).
+"""The reranker: a generative pointwise model that answers Yes or No to a (query, candidate) pair
+(docs/method.md#reranker).
 
-Score = softmax over the two logits of "Yes" and "No" at the answer's place. A query is read once: its keys and values
-serve all its candidates. Attention is always causal, whatever the embedder it may start from uses: keys of the query
-must not depend on the candidate. Trained on the answer word and the end of the turn alone (trap T22: the reference
-spreads the loss over the constant tokens around them).
+The score is the softmax over the logits of "Yes" and "No" at the position of the answer. Each query is run once, and
+its keys and values are shared by all its candidates. Attention is therefore always causal, even if the model starts
+from a bidirectional embedder: the query's keys must not depend on the candidate. The loss covers only the answer word
+and the end of the turn (the reference spreads it over the constant tokens around them,
+docs/method.md#reranker-loss).
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,25 +24,28 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.items.item import Item
+from umarvel_ray.items.item import Item, with_instruction
 from umarvel_ray.items.pair_encoder import EncodedPair, PairEncoder
 from umarvel_ray.items.pictures import Picture, PictureFormat, PixelScale
 from umarvel_ray.model.backbone import load_backbone
 from umarvel_ray.model.batch import PairBatch, collate_pairs, token_buckets
 from umarvel_ray.model.checkpoint import PROVENANCE, load_settings, read_provenance
+from umarvel_ray.model.device import PROBE, best_device, checked_device
+from umarvel_ray.model.hub import model_folder
 from umarvel_ray.model.int8 import load_as
 from umarvel_ray.model.multimodal import last_hidden_state, read_pictures, tower_features
 from umarvel_ray.model.vision_cache import VisionCache
 from umarvel_ray.recipe import RERANKER, ModelSettings
 
 VISION_CACHE_BYTES = 256 * 2**20
+TOKEN_BUDGET = 16384
 
 Visual = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ReadQuery:
-    """A query the model has read: per layer its keys and values (1, heads, L, d), and where its candidates go on."""
+    """A query that the model has run: per layer its keys and values (1, heads, L, d), and where candidates continue."""
 
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     length: int
@@ -65,7 +72,7 @@ class RerankerModel(nn.Module):
         dtype: torch.dtype | str = torch.float32,
         quantized: bool = False,
     ) -> RerankerModel:
-        """Load a base, an embedder's checkpoint or a reranker's, with causal attention.
+        """Load a base model, an embedder checkpoint or a reranker checkpoint, with causal attention.
 
         `quantized`, raises: see `load_backbone`.
         """
@@ -73,46 +80,49 @@ class RerankerModel(nn.Module):
         return cls(backbone, PictureFormat.from_pretrained(path, settings).scale)
 
     def forward(self, batch: PairBatch, visual: Visual | None = None) -> torch.Tensor:
-        """Next-token loss on the labelled tokens.
+        """Next-token loss on the tokens with labels.
 
         Args:
-            visual: the tower's output by image key, in place of running it; needs every key of the batch.
+            visual: the tower's output by image key, instead of running it; needs every key of the batch.
 
         Returns:
-            float32 (B,), each pair's mean over its labelled tokens; every pair needs its answer.
+            float32 (B,), each pair's mean over its tokens with labels; every pair needs its answer.
         """
         hidden = self._read(batch, visual)
-        rows, places = torch.nonzero(batch.labels[:, 1:] >= 0, as_tuple=True)
-        # The vocabulary is large and the labelled tokens few: logits for those alone.
-        logits = self.backbone.lm_head(hidden[rows, places]).float()
-        losses = F.cross_entropy(logits, batch.labels[rows, places + 1], reduction="none")
-        pairs = batch.sequence_of(rows, places)
+        rows, columns = torch.nonzero(batch.labels[:, 1:] >= 0, as_tuple=True)
+        # The vocabulary is large and few tokens have labels: logits for those alone, (n, vocabulary).
+        logits = self.backbone.lm_head(hidden[rows, columns]).float()
+        losses = F.cross_entropy(logits, batch.labels[rows, columns + 1], reduction="none")  # (n,)
+        pairs = batch.sequence_of(rows, columns)
         sums = torch.zeros(len(batch), device=losses.device).index_add(0, pairs, losses)
         return sums / torch.bincount(pairs, minlength=len(batch))
 
     @torch.no_grad()
     def read_query(self, query: PairBatch, visual: Visual | None = None) -> ReadQuery:
-        """Run the part of the prompt that all candidates share (a batch of one)."""
+        """Run the part of the prompt that all candidates share; `query` is a batch of one."""
         cache = DynamicCache()
         self._read(query, visual, cache=cache)
-        layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+        full: Sequence[Any] = cache.layers
+        layers = tuple((layer.keys, layer.values) for layer in full)
         return ReadQuery(layers, query.input_ids.shape[1], int(query.positions.max()) + 1)
 
     @torch.no_grad()
     def answer_logits(
         self, query: ReadQuery, candidates: PairBatch, token_ids: Sequence[int], visual: Visual | None = None
     ) -> torch.Tensor:
-        """Logits of `token_ids` at the answer's place: float32 (B, len(token_ids))."""
+        """Logits of `token_ids` at the position of the answer: float32 (B, len(token_ids))."""
         count = len(candidates)
-        before = candidates.attention_mask.new_ones(count, query.length)
+        mask = candidates.attention_mask
+        assert mask is not None  # candidates are padded, never packed
+        before = mask.new_ones(count, query.length)
         hidden = self._read(
             candidates,
             visual,
             candidates.positions + query.next_position,
-            torch.cat([before, candidates.attention_mask], dim=1),
+            torch.cat([before, mask], dim=1),
             query.for_candidates(count),
         )
-        last = hidden[torch.arange(count, device=hidden.device), candidates.attention_mask.sum(dim=1) - 1]
+        last = hidden[torch.arange(count, device=hidden.device), mask.sum(dim=1) - 1]
         return F.linear(last, self.backbone.lm_head.weight[list(token_ids)]).float()
 
     def run_tower(self, pictures: Sequence[Picture]) -> tuple[torch.Tensor, ...]:
@@ -136,7 +146,9 @@ class Reranker:
     """Scores documents for a query with a trained checkpoint.
 
     >>> reranker = Reranker.from_pretrained(path)
-    >>> reranker.score({"text": "a red car", "instruction": "Find an image that matches."}, [{"image": "car.jpg"}])
+    >>> query = {"text": "a red car", "instruction": "Find an image that matches the caption."}
+    >>> reranker.rank(query, [{"image": "boat.jpg"}, {"image": "car.jpg"}])
+    [{"corpus_id": 1, "score": 0.93}, {"corpus_id": 0, "score": 0.08}]
     """
 
     def __init__(self, model: RerankerModel, encoder: PairEncoder, device: torch.device | str = "cpu") -> None:
@@ -147,43 +159,115 @@ class Reranker:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str = "float32"
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = "float32",
+        revision: str | None = None,
     ) -> Reranker:
-        """Load a reranker's checkpoint.
+        """Load a reranker checkpoint.
 
         Args:
-            dtype: of PyTorch, or "int8" (see `int8`).
+            path: a directory, or an id on the Hugging Face Hub (see `model_folder`).
+            device: by default the best one: "cuda", "mps" if the model runs there, or "cpu".
+            dtype: a PyTorch dtype, or "int8" (see `int8`).
+            revision: branch, tag or commit on the Hub.
 
         Raises:
-            UserError: not a checkpoint, or another stage's; missing or truncated files.
+            UserError: not a checkpoint, or that of another phase; missing or truncated files.
         """
-        phase = read_provenance(path).get("phase")
+        folder = model_folder(path, revision)
+        phase = read_provenance(folder).get("phase")
         if phase != RERANKER:
-            raise UserError(
-                f"{Path(path) / PROVENANCE}: phase is '{phase}', not '{RERANKER}'; give a reranker checkpoint"
-            )
-        settings = load_settings(path)
-        encoder = PairEncoder.from_pretrained(path, settings, settings.max_text_tokens)
-        model = load_as(dtype, device, partial(RerankerModel.from_pretrained, path, settings))
-        return cls(model, encoder, device)
+            raise UserError(f"{folder / PROVENANCE}: phase is '{phase}', not '{RERANKER}'; give a reranker checkpoint")
+        settings = load_settings(folder)
+        encoder = PairEncoder.from_pretrained(folder, settings, settings.max_text_tokens)
+        chosen = best_device() if device is None else device
+        model = load_as(dtype, chosen, partial(RerankerModel.from_pretrained, folder, settings))
+        if device is None:
+            chosen = checked_device(str(chosen), lambda tried: cls(model, encoder, tried).score(PROBE, [PROBE]))
+        return cls(model, encoder, chosen)
 
-    def score(self, query: Item | str, documents: Sequence[Item | str], token_budget: int = 16384) -> np.ndarray:
+    def rank(
+        self,
+        query: Item | str,
+        documents: Sequence[Item | str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        prompt: str | None = None,
+        *,
+        token_budget: int = TOKEN_BUDGET,
+    ) -> list[dict[str, Any]]:
+        """Rank documents for a query, in the shape of sentence-transformers' `CrossEncoder.rank`.
+
+        Args:
+            top_k: how many to return; by default all.
+            return_documents: add each document, as it was given, under the key "text".
+            prompt: the query's instruction, unless it has one of its own.
+
+        Returns:
+            dicts of "corpus_id" (the position in `documents`) and "score" (P(yes)), best first; equal scores keep
+            the order of `documents`.
+
+        Raises:
+            UserError: `top_k` below 1; see `score`.
+        """
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k is {top_k}; give 1 or more")
+        scores = self.score(with_instruction(query, prompt), documents, token_budget).tolist()
+        best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_k]
+        return [
+            {"corpus_id": index, "score": scores[index]} | ({"text": documents[index]} if return_documents else {})
+            for index in best
+        ]
+
+    def predict(
+        self, pairs: Sequence[Any], prompt: str | None = None, *, token_budget: int = TOKEN_BUDGET
+    ) -> np.ndarray:
+        """P(yes) of (query, document) pairs, as sentence-transformers' `CrossEncoder.predict` takes them.
+
+        Consecutive pairs with the same query share one run of it.
+
+        Args:
+            pairs: tuples or lists of a query and a document, or a single one of them.
+            prompt: the instruction of every query without one of its own.
+
+        Returns:
+            float32 (n,), in the order given; a scalar for a single pair.
+
+        Raises:
+            UserError: see `score`.
+        """
+        if len(pairs) and not isinstance(pairs[0], list | tuple):
+            single: np.ndarray = self.predict([pairs], prompt, token_budget=token_budget)[0]
+            return single
+        documents = [self.encoder.encode_document(document, f"pair {i}") for i, (_, document) in enumerate(pairs)]
+        scores = np.empty(len(pairs), dtype=np.float32)
+        start = 0
+        for _, group in groupby(query if isinstance(query, str) else id(query) for query, _ in pairs):
+            end = start + len(list(group))
+            query = self.encoder.encode_query(with_instruction(pairs[start][0], prompt), f"pair {start}")
+            scores[start:end] = self.score_encoded(query, documents[start:end], token_budget)
+            start = end
+        return scores
+
+    def score(self, query: Item | str, documents: Sequence[Item | str], token_budget: int = TOKEN_BUDGET) -> np.ndarray:
         """P(yes) of each document: float32 (n,), in the order given.
 
         Raises:
-            UserError: an empty item, a key that is not known, an instruction on a document, a bad picture.
+            UserError: an empty item, an unknown key, an instruction on a document, a bad picture or video.
         """
         encoded = [self.encoder.encode_document(item, f"document {i}") for i, item in enumerate(documents)]
         return self.score_encoded(self.encoder.encode_query(query), encoded, token_budget)
 
     @torch.inference_mode()
     def score_encoded(
-        self, query: EncodedPair, documents: Sequence[EncodedPair], token_budget: int = 16384
+        self, query: EncodedPair, documents: Sequence[EncodedPair], token_budget: int = TOKEN_BUDGET
     ) -> np.ndarray:
-        """`score` for sides that are tokenised already.
+        """`score` for sides that are tokenized already.
 
         Args:
-            token_budget: padded tokens of a batch, the query's included for every row.
+            token_budget: the most tokens in a batch, padding included and the query counted in every row.
         """
         scores = np.empty(len(documents), dtype=np.float32)
         if not documents:

@@ -1,19 +1,21 @@
-"""Which parameters of a backbone a step trains, and which part of the model a parameter belongs to."""
+"""Which parameters of a backbone a phase trains, and which part of the model a parameter belongs to."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from umarvel_ray.model.checkpoint import HasBackbone
 from umarvel_ray.model.lora import add_lora
 from umarvel_ray.recipe import Phase
 
 PARTS = ("language_model", "projector", "vision", "temperature")
-VISION = {"frozen": (), "projector": ("projector",), "full": ("projector", "vision")}
+VISION: dict[str, tuple[str, ...]] = {"frozen": (), "projector": ("projector",), "full": ("projector", "vision")}
 
 
 def part_of(name: str) -> str:
-    """The one of `PARTS` that a parameter's name says; 'vision' is the tower without its projector.
+    """The part, one of `PARTS`, that a parameter belongs to by its name.
 
-    Qwen3-VL's DeepStack mergers belong to the projector.
+    "vision" is the tower without its projector; Qwen3-VL's DeepStack mergers belong to the projector.
     """
     if ".visual." in name:
         return "projector" if "merger" in name else "vision"
@@ -21,15 +23,15 @@ def part_of(name: str) -> str:
 
 
 def make_trainable(model: HasBackbone, phase: Phase, seed: int) -> None:
-    """Leave `requires_grad` on what the phase trains alone, in place; adapters are added where it trains those.
+    """Set `requires_grad` on what the phase trains and nothing else, in place; adds adapters if it trains those.
 
-    The token tables (embeddings and lm_head, one tensor in some models) never train: a batch touches few of their rows,
-    and their optimiser state is large. `log_temperature` keeps its own `requires_grad`.
+    The token tables (embeddings and lm_head, one tensor in some models) are never trained: a batch touches few of their
+    rows, and their optimizer state is large. `log_temperature` keeps its `requires_grad`.
 
     Raises:
         UserError: see `add_lora`.
     """
-    backbone = model.backbone
+    backbone: Any = model.backbone
     if phase.language_model == "full":
         backbone.requires_grad_(False)
         backbone.model.language_model.requires_grad_(True)

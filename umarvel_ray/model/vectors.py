@@ -1,4 +1,4 @@
-"""Embeddings in fewer dimensions: the first coordinates, scaled to unit norm again (Matryoshka, arXiv 2205.13147)."""
+"""Embeddings in fewer dimensions: the first coordinates, renormalized (Matryoshka, arXiv 2205.13147)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def truncate(vectors: torch.Tensor, dimension: int) -> torch.Tensor:
-    """The first coordinates of (N, D) unit vectors, as unit vectors again: (N, `dimension`), float32 when shorter."""
+    """The first coordinates of (N, D) unit vectors, renormalized: (N, dimension), float32 if D > dimension."""
     return vectors if dimension >= vectors.shape[1] else F.normalize(vectors[:, :dimension].float(), dim=-1)
 
 
@@ -16,4 +16,4 @@ def truncate_array(vectors: np.ndarray, dimension: int) -> np.ndarray:
     """`truncate` for numpy arrays (N, D)."""
     if dimension >= vectors.shape[1]:
         return vectors
-    return truncate(torch.tensor(vectors), dimension).numpy()  # a copy: arrays from Ray's object store are read-only
+    return truncate(torch.tensor(vectors), dimension).numpy()  # copies: arrays from Ray's object store are read-only

@@ -1,4 +1,4 @@
-"""The frozen tower's outputs by picture key, so that a picture that recurs is not computed again."""
+"""The frozen vision tower's outputs by picture key, so that a recurring picture is not computed again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from umarvel_ray.model.multimodal import distinct
 
 
 class HasTower(Protocol):
-    """An embedder, a reranker, or a frozen tower of its own."""
+    """An embedder, a reranker, or a separate frozen tower."""
 
     def run_tower(self, pictures: Sequence[Picture]) -> tuple[torch.Tensor, ...]: ...
 
 
 class VisionCache:
-    """Up to `max_bytes` of features on `device`, the least recently used dropped."""
+    """Up to `max_bytes` of features on `device`; the least recently used are dropped."""
 
     def __init__(self, max_bytes: int, device: torch.device | str = "cpu") -> None:
         self.device = device
@@ -34,7 +34,7 @@ class VisionCache:
 
     @torch.no_grad()
     def features(self, model: HasTower, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
-        """Features of every picture by its key; the tower runs once, on those not yet known."""
+        """Features of every picture by its key; the tower runs once, on the pictures that are not cached."""
         shown = distinct(pictures)
         found = {key: feature for key in shown if (feature := self._kept.get(key)) is not None}
         new = {key: picture for key, picture in shown.items() if key not in found}
@@ -42,6 +42,6 @@ class VisionCache:
             fresh = dict(zip(new, model.run_tower(list(new.values())), strict=True))
             found |= fresh
             for key, feature in fresh.items():
-                # A copy: the tower's outputs are views of one tensor, which any of them would keep alive.
+                # Copied because the tower's outputs are views of one tensor, which any of them would keep alive.
                 self._kept.put(key, feature.to(self.device, copy=True))
         return found

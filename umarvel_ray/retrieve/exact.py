@@ -1,7 +1,7 @@
-"""Exact search over embedding shards, spread over the embedding actors.
+"""Exact search over embedding shards, distributed over the embedding actors.
 
-Each actor holds a slice of the corpus (the vectors stay in its node's object store), queries stream past in blocks and
-the partial top-ks merge; no approximation, and the corpus never passes through the driver.
+Each actor holds a slice of the corpus in its node's object store, queries arrive in blocks, and the driver merges the
+partial results. There is no approximation, and the corpus never passes through the driver.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QUERY_BLOCK = 4096
 
 
 class ExactSearch:
-    """The documents embedded in `folder`, searchable by row number; `ids[row]` names a row.
+    """Exact search over the documents embedded in `folder`, by row number; `ids[row]` is the document id of a row.
 
     Raises:
         UserError: the folder holds no finished embed job.
@@ -37,14 +37,14 @@ class ExactSearch:
         self._embedders = embedders
         starts = np.concatenate([[0], np.cumsum([len(ids) for ids in columns])])
         actors = embedders.actors
-        shares = [share.tolist() for share in np.array_split(np.arange(len(columns)), len(actors)) if len(share)]
+        shards = [part.tolist() for part in np.array_split(np.arange(len(columns)), len(actors)) if len(part)]
         self._slices = [
-            (actor, int(starts[share[0]]), actor.call.remote(_read_vectors, folder, share))
-            for actor, share in zip(actors, shares, strict=False)
+            (actor, int(starts[numbers[0]]), actor.call.remote(_read_vectors, folder, numbers))
+            for actor, numbers in zip(actors, shards, strict=False)
         ]
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
-        """Ascending row numbers of ids; quarantined documents have none and are left out."""
+        """The ascending row numbers of ids; quarantined documents have none and are skipped."""
         return np.array(sorted(self.row_of[id_] for id_ in ids if id_ in self.row_of), np.int64)
 
     def topk(
@@ -54,37 +54,37 @@ class ExactSearch:
         rows: np.ndarray | None = None,
         exclude: Sequence[np.ndarray] | None = None,
     ) -> TopK:
-        """Scores float32 (n, k) and row numbers int64 (n, k), as `topk` gives them over the whole corpus.
+        """Scores float32 (n, k) and row numbers int64 (n, k), equal to those of `topk` over the whole corpus.
 
         Args:
+            queries: float32 (n, d).
             rows: ascending row numbers to search among; None for all.
-            exclude: per query, row numbers it must not get.
+            exclude: per query, row numbers that must not be returned.
         """
-        blocks = []
+        calls = []
         for first in range(0, len(queries), QUERY_BLOCK):
-            some = slice(first, first + QUERY_BLOCK)
-            block = ray.put(queries[some])
-            forbidden = None if exclude is None else list(exclude[some])
-            blocks.append(
+            inside = slice(first, first + QUERY_BLOCK)
+            block = ray.put(queries[inside])
+            excluded = None if exclude is None else list(exclude[inside])
+            calls.append(
                 [
-                    actor.call.remote(topk_of_rows, block, vectors, start, k, rows, forbidden, self._embedders.device)
+                    actor.call.remote(topk_of_rows, block, vectors, start, k, rows, excluded, self._embedders.device)
                     for actor, start, vectors in self._slices
                 ]
             )
-        merged = [merge_topk(self._embedders.get(block), k) for block in blocks]
-        return tuple(np.concatenate(parts) for parts in zip(*merged, strict=True))
+        merged = [merge_topk(self._embedders.get(refs), k) for refs in calls]
+        scores, found = zip(*merged, strict=True)
+        return np.concatenate(scores), np.concatenate(found)
 
     def pair_scores(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Cosine of each query with its own row: float32 (n,), for queries (n, d) and row numbers (n,)."""
+        """Cosines float32 (n,) of query i with row `rows[i]`, for queries (n, d) and row numbers (n,)."""
         scores = np.empty(len(rows), np.float32)
-        for (actor, start, vectors), stop in zip(self._slices, [*self._starts()[1:], len(self.ids)], strict=True):
+        stops = [*(start for _, start, _ in self._slices[1:]), len(self.ids)]
+        for (actor, start, vectors), stop in zip(self._slices, stops, strict=True):
             inside = np.flatnonzero((rows >= start) & (rows < stop))
             ref = actor.call.remote(_pair_scores, vectors, queries[inside], rows[inside] - start)
             scores[inside] = self._embedders.get(ref)
         return scores
-
-    def _starts(self) -> list[int]:
-        return [start for _, start, _ in self._slices]
 
 
 def _read_vectors(folder: Path, shards: Sequence[int]) -> np.ndarray:
@@ -92,4 +92,5 @@ def _read_vectors(folder: Path, shards: Sequence[int]) -> np.ndarray:
 
 
 def _pair_scores(vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return np.einsum("nd,nd->n", queries, vectors[rows])
+    scores: np.ndarray = np.einsum("nd,nd->n", queries, vectors[rows])
+    return scores

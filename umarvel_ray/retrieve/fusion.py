@@ -1,4 +1,11 @@
-"""Recall, then rerank: the first `top` documents reordered by cosine + w · P(yes), w chosen on validation."""
+"""Score fusion for recall-then-rerank: the top documents are reordered by cosine + w · P(yes).
+
+1. `candidates_to_score` collects what the reranker has to read.
+2. `inference.score.score_table` scores it, and `answers_of` reads P(yes) from its table.
+3. `calibrate_weight` chooses w on the validation queries; the reference chose it on the test set
+   (docs/method.md#weights-chosen-on-test).
+4. `fuse_rankings` reorders the rankings.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +19,11 @@ from umarvel_ray.retrieve.rank import RANKING
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 
-Answers = Mapping[tuple[str, str], float]  # P(yes) by query id and document id
+Answers = Mapping[tuple[str, str], float]  # P(yes) by (query id, document id)
 
 
 def answers_of(scored: pa.Table) -> dict[tuple[str, str], float]:
-    """P(yes) of each pair in a table of teacher scores."""
+    """P(yes) of each pair in a table returned by `score_table`."""
     return {
         (row["query_id"], id_): p
         for row in scored.to_pylist()
@@ -25,22 +32,27 @@ def answers_of(scored: pa.Table) -> dict[tuple[str, str], float]:
 
 
 def candidates_to_score(rankings: Sequence[pa.Table], top: int) -> pa.Table:
-    """Each query's first `top` documents of every ranking, once each: what the reranker has to read."""
-    found: dict[str, dict[str, float]] = {}
+    """The union of each query's first `top` documents over all rankings: the pairs that the reranker has to read.
+
+    Returns:
+        query_id, document_ids[], scores[] (cosines), one row per query.
+    """
+    scores_of: dict[str, dict[str, float]] = {}  # query id → document id → cosine
     for ranking in rankings:
         for row in ranking.to_pylist():
             pairs = zip(row["document_ids"][:top], row["scores"][:top], strict=True)
-            found.setdefault(row["query_id"], {}).update(pairs)
-    columns = [list(found), [list(docs) for docs in found.values()], [list(docs.values()) for docs in found.values()]]
+            scores_of.setdefault(row["query_id"], {}).update(pairs)
+    found = scores_of.values()
+    columns = [list(scores_of), [list(scores) for scores in found], [list(scores.values()) for scores in found]]
     types = [pa.string(), pa.list_(pa.string()), pa.list_(pa.float32())]
     arrays = [pa.array(column, type_) for column, type_ in zip(columns, types, strict=True)]
     return pa.table(arrays, names=["query_id", "document_ids", "scores"])
 
 
 def fuse_rankings(ranking: pa.Table, answers: Answers, weight: float, top: int) -> pa.Table:
-    """Reorder the first `top` of each query by cosine + weight · P(yes); what was not scored keeps its cosine.
+    """Reorder each query's first `top` documents by cosine + weight · P(yes) (docs/method.md#score-fusion).
 
-    Equal scores keep their order; documents beyond `top` stay where they are.
+    A document that was not scored keeps its cosine. Ties keep their order; documents beyond `top` do not move.
     """
     rows = []
     for row in ranking.to_pylist():
@@ -58,7 +70,10 @@ def fuse_rankings(ranking: pa.Table, answers: Answers, weight: float, top: int) 
 def calibrate_weight(
     ranking: pa.Table, answers: Answers, positives: Mapping[str, Set[str]], settings: Evaluate, top: int
 ) -> float:
-    """The weight of WEIGHTS with the best average recall on validation; on ties the best nDCG@10, then the least."""
+    """The weight in WEIGHTS with the best average recall of a validation ranking.
+
+    Ties are broken by nDCG@10, then by the smaller weight.
+    """
 
     def quality(weight: float) -> tuple[float, float, float]:
         tasks = score_ranking(fuse_rankings(ranking, answers, weight, top), positives, settings, {}).values()

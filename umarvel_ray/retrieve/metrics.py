@@ -1,6 +1,6 @@
-"""Ranking metrics with binary relevance, what a random ranking would score, and both by task for a table of rankings.
+"""Ranking metrics with binary relevance, and the expected recall of a random ranking (docs/method.md#evaluation).
 
-Recall@k is M-BEIR's: 1 if any relevant document is among the first k, else 0.
+Recall@k is M-BEIR's: 1 if any relevant document is among the first k, otherwise 0.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ def hit_at_k(ranked: Sequence[str], relevant: Set[str], k: int) -> float:
 
 
 def ndcg_at_k(ranked: Sequence[str], relevant: Set[str], k: int = 10) -> float:
-    """DCG of the first k with gains 0 and 1, over that of a ranking with every relevant document first."""
-    gain = sum(1.0 / log2(place + 2) for place, id_ in enumerate(ranked[:k]) if id_ in relevant)
-    ideal = sum(1.0 / log2(place + 2) for place in range(min(k, len(relevant))))
+    """DCG of the first k with binary gains, divided by the DCG of an ideal ranking."""
+    gain = sum(1.0 / log2(rank + 2) for rank, id_ in enumerate(ranked[:k]) if id_ in relevant)
+    ideal = sum(1.0 / log2(rank + 2) for rank in range(min(k, len(relevant))))
     return gain / ideal if ideal else 0.0
 
 
 def mrr_at_k(ranked: Sequence[str], relevant: Set[str], k: int = 10) -> float:
-    """1 / the place of the first relevant document among the first k, else 0."""
-    return next((1.0 / (place + 1) for place, id_ in enumerate(ranked[:k]) if id_ in relevant), 0.0)
+    """The reciprocal rank of the first relevant document if it is among the first k, otherwise 0."""
+    return next((1.0 / (rank + 1) for rank, id_ in enumerate(ranked[:k]) if id_ in relevant), 0.0)
 
 
 def chance_at_k(pool_size: int, relevant: int, k: int) -> float:
-    """Expected hit_at_k of a uniformly random ranking: 1 − C(N − R, k) / C(N, k)."""
+    """The expected `hit_at_k` of a uniformly random ranking of N documents with R relevant: 1 − C(N−R, k) / C(N, k)."""
     k = min(k, pool_size)
     return 1.0 - comb(pool_size - relevant, k) / comb(pool_size, k)
 
 
 def mean(values: Sequence[float]) -> float:
-    """Unweighted mean, as M-BEIR averages its tasks."""
+    """Unweighted mean, as M-BEIR averages over tasks."""
     return sum(values) / len(values)
 
 
 def positives_of(dataset: Dataset, split: str) -> dict[str, set[str]]:
-    """Relevant document ids of each query."""
+    """The ids of each query's positives."""
     table = dataset.queries(split).select(["id", "positive_ids"])
     return {row["id"]: set(row["positive_ids"]) for row in table.to_pylist()}
 
 
 def not_ranked(queries: pa.Table, ranking: pa.Table) -> dict[str, list[str]]:
-    """By task, the queries that have no ranking because they could not be embedded."""
+    """By task, the ids of queries without a ranking because they could not be embedded."""
     ranked = set(ranking["query_id"].to_pylist())
     lost = defaultdict(list)
     for id_, task in zip(queries["id"].to_pylist(), queries["task"].to_pylist(), strict=True):
@@ -62,11 +62,11 @@ def not_ranked(queries: pa.Table, ranking: pa.Table) -> dict[str, list[str]]:
 def score_ranking(
     ranking: pa.Table, positives: Mapping[str, Set[str]], settings: Evaluate, lost: Mapping[str, list[str]]
 ) -> dict[str, dict[str, float]]:
-    """Metrics by task.
+    """Metrics by task: {"recall", "ndcg@10", "mrr@10", "chance", "k", "queries"}.
 
     Args:
-        ranking: columns of retrieve.rank.RANKING.
-        lost: by task, queries that could not be embedded: they count, with recall 0.
+        ranking: columns of `retrieve.rank.RANKING`.
+        lost: by task, queries that could not be embedded; they count with a recall of 0.
     """
     numbers: dict[str, list[dict[str, float]]] = defaultdict(list)
     for row in ranking.to_pylist():

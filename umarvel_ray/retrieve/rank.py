@@ -1,13 +1,13 @@
-"""Rankings: each query against the documents of its task's pool (local) or of all pools (global), exactly.
+"""Rankings: exact search of each query in its task's pool (local) or in the union of all pools (global).
 
-Mining and evaluation share this: what is mined is what would be retrieved.
+Mining and evaluation share this code, so mining sees exactly what would be retrieved.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ Scope = Literal["local", "global"]
 
 
 class Embedded(NamedTuple):
-    """One split under one checkpoint: its pools' documents, searchable, and its queries."""
+    """One split embedded by one checkpoint: the documents of its pools, searchable, and its queries."""
 
     documents: ExactSearch
     queries: Embeddings
@@ -46,53 +46,59 @@ def embed_split(
     ref: CheckpointRef,
     folder: Path,
 ) -> Embedded:
-    """Embed the queries of a split and the union of its pools into `folder/SPLIT-queries` and `…-documents`."""
+    """Embed the queries of a split and the union of its pools, resuming an interrupted attempt.
+
+    Writes `folder/SPLIT-queries` and `folder/SPLIT-documents`.
+
+    Raises:
+        UserError: see `embed_table`; an empty pool.
+    """
     rows = pa.array([dataset.row_of[id_] for id_ in dataset.global_pool(split)], pa.int64())
-    documents, queries = folder / f"{split}-documents", folder / f"{split}-queries"
-    embed_table(embedders, dataset.documents.take(rows), "document", documents, ref, f"{split} documents")
-    embedded = embed_table(embedders, dataset.queries(split), "query", queries, ref, f"{split} queries")
-    return Embedded(ExactSearch(embedders, documents), embedded)
+    documents_dir, queries_dir = folder / f"{split}-documents", folder / f"{split}-queries"
+    embed_table(embedders, dataset.documents.take(rows), "document", documents_dir, ref, f"{split} documents")
+    queries = embed_table(embedders, dataset.queries(split), "query", queries_dir, ref, f"{split} queries")
+    return Embedded(ExactSearch(embedders, documents_dir), queries)
 
 
 def rank(
     embedded: Embedded, dataset: Dataset, split: str, scope: Scope, depth: int, drop_query_image: bool = True
 ) -> pa.Table:
-    """The `depth` nearest documents of every query of the split that was embedded.
+    """The `depth` nearest documents of every embedded query of the split.
 
     Args:
-        drop_query_image: take documents that show the query's own picture, unless they are its positives, out of its
-            pool.
+        drop_query_image: remove documents that show the query's own picture from its pool, unless they are its
+            positives (docs/method.md#query-image-in-pool).
 
     Returns:
-        Columns of RANKING, one row per query, tasks in the order of the pools; best first, `scores` cosines,
-        `pool_size` the number of documents the query was ranked against.
+        Columns of RANKING, one row per query, tasks in the order of the pools. Documents come best first, `scores` are
+        cosines, and `pool_size` is the number of documents that the query was ranked against.
     """
     search = embedded.documents
     columns = [name for name in ("id", "image", "positive_ids", "task") if name in dataset.queries(split).column_names]
-    by_task: dict[str, list[dict]] = defaultdict(list)
+    by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in dataset.queries(split).select(columns).to_pylist():
         by_task[row["task"]].append(row)
-    place_of = embedded.queries.row_of()
-    shown = _documents_by_picture(dataset, search.ids) if drop_query_image else {}
-    everywhere = np.arange(len(search.ids))
+    vector_row = embedded.queries.row_of()
+    with_picture = _documents_by_picture(dataset, search.ids) if drop_query_image else {}
+    all_rows = np.arange(len(search.ids))
     tables = []
     for task in dataset.tasks(split):
-        queries = [row for row in by_task[task] if row["id"] in place_of]
+        queries = [row for row in by_task[task] if row["id"] in vector_row]
         if not queries:
             continue
-        rows = everywhere if scope == "global" else search.rows(dataset.pool(task, split))
-        exclude = [search.rows(own_pictures(row, set(row["positive_ids"]), shown)) for row in queries]
-        vectors = embedded.queries.vectors[[place_of[row["id"]] for row in queries]]
+        rows = all_rows if scope == "global" else search.rows(dataset.pool(task, split))
+        exclude = [search.rows(own_pictures(row, set(row["positive_ids"]), with_picture)) for row in queries]
+        vectors = embedded.queries.vectors[[vector_row[row["id"]] for row in queries]]
         scores, found = search.topk(vectors, depth, None if scope == "global" else rows, exclude)
-        real = found >= 0
+        valid = found >= 0
         tables.append(
             pa.table(
                 [
                     [row["id"] for row in queries],
                     [task] * len(queries),
-                    [[search.ids[i] for i in line[ok]] for line, ok in zip(found, real, strict=True)],
-                    [line[ok] for line, ok in zip(scores, real, strict=True)],
-                    [len(rows) - int(np.isin(forbidden, rows).sum()) for forbidden in exclude],
+                    [[search.ids[i] for i in line[ok]] for line, ok in zip(found, valid, strict=True)],
+                    [line[ok] for line, ok in zip(scores, valid, strict=True)],
+                    [len(rows) - int(np.isin(excluded, rows).sum()) for excluded in exclude],
                 ],
                 schema=RANKING,
             )
@@ -102,8 +108,9 @@ def rank(
 
 def _documents_by_picture(dataset: Dataset, ids: list[str]) -> dict[str, list[str]]:
     images = dataset.documents["image"].take(pa.array([dataset.row_of[id_] for id_ in ids], pa.int64()))
-    shown: dict[str, list[str]] = defaultdict(list)
+    with_picture: dict[str, list[str]] = defaultdict(list)
     for id_, image in zip(ids, images.to_pylist(), strict=True):
-        if image is not None:
-            shown[picture_key(image)].append(id_)
-    return shown
+        key = picture_key(image)
+        if key is not None:
+            with_picture[key].append(id_)
+    return with_picture

@@ -1,6 +1,6 @@
-"""The HTTP service: an app on Ray Serve (app.py), its routes, its search page, its config."""
+"""The HTTP service: an application on Ray Serve (app.py), its routes, search page and configuration."""
 
 import os
 
-# Before torch is imported: else its threads, while they wait, take turns of the cores that the ingress needs.
+# Must be set before torch is imported: spinning OpenMP threads would take the cores that the ingress needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,9 +1,11 @@
-"""The service on Ray Serve: an ingress before embedder, reranker, search and index writer, each a deployment.
+"""The service on Ray Serve: an ingress in front of the embedder, reranker, search and index writer deployments.
 
-`serve run serve/config.yaml` builds it from the paths there.
+`serve run serve/config.yaml` builds it from the paths in that file.
 """
 
-# Not `from __future__ import annotations`: Serve makes a `Service` of the config's args by the annotation itself.
+# No `from __future__ import annotations`: Serve converts the config's args to `Service` by reading the annotation.
+from typing import Any
+
 from ray import serve
 
 from umarvel_ray.errors import UserError
@@ -18,22 +20,31 @@ from umarvel_ray.serving.settings import Service, from_environment
 
 
 def build(args: Service) -> serve.Application:
-    """The application.
+    """Build the application.
 
     Raises:
-        UserError: a path does not exist; an index that another model made; bad API keys.
+        UserError: a path does not exist, the index was embedded by a different model, or the API keys or the
+            allowed hosts are invalid.
     """
     service = from_environment(args)
-    RemotePictures(service.limits)  # a bad host is told here, before anything is replaced
+    RemotePictures(service.limits)  # reports an invalid host here, before any running replica is replaced
     checkpoints = {
         name: CheckpointRef.of(path) for name in ("embedder", "reranker") if (path := getattr(service, name))
     }
     if service.index and made_with(service.index) not in (None, checkpoints["embedder"].identity):
-        raise UserError(f"serve: {service.index} was made by another model than {service.embedder}; embed it again")
-    embedder = EmbedderDeployment.bind(checkpoints["embedder"], service.runtime)
-    reranker = RerankerDeployment.bind(checkpoints["reranker"], service.runtime) if service.reranker else None
-    where = checkpoints["embedder"], service.index, service.data, service.live
-    search = SearchDeployment.bind(*where) if service.index or service.live else None
-    writer = WriterDeployment.bind(*where) if service.live else None
+        raise UserError(
+            f"serve: {service.index} was embedded by a different model than {service.embedder}; "
+            "embed the documents again"
+        )
+    embedder = _bind(EmbedderDeployment, checkpoints["embedder"], service.runtime)
+    reranker = _bind(RerankerDeployment, checkpoints["reranker"], service.runtime) if service.reranker else None
+    index_args = checkpoints["embedder"], service.index, service.data, service.live
+    search = _bind(SearchDeployment, *index_args) if service.index or service.live else None
+    writer = _bind(WriterDeployment, *index_args) if service.live else None
     parts = {"embedder": embedder, "reranker": reranker, "search": search, "writer": writer}
-    return Ingress.bind(service, Keys.load(service.keys), checkpoints=checkpoints, **parts)
+    return _bind(Ingress, service, Keys.load(service.keys), checkpoints=checkpoints, **parts)
+
+
+def _bind(deployment: Any, *args: Any, **kwargs: Any) -> serve.Application:
+    """`deployment.bind(...)`; Serve's type annotations say that a decorated class is still the plain class."""
+    return deployment.bind(*args, **kwargs)

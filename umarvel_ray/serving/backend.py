@@ -1,7 +1,7 @@
-"""What the routes ask for: clients' items in; vectors, scores and hits out. Each ingress replica has one.
+"""What the routes call: items from clients in; vectors, scores and hits out. Each ingress replica has one.
 
-Items become token ids and patches here, on a CPU, so that model replicas only run models. What is wrong with an item
-stands in its place as a `BadItem`: whether the others are answered is the client's choice (`good`).
+Items become token ids and patches here, on a CPU, so that model replicas only run models. An item that cannot be used
+becomes a `BadItem` at its position; whether the others are still processed is the client's choice (`require_good`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,16 +29,17 @@ from umarvel_ray.serving.cache import Embedded, content_key, embedding_cache
 from umarvel_ray.serving.errors import BadItem, NotServed
 from umarvel_ray.serving.items import Item, library_item, place, remote_images
 from umarvel_ray.serving.remote import RemotePictures
-from umarvel_ray.serving.remote_model import Held, RemoteModel, RetryBudget, ask
+from umarvel_ray.serving.remote_model import ModelVersion, RemoteModel, RetryBudget, call_deployment
 from umarvel_ray.serving.settings import Service
 
-LIGHT_TEXT = 2000  # characters: their tokens take less time than the way to a thread and back
+LIGHT_TEXT = 2000  # characters; tokenizing fewer takes less time than handing them to a thread and back
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
-class Read(NamedTuple):
-    """A library's item and its place in the client's body."""
+@dataclass(frozen=True)
+class ReadItem:
+    """An item as the library takes it, and its place in the request body."""
 
     item: dict[str, Any]
     where: str
@@ -45,9 +47,9 @@ class Read(NamedTuple):
 
 
 class PairEncoders(NamedTuple):
-    """The reranker's encoders of what clients send, and of the index's own documents."""
+    """The reranker's encoders, for items from clients and for the index's own documents."""
 
-    given: PairEncoder
+    client: PairEncoder
     stored: PairEncoder
 
 
@@ -55,7 +57,7 @@ class Backend:
     """The deployments behind the routes.
 
     Args:
-        checkpoints: of the "embedder" and, where there is one, of the "reranker".
+        checkpoints: of the "embedder" and, if there is one, of the "reranker".
     """
 
     def __init__(
@@ -81,204 +83,227 @@ class Backend:
     @property
     def reranker(self) -> RemoteModel[PairEncoders]:
         """Raises: NotServed."""
-        return _part(self._reranker, "a reranker", "reranker")
+        return _require(self._reranker, "a reranker", "reranker")
 
     @property
-    def models(self) -> list[RemoteModel]:
+    def models(self) -> list[RemoteModel[Any]]:
         return [model for model in (self.embedder, self._reranker) if model]
 
-    async def read(self, given: str | Item | Sequence[str | Item], name: str) -> list[Read | BadItem]:
-        """The library's item for a client's, or for each of a list; `name` is its key in the body.
+    async def read(self, given: str | Item | list[str | Item], name: str) -> list[ReadItem | BadItem]:
+        """Convert a client's item or list of items to library items; `name` is its key in the request body.
 
         Raises:
             BadItem: too many items.
         """
-        many = isinstance(given, list)
-        if many and len(given) > self.limits.max_items:
+        if isinstance(given, list) and len(given) > self.limits.max_items:
             raise BadItem(f"{name}: {len(given)} items; send at most {self.limits.max_items} at a time", name)
 
-        def read_one(index: int | None, item: str | Item) -> Read:
+        def read_one(index: int | None, item: str | Item) -> ReadItem:
             where = place(name, index)
-            return Read(library_item(item, where, index, self.limits, fetched), where, index)
+            return ReadItem(library_item(item, where, index, self.limits, fetched), where, index)
 
-        places = list(enumerate(given)) if many else [(None, given)]
-        urls = [url for _, item in places for url in remote_images(item)]
+        indexed: list[tuple[int | None, str | Item]] = (
+            list(enumerate(given)) if isinstance(given, list) else [(None, given)]
+        )
+        urls = [url for _, item in indexed for url in remote_images(item)]
         fetched = dict(zip(urls, await self._remote.fetch(urls), strict=True))
-        light = all(isinstance(item, str) or not (item.image or item.video) for _, item in places)
-        return await _beside(lambda: [_caught(read_one, *one) for one in places], light)
+        light = all(isinstance(item, str) or not (item.image or item.video) for _, item in indexed)
+        return await _run([partial(_catch, read_one, *one) for one in indexed], light)
 
-    async def embed(self, items: Sequence[Read | BadItem], side: str) -> list[Embedded | BadItem]:
-        """A vector for each item; from the cache where it has been asked before."""
+    async def embed(self, items: Sequence[ReadItem | BadItem], side: str) -> list[Embedded | BadItem]:
+        """A vector per item, from the cache if the item has been embedded before."""
 
-        async def work(held: Held[ItemEncoder]) -> list[Embedded | BadItem]:
-            return await self._embed(held, items, side)
+        async def work(version: ModelVersion[ItemEncoder]) -> list[Embedded | BadItem]:
+            return await self._embed(version, items, side)
 
         return await self.embedder.through_updates(work)
 
     async def score(
-        self, query: Read, documents: Sequence[Read | BadItem], stored: bool = False
+        self, query: ReadItem, documents: Sequence[ReadItem | BadItem], stored: bool = False
     ) -> list[float | BadItem]:
         """P(yes) for each document.
 
         Args:
-            stored: the documents are the index's own: the limits on what clients send do not hold for them.
+            stored: the documents come from the index, so the limits on client data do not apply to them.
 
         Raises:
             BadItem: the query.
-            NotServed: without a reranker.
+            NotServed: there is no reranker.
         """
         model = self.reranker
 
-        async def work(held: Held[PairEncoders]) -> list[float | BadItem]:
-            given, own = held.encoder
+        async def work(version: ModelVersion[PairEncoders]) -> list[float | BadItem]:
+            encoders = version.encoder
+            encode_document = (encoders.stored if stored else encoders.client).encode_document
 
-            def prepare() -> list:
-                sides = [_made((own if stored else given).encode_document, document) for document in documents]
-                return [_made(given.encode_query, query), *sides]
+            def prepare() -> list[Any]:
+                sides = [_encode(encode_document, document) for document in documents]
+                return [_encode(encoders.client.encode_query, query), *sides]
 
             prompt, *sides = await asyncio.to_thread(prepare)
-            good([prompt])
-            asked = [side for side in sides if not isinstance(side, BadItem)]
-            scores = iter(await model.ask(lambda handle: handle.score.remote(held.identity, prompt, asked)))
+            require_good([prompt])
+            valid = [side for side in sides if not isinstance(side, BadItem)]
+            scores = iter(await model.call(lambda handle: handle.score.remote(version.identity, prompt, valid)))
             return [side if isinstance(side, BadItem) else float(next(scores)) for side in sides]
 
         return await model.through_updates(work)
 
     async def search(
-        self, query: Read | BadItem, top_k: int, rerank: bool, filters: dict[str, list[str]], after: int
+        self, query: ReadItem, top_k: int, rerank: bool, filters: dict[str, list[str] | None], after: int
     ) -> tuple[list[Hit], dict[str, float]]:
-        """The corpus' best documents, best first, and the milliseconds that each step took.
+        """The corpus's `top_k` documents, best first, and the milliseconds that each part of the search took.
 
         Raises:
             BadItem: the query.
-            NotServed: without an index, or a reranker to `rerank` with.
+            NotServed: there is no index, or no reranker to `rerank` with.
         """
-        search = _part(self._search, "an index", "index")
+        search = _require(self._search, "an index", "index")
         reranker = self.reranker if rerank else None
         depth = max(top_k, RERANK_DEPTH) if reranker else top_k
 
-        async def work(held: Held[ItemEncoder]) -> tuple[list[Hit], list[float]]:
+        async def work(version: ModelVersion[ItemEncoder]) -> tuple[list[Hit], list[float]]:
             start = time.perf_counter()
-            [embedded] = good(await self._embed(held, [query], "query"))
+            [embedded] = require_good(await self._embed(version, [query], "query"))
             encoded = time.perf_counter()
-            asked = held.identity, embedded.vector, depth, filters, after
-            hits = await ask(lambda: search.search.remote(*asked), self._index_budget)
+            args = version.identity, embedded.vector, depth, filters, after
+            hits = await call_deployment(lambda: search.search.remote(*args), self._index_budget)
             return hits, [start, encoded, time.perf_counter()]
 
-        hits, clock = await self.embedder.through_updates(work)
+        hits, times = await self.embedder.through_updates(work)
         if reranker:
-            candidates = [Read(hit.item, f"document {hit.document['id']}", None) for hit in hits]
-            hits = fuse_hits(
-                hits, np.asarray(good(await self.score(query, candidates, stored=True))), self._rerank_weight
-            )
-        took = 1000 * np.diff([*clock, time.perf_counter()])
-        return hits[:top_k], dict(zip(("encode_ms", "retrieve_ms", "rerank_ms"), took.tolist(), strict=True))
+            candidates = [ReadItem(hit.item, f"document {hit.document['id']}", None) for hit in hits]
+            p_yes = require_good(await self.score(query, candidates, stored=True))
+            hits = fuse_hits(hits, np.asarray(p_yes), self._rerank_weight)
+        elapsed_ms = 1000 * np.diff([*times, time.perf_counter()])
+        return hits[:top_k], dict(zip(("encode_ms", "retrieve_ms", "rerank_ms"), elapsed_ms.tolist(), strict=True))
 
     async def add(
-        self, documents: Sequence[Read | BadItem], record: Callable[[int, dict[str, Any], np.ndarray], Add], skip: bool
+        self,
+        documents: Sequence[ReadItem | BadItem],
+        record: Callable[[int, dict[str, Any], np.ndarray], Add],
+        skip: bool,
     ) -> tuple[list[Embedded | BadItem], Committed]:
-        """Embed documents and commit the `record` of each; with `skip`, without the bad ones.
+        """Embed documents and commit the `record(position, item, vector)` of each; `skip` leaves bad ones out.
 
         Raises:
-            BadItem: the first bad one, unless it is to be skipped.
-            NotServed: nothing can be written.
+            BadItem: the first bad one, without `skip`.
+            NotServed: the index is read-only.
         """
 
-        async def work(held: Held[ItemEncoder]) -> tuple[list[Embedded | BadItem], Committed]:
-            embedded = await self._embed(held, documents, "document")
-            kept = [
-                (at, one) for at, one in enumerate(embedded if skip else good(embedded)) if isinstance(one, Embedded)
+        async def work(version: ModelVersion[ItemEncoder]) -> tuple[list[Embedded | BadItem], Committed]:
+            embedded = await self._embed(version, documents, "document")
+            if not skip:
+                require_good(embedded)
+            records: list[Record] = [
+                record(number, document.item, one.vector)
+                for number, (document, one) in enumerate(zip(documents, embedded, strict=True))
+                if isinstance(document, ReadItem) and isinstance(one, Embedded)
             ]
-            return embedded, await self._commit(held, [record(at, documents[at].item, one.vector) for at, one in kept])
+            return embedded, await self._commit(version, records)
 
-        _part(self._writer, "a folder for new documents", "live")
+        self._require_writer()
         return await self.embedder.through_updates(work)
 
     async def delete(self, ids: Sequence[str]) -> Committed:
-        """Raises: NotServed: nothing can be written."""
-        _part(self._writer, "a folder for new documents", "live")
-        return await self.embedder.through_updates(lambda held: self._commit(held, [Delete(id_) for id_ in ids]))
+        """Commit deletions. Raises: NotServed: the index is read-only."""
+        self._require_writer()
+        return await self.embedder.through_updates(lambda version: self._commit(version, [Delete(id_) for id_ in ids]))
 
     async def index_size(self) -> tuple[int, int]:
-        """Documents, and the last commit's number, as a replica sees them. Raises: NotServed."""
-        search = _part(self._search, "an index", "index")
-        return await ask(lambda: search.size.remote(), self._index_budget)
+        """The number of documents and of the last commit, as one replica sees them. Raises: NotServed."""
+        search = _require(self._search, "an index", "index")
+        return await call_deployment(lambda: search.size.remote(), self._index_budget)
 
     @property
     def writable(self) -> bool:
         return self._writer is not None
 
-    async def _commit(self, held: Held, records: list[Record]) -> Committed:
-        # A commit that is asked again after its writer died may be there already: then it is there twice, alike.
-        return await ask(lambda: self._writer.commit.remote(held.identity, records), self._index_budget)
+    def _require_writer(self) -> DeploymentHandle:
+        return _require(self._writer, "a folder for new documents", "live")
+
+    async def _commit(self, version: ModelVersion[ItemEncoder], records: list[Record]) -> Committed:
+        # A retry after the writer died may repeat a commit that is already on disk; that leaves the index the same.
+        writer = self._require_writer()
+        return await call_deployment(lambda: writer.commit.remote(version.identity, records), self._index_budget)
 
     async def _embed(
-        self, held: Held[ItemEncoder], items: Sequence[Read | BadItem], side: str
+        self, version: ModelVersion[ItemEncoder], items: Sequence[ReadItem | BadItem], side: str
     ) -> list[Embedded | BadItem]:
-        keys = [None if isinstance(read, BadItem) else content_key(held.identity, side, read.item) for read in items]
-        known = [read if key is None else self._cache.get(key) for key, read in zip(keys, items, strict=True)]
+        keys = [None if isinstance(one, BadItem) else content_key(version.identity, side, one.item) for one in items]
+        cached = [None if key is None else self._cache.get(key) for key in keys]
 
         def encode(item: dict[str, Any], where: str) -> EncodedItem:
-            return held.encoder.encode(item, side, where)
+            return version.encoder.encode(item, side, where)
 
-        def prepare() -> list[Embedded | EncodedItem | BadItem]:
-            return [one or _made(encode, read) for one, read in zip(known, items, strict=True)]
+        def prepare(known: Embedded | None, one: ReadItem | BadItem) -> Embedded | EncodedItem | BadItem:
+            return known if known is not None else _encode(encode, one)
 
-        prepared = await _beside(prepare, _is_light(items))
+        prepared = await _run([partial(prepare, *pair) for pair in zip(cached, items, strict=True)], _is_light(items))
         new = [one for one in prepared if isinstance(one, EncodedItem)]
         for source, count in (("model", len(new)), ("cache", sum(isinstance(one, Embedded) for one in prepared))):
             if count:
                 self._items.inc(count, {"source": source})
-        vectors = iter(await self.embedder.ask(lambda handle: handle.encode.remote(held.identity, new)) if new else ())
-        for at, one in enumerate(prepared):
+        vectors = iter(
+            await self.embedder.call(lambda handle: handle.encode.remote(version.identity, new)) if new else ()
+        )
+        embedded: list[Embedded | BadItem] = []
+        for key, one in zip(keys, prepared, strict=True):
             if isinstance(one, EncodedItem):
-                prepared[at] = Embedded(next(vectors), one.length)
-                self._cache.put(keys[at], prepared[at])
-        return prepared
+                one = Embedded(next(vectors), one.length)
+                if key is not None:
+                    self._cache.put(key, one)
+            embedded.append(one)
+        return embedded
 
 
-async def _beside(work: Callable[[], Made], light: bool) -> Made:
-    """Work in a thread, so that other requests go on; light work at once."""
-    return work() if light else await asyncio.to_thread(work)
+async def _run(calls: list[Callable[[], T]], light: bool) -> list[T]:
+    """The results of calls: of light ones at once, of others in a thread, so that the event loop stays free."""
+
+    def run() -> list[T]:
+        return [call() for call in calls]
+
+    return run() if light else await asyncio.to_thread(run)
 
 
-def _is_light(items: Sequence[Read | BadItem]) -> bool:
-    given = [value for read in items if isinstance(read, Read) for value in read.item.values()]
-    return all(isinstance(value, str) for value in given) and sum(map(len, given)) <= LIGHT_TEXT
+def _is_light(items: Sequence[ReadItem | BadItem]) -> bool:
+    values = [value for one in items if isinstance(one, ReadItem) for value in one.item.values()]
+    return all(isinstance(value, str) for value in values) and sum(map(len, values)) <= LIGHT_TEXT
 
 
-def good(items: Sequence[Made | BadItem]) -> list[Made]:
-    """The items, of which none may be bad.
+def require_good(items: Sequence[T | BadItem]) -> list[T]:
+    """The items, if none is bad.
 
     Raises:
-        BadItem: the first that is.
+        BadItem: the first bad one.
     """
+    good: list[T] = []
     for item in items:
         if isinstance(item, BadItem):
             raise item
-    return list(items)
+        good.append(item)
+    return good
 
 
-def _made(make: Callable[[dict[str, Any], str], Made], read: Read | BadItem) -> Made | BadItem:
-    if isinstance(read, BadItem):
-        return read
+def _encode(encode: Callable[[dict[str, Any], str], T], one: ReadItem | BadItem) -> T | BadItem:
+    if isinstance(one, BadItem):
+        return one
     try:
-        return make(read.item, read.where)
+        return encode(one.item, one.where)
     except UserError as error:
-        return BadItem(str(error), read.where, read.index)
+        return BadItem(str(error), one.where, one.index)
 
 
-def _caught(make: Callable[..., Made], *given: Any) -> Made | BadItem:
+def _catch(make: Callable[..., T], *args: Any) -> T | BadItem:
     try:
-        return make(*given)
+        return make(*args)
     except BadItem as error:
         return error
 
 
-def _part(part: Made | None, what: str, field: str) -> Made:
-    if part is None:
+def _require(component: T | None, what: str, field: str) -> T:
+    if component is None:
         raise NotServed(f"this service runs without {what}; set UMARVEL_{field.upper()} or `{field}` in config.yaml")
-    return part
+    return component
 
 
 def _item_encoder(media: MediaLimits, checkpoint: CheckpointRef) -> ItemEncoder:
@@ -288,5 +313,5 @@ def _item_encoder(media: MediaLimits, checkpoint: CheckpointRef) -> ItemEncoder:
 def _pair_encoders(media: MediaLimits, checkpoint: CheckpointRef) -> PairEncoders:
     settings = checkpoint.settings
     stored = ItemEncoder.from_pretrained(checkpoint.path, settings)
-    given, own = (PairEncoder(items, settings.max_text_tokens) for items in (stored.within(media), stored))
-    return PairEncoders(given, own)
+    pairs = (PairEncoder(items, settings.max_text_tokens) for items in (stored.within(media), stored))
+    return PairEncoders(*pairs)

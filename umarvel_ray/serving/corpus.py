@@ -1,4 +1,4 @@
-"""The deployments that search and that write: replicas of one live index, and its only writer."""
+"""The search and writer deployments: replicas of one live index, and its only writer."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.model.vectors import truncate_array
 from umarvel_ray.recipe import Data
 from umarvel_ray.serving.errors import NotSeen
-from umarvel_ray.serving.replicas import OneThread, check_identity, filled
+from umarvel_ray.serving.replicas import SingleThread, check_identity, slots_used
 
-FOLLOW_S = 0.2  # a replica is at most so far behind the writer, and the time it takes to read what is new
-AFTER_S = 10  # how long a search waits for a commit it must see
+FOLLOW_S = 0.2  # how often a replica reads the writer's log
+AFTER_S = 10  # how long a search waits for the commit in `after`
 COMMIT_SLOTS = 64
-LOCK_WAIT_S = 120  # for the writer before this one, in an update
+LOCK_WAIT_S = 120  # how long a new writer waits for the previous one to exit, in an update
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,11 +46,11 @@ def open_base(checkpoint: CheckpointRef, index: str | None, data: str) -> tuple[
 
 @serve.deployment(max_ongoing_requests=64, max_queued_requests=256, ray_actor_options={"num_cpus": 0.25})
 class SearchDeployment:
-    """A replica of the index: a base that never changes, and what the writer has added and deleted since.
+    """A replica of the index: an immutable base, and what the writer has added and deleted since.
 
     Args:
-        index: folder of the base; None for none.
-        live: folder of the writer's log; None where nothing is ever written.
+        index: folder of the base, if any.
+        live: folder of the writer's log; None for a read-only index.
     """
 
     def __init__(self, checkpoint: CheckpointRef, index: str | None, data: str, live: str | None) -> None:
@@ -61,17 +61,18 @@ class SearchDeployment:
             threading.Thread(target=self._follow, daemon=True).start()
 
     async def search(
-        self, identity: str, vector: np.ndarray, top_k: int, filters: dict[str, list[str]], after: int
+        self, identity: str, vector: np.ndarray, top_k: int, filters: dict[str, list[str] | None], after: int
     ) -> list[Hit]:
-        """The best documents that pass the filters, best first.
+        """The nearest documents that pass the filters, best first.
 
         Args:
+            vector: float32 (d,), unit norm.
             filters: see `LiveIndex.search`.
-            after: number of the commit that the answer must have seen.
+            after: number of a commit that the results must reflect.
 
         Raises:
-            NotSeen: this replica has not come to it in `AFTER_S`.
-            OtherModel: see `check_identity`.
+            NotSeen: this replica has not reached that commit within `AFTER_S`.
+            CheckpointMismatch: see `check_identity`.
         """
         check_identity(self._checkpoint, identity)
         deadline = time.monotonic() + AFTER_S
@@ -84,51 +85,51 @@ class SearchDeployment:
         )
 
     async def size(self) -> tuple[int, int]:
-        """Documents, and the number of the last commit seen."""
+        """The number of documents, and the number of the last commit this replica has read."""
         return len(self._index), self._index.sequence
 
     def _follow(self) -> None:
         while True:
             try:
                 self._index.follow()
-            except UserError as error:  # what was seen before can still be searched
+            except UserError as error:  # everything read before remains searchable
                 logger.error("the live index cannot be followed: %s", error)
             time.sleep(FOLLOW_S)
 
 
 def commit_slots(requests: list[list[Record]]) -> int:
-    """Each takes a slot and one for every MiB of pictures."""
+    """Slots of a batch of commits: one per request, plus one for every MiB of its pictures."""
     sizes = [sum(len(one.image or b"") for one in records if isinstance(one, Add)) for records in requests]
-    return filled([1 + size // 2**20 for size in sizes], COMMIT_SLOTS)
+    return slots_used([1 + size // 2**20 for size in sizes], COMMIT_SLOTS)
 
 
 @serve.deployment(max_ongoing_requests=256, max_queued_requests=1024, ray_actor_options={"num_cpus": 0.25})
 class WriterDeployment:
-    """The index's writer, of which there is one; requests that wait are committed, and synced to disk, together."""
+    """The index's only writer. Waiting requests are committed, and synced to disk, together."""
 
     def __init__(self, checkpoint: CheckpointRef, index: str | None, data: str, live: str) -> None:
         self._checkpoint = checkpoint
         corpus, self._dimension = open_base(checkpoint, index, data)
         ids = corpus.index.ids if corpus else ()
         self._writer = IndexWriter.open(live, checkpoint.identity, self._dimension, ids, wait_s=LOCK_WAIT_S)
-        self._runner, self._compacting = OneThread(), threading.Lock()
+        self._runner, self._compacting = SingleThread(), threading.Lock()
 
     async def commit(self, identity: str, records: list[Record]) -> Committed:
-        """Durable when it returns. Raises: see `check_identity`."""
+        """Commit records; they are on disk when this returns. Raises: see `check_identity`."""
         check_identity(self._checkpoint, identity)
         await self._runner.idle()
         return await self._commit(records)
 
     @serve.batch(max_batch_size=COMMIT_SLOTS, batch_wait_timeout_s=0, batch_size_fn=commit_slots)
     async def _commit(self, requests: list[list[Record]]) -> list[Committed]:
-        everything = [self._cut(record) for records in requests for record in records]
-        done = await self._runner.run(self._writer.commit, everything)
+        all_records = [self._truncate(record) for records in requests for record in records]
+        done = await self._runner.run(self._writer.commit, all_records)
         if self._writer.needs_compaction and not self._compacting.locked():
             threading.Thread(target=self._compact, daemon=True).start()
         existed = iter(done.existed)
         return [Committed(done.sequence, [next(existed) for _ in records]) for records in requests]
 
-    def _cut(self, record: Record) -> Record:
+    def _truncate(self, record: Record) -> Record:
         if not isinstance(record, Add):
             return record
         return replace(record, vector=truncate_array(record.vector[None], self._dimension)[0])
@@ -137,5 +138,5 @@ class WriterDeployment:
         with self._compacting:
             try:
                 self._writer.compact()
-            except UserError as error:  # the log goes on; the next commit tries again
-                logger.error("the live index's log was not folded: %s", error)
+            except UserError as error:  # the log stays as it is; the next commit tries again
+                logger.error("the live index's log could not be compacted: %s", error)

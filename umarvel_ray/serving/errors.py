@@ -1,4 +1,4 @@
-"""What can go wrong, as HTTP says it: OpenAI's error object, plus the place of the offending item."""
+"""The service's errors and their HTTP responses: OpenAI's error object, plus the position of the offending item."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RETRY_AFTER_S = 1
 
 
 class BadItem(Exception):
-    """An item that cannot be used; `param` is its place in the body, as `input[3].image`."""
+    """An item that cannot be used; `param` is its place in the request body, such as `input[3].image`."""
 
     def __init__(self, message: str, param: str, index: int | None = None) -> None:
         super().__init__(message)
@@ -23,11 +23,11 @@ class BadItem(Exception):
 
 
 class Busy(Exception):
-    """A deployment's queue is full, or it has no replica that can answer just now."""
+    """A deployment's queue is full, or none of its replicas can respond right now."""
 
 
 class NotSeen(Exception):
-    """The index has not come to the commit that an answer must have seen."""
+    """The index has not reached the commit that a search asked for with `after`."""
 
     def __init__(self, after: int, sequence: int) -> None:
         super().__init__(after, sequence)
@@ -35,11 +35,11 @@ class NotSeen(Exception):
 
 
 class NotServed(Exception):
-    """A model or a part that this service does not have."""
+    """A model or component that this service does not have."""
 
 
-class Refusal(BaseModel):
-    """OpenAI's error; `index` is the offending item's place in its list, `param` the place in the body."""
+class ErrorObject(BaseModel):
+    """OpenAI's error; `param` is the place in the request body, `index` the offending item's position in its list."""
 
     message: str
     type: str
@@ -48,28 +48,28 @@ class Refusal(BaseModel):
     code: None
 
 
-class RefusalBody(BaseModel):
-    error: Refusal
+class ErrorResponse(BaseModel):
+    error: ErrorObject
 
 
-REFUSALS = {
-    400: {"model": RefusalBody, "description": "an item or a body that cannot be used"},
-    401: {"model": RefusalBody, "description": "no valid API key"},
-    404: {"model": RefusalBody, "description": "a model or part that is not served"},
-    409: {"model": RefusalBody, "description": "a commit that the index has not come to"},
-    413: {"model": RefusalBody, "description": "the body is too large"},
-    429: {"model": RefusalBody, "description": "too many requests with this key; see Retry-After"},
-    503: {"model": RefusalBody, "description": "the service is at its limit; see Retry-After"},
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorResponse, "description": "an invalid item or request body"},
+    401: {"model": ErrorResponse, "description": "no valid API key"},
+    404: {"model": ErrorResponse, "description": "a model or component that is not served"},
+    409: {"model": ErrorResponse, "description": "a commit that the index has not reached"},
+    413: {"model": ErrorResponse, "description": "the request body is too large"},
+    429: {"model": ErrorResponse, "description": "too many requests with this key; see Retry-After"},
+    503: {"model": ErrorResponse, "description": "the service is overloaded; see Retry-After"},
 }
 
 
 def error_body(message: str, kind: str, param: str | None = None, index: int | None = None) -> dict[str, Any]:
-    """A `RefusalBody`."""
+    """An `ErrorResponse` as JSON."""
     return {"error": {"message": message, "type": kind, "param": param, "index": index, "code": None}}
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Every error leaves `app` in one shape."""
+    """Give every error that leaves `app` the same shape."""
 
     @app.exception_handler(BadItem)
     async def _bad_item(request: Request, error: BadItem) -> JSONResponse:
@@ -81,28 +81,29 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Busy)
     async def _busy(request: Request, error: Busy) -> JSONResponse:
-        body = error_body("the service is at its limit; try again shortly", "overloaded")
+        body = error_body("the service is overloaded; try again shortly", "overloaded")
         return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
     @app.exception_handler(NotSeen)
     async def _not_seen(request: Request, error: NotSeen) -> JSONResponse:
-        message = f"after: the index is at commit {error.sequence} and has not seen {error.after}"
+        message = f"after: the index is at commit {error.sequence} and has not reached {error.after}"
         return JSONResponse(error_body(message, "conflict_error", "after"), 409)
 
     @app.exception_handler(NotServed)
     async def _not_served(request: Request, error: NotServed) -> JSONResponse:
         return JSONResponse(error_body(str(error), "not_found_error"), 404)
 
-    @app.exception_handler(HTTPException)  # no such route, or not with this method
+    @app.exception_handler(HTTPException)  # no such route, or the wrong method
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
         return JSONResponse(error_body(error.detail, kind), error.status_code, error.headers)
 
 
 def validation_error(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One line from pydantic's list of complaints, whose places start with "body"."""
-    if errors[0]["type"] == "json_invalid":  # its place is a character's, not an item's
+    """The first of pydantic's errors, in one line; their locations start with "body"."""
+    if errors[0]["type"] == "json_invalid":  # its location is a character offset, not an item
         return error_body("body: not valid JSON", "invalid_request_error", "body")
+    # Keys of the body; parts with a space are the tags of a union's branches (items.py).
     keys = [part for part in errors[0]["loc"][1:] if isinstance(part, int) or " " not in part]
     param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".") or "body"
     index = next((key for key in keys if isinstance(key, int)), None)

@@ -1,4 +1,4 @@
-"""The routes over HTTP: JSON, limits, pictures and tokens on CPUs, apart from the models."""
+"""The HTTP side: JSON, limits, picture decoding and tokenization on CPUs, in processes separate from the models."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import BackpressureConfig
 
-from umarvel_ray import __version__
 from umarvel_ray.serving.auth import Keys
 from umarvel_ray.serving.backend import Backend
-from umarvel_ray.serving.errors import REFUSALS, RETRY_AFTER_S, add_handlers
+from umarvel_ray.serving.errors import ERROR_RESPONSES, RETRY_AFTER_S, add_handlers
 from umarvel_ray.serving.middleware import guard
 from umarvel_ray.serving.routes import cohere, embeddings, index, page, rerank, search, system
 from umarvel_ray.serving.settings import Limits, Service
+from umarvel_ray.version import __version__
 
 
 def make_app(backend: Backend | None, limits: Limits, keys: Keys) -> FastAPI:
-    """The routes before `backend`, behind limits and keys; without a backend only the OpenAPI schema is of use."""
+    """The routes on top of `backend`, guarded by limits and keys. Without a backend, only the OpenAPI schema works."""
     app = FastAPI(
         title="umarvel-ray", version=__version__, description="Universal multimodal embeddings, reranking and search."
     )
     app.state.backend = backend
     add_handlers(app)
     for module in (embeddings, cohere, rerank, search, index, system, page):
-        app.include_router(module.router, responses=REFUSALS)
+        app.include_router(module.router, responses=ERROR_RESPONSES)
     guard(app, limits, keys)
     return app
 
@@ -36,9 +36,9 @@ def make_app(backend: Backend | None, limits: Limits, keys: Keys) -> FastAPI:
     backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
     ray_actor_options={"num_cpus": 0.25},
 )
-@serve.ingress()
+@serve.ingress()  # public API: without an app, Serve calls `__serve_build_asgi_app__` after the constructor
 class Ingress:
-    """One process that reads requests; `parts` are what else `Backend` asks for."""
+    """One process that handles requests; `parts` are the other arguments of `Backend`."""
 
     def __init__(self, service: Service, keys: Keys, **parts: Any) -> None:
         self._limits, self._keys = service.limits, keys

@@ -1,8 +1,8 @@
-"""Items as clients send them, and what the library makes of them.
+"""Items as clients send them, and their conversion to library items.
 
 An item is a bare string (text) or `{"text"?, "image"?, "video"?, "instruction"?}`; chat messages and Cohere's content
-parts say the same in other words. Pictures arrive as data URIs or bare base64, or as URLs where the service allows a
-host; they become bytes here, so nothing behind this module ever sees a path chosen by a client.
+parts are other notations for it. Pictures arrive as data URIs, bare base64, or URLs of allowed hosts. They become bytes
+here, so no code past this module ever sees a path chosen by a client.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ URL = ("http://", "https://")
 
 
 class Body(BaseModel):
-    """A request: unknown keys are refused, so a misspelt option is an answer and not a surprise."""
+    """A request body. Unknown keys are errors, so a misspelled option does not go unnoticed."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-# A union's branch is chosen by the JSON type, so a bad value gets one complaint, about the branch that was meant. The
-# tags hold spaces because `validation_error` tells them from keys by that.
-_TAGS = {str: "a string", dict: "an item", list: "a list"}
+# A union's branch is chosen by the JSON type, so that an invalid value gets a single error, about the intended branch.
+# The tags contain spaces so that `validation_error` can tell them from keys.
+_TAGS: dict[type, str] = {str: "a string", dict: "an item", list: "a list"}
 String = Annotated[str, Tag("a string")]
 
 
 def by_type(message: str) -> Discriminator:
-    """Choose a string, an item or a list by what was sent; `message` where it is none of those."""
+    """Choose a string, an item or a list by the JSON type; `message` is the error for any other type."""
 
     def tag(value: Any) -> str | None:
         return _TAGS.get(dict if isinstance(value, BaseModel) else type(value))
@@ -46,7 +46,7 @@ Strings = Annotated[String | Annotated[list[str], Tag("a list")], by_type("give 
 
 
 class Item(Body):
-    """Text, pictures, a video or several of them; an instruction says what to look for (queries only)."""
+    """Text, pictures, a video, or a combination. The instruction says what to look for (queries only)."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red car", "instruction": "Find a picture."}]})
 
@@ -93,7 +93,7 @@ Part = Annotated[TextPart | ImagePart | VideoPart, Discriminator("type")]
 
 
 def item_of_parts(parts: Sequence[Part]) -> Item:
-    """The item that content parts describe: texts joined by line breaks, all pictures, the last video."""
+    """The item described by content parts: texts joined by line breaks, all pictures, the last video."""
     texts = [part.text for part in parts if isinstance(part, TextPart)]
     images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
     videos = [part.video_url.url for part in parts if isinstance(part, VideoPart)]
@@ -101,7 +101,7 @@ def item_of_parts(parts: Sequence[Part]) -> Item:
 
 
 def place(name: str, index: int | None) -> str:
-    """The place of an item in the body: `query`, or `documents[3]`."""
+    """The place of an item in the request body: `query`, or `documents[3]`."""
     return name if index is None else f"{name}[{index}]"
 
 
@@ -113,19 +113,19 @@ def remote_images(item: str | Item) -> list[str]:
 def library_item(
     item: str | Item, where: str, index: int | None, limits: Limits, fetched: Mapping[str, bytes | BadRemote]
 ) -> dict[str, Any]:
-    """The library's item dict for a client's item; pictures and video are bytes, still undecoded.
+    """Convert a client's item to a library item; pictures and video are bytes, not yet decoded.
 
     Args:
-        fetched: what is behind its URLs.
+        fetched: the content of its URLs.
 
     Raises:
-        BadItem: nothing in it, over a limit, a URL, a path, or not base64.
+        BadItem: the item is empty, exceeds a limit, or holds a path, a URL that is not fetched, or invalid base64.
     """
     item = Item(text=item) if isinstance(item, str) else item
     for name in ("text", "instruction"):
         _check_text(getattr(item, name) or "", f"{where}.{name}", index, limits.max_text)
     if len(item.images) > limits.max_images:
-        raise BadItem(f"{where}.image: over {limits.max_images} pictures in an item", f"{where}.image", index)
+        raise BadItem(f"{where}.image: over {limits.max_images} pictures in one item", f"{where}.image", index)
     parts: dict[str, Any] = {"text": item.text, "instruction": item.instruction}
     parts["image"] = [
         _fetched(fetched[image], f"{where}.image", index)
@@ -145,11 +145,11 @@ def library_item(
 
 def _check_text(text: str, param: str, index: int | None, limit: int) -> None:
     if len(text) > limit:
-        raise BadItem(f"{param}: over {limit} characters; send less, or several items", param, index)
+        raise BadItem(f"{param}: over {limit} characters; shorten it or split it into several items", param, index)
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can say \ud800
-        raise BadItem(f"{param}: holds half a surrogate pair, which is no character", param, index) from None
+    except UnicodeEncodeError:  # JSON allows \ud800
+        raise BadItem(f"{param}: contains an unpaired surrogate, which is not a character", param, index) from None
 
 
 def _fetched(content: bytes | BadRemote, param: str, index: int | None) -> bytes:
@@ -158,15 +158,17 @@ def _fetched(content: bytes | BadRemote, param: str, index: int | None) -> bytes
     return content
 
 
-def _content(given: str, param: str, index: int | None, limit: int, kind: str = "image") -> bytes:
-    header, comma, payload = given.partition(",")
+def _content(value: str, param: str, index: int | None, limit: int, kind: str = "image") -> bytes:
+    header, comma, payload = value.partition(",")
     if comma and not (header.startswith(f"data:{kind}/") and header.endswith(";base64")):
         raise BadItem(f"{param}: a data URI must start with data:{kind}/…;base64,", param, index)
-    payload = payload if comma else given
+    payload = payload if comma else value
     if len(payload) * 3 // 4 > limit:
-        raise BadItem(f"{param}: over {limit / 2**20:g} MiB; send a smaller one", param, index)
+        raise BadItem(f"{param}: over {limit / 2**20:g} MiB; send a smaller file", param, index)
     try:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError):
-        message = f"{param}: send a data URI or base64; this service reads no paths, and URLs of allowed hosts alone"
+        message = (
+            f"{param}: send a data URI or base64; paths are not read, and URLs are fetched only from allowed hosts"
+        )
         raise BadItem(message, param, index) from None

@@ -1,8 +1,7 @@
-"""What stands before the routes: request ids, the access log, keys, rate and body limits. Plain ASGI, so that bodies
-pass through as they come.
+"""Middleware in front of the routes: request ids, the access log, API keys, rate and body limits.
 
-`guard(app, limits, keys)` puts it all on an app. A refusal has OpenAI's error object; nothing a client wrote (body,
-query string, key, a path that is no route) is ever logged.
+Plain ASGI, so that bodies stream through. `guard(app, limits, keys)` installs all of it. Errors have OpenAI's shape.
+Nothing that a client wrote (body, query string, key, a path without a route) is ever logged.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import time
 import traceback
 import uuid
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -27,19 +26,21 @@ from umarvel_ray.serving.auth import ANONYMOUS, Keys, RateLimit
 from umarvel_ray.serving.errors import error_body
 from umarvel_ray.serving.settings import Limits
 
-OPEN_PATHS = ("/", "/health", "/favicon.ico")  # probes, and the page, which holds no secret and asks for a key itself
+OPEN_PATHS = ("/", "/health", "/favicon.ico")  # probes, and the page, which has no secrets and asks for a key itself
 OPEN_FOLDER = "/static/"
 REQUEST_ID = "x-request-id"
 _SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+
+App = TypeVar("App", bound=Starlette)
 
 logger = logging.getLogger("umarvel.access")
 _STDERR = logging.StreamHandler()
 
 
-def guard(app: Starlette, limits: Limits, keys: Keys) -> Starlette:
-    """Put everything of this module before `app`'s routes, in the process that serves them."""
-    # Starlette puts what is added last outside.
-    app.add_middleware(BodyLimit, most=limits.max_body_bytes)
+def guard(app: App, limits: Limits, keys: Keys) -> App:
+    """Install all of this module's middleware; must run in the process that serves `app`."""
+    # Starlette makes the middleware added last the outermost.
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     app.add_middleware(Admission, keys=keys, per_minute=limits.requests_per_minute)
     app.add_middleware(AccessLog)
     logger.addHandler(_STDERR)
@@ -49,10 +50,10 @@ def guard(app: Starlette, limits: Limits, keys: Keys) -> Starlette:
 
 
 class AccessLog:
-    """One JSON line per request, one JSON answer for an exception nobody expected, and the request's id.
+    """Logs one JSON line per request, responds to unexpected exceptions, and handles request ids.
 
-    Serve's proxy gives a request without an `x-request-id` a fresh one and puts the id in every answer. An id that is
-    not safe to log (or none, without that proxy) is replaced here by a fresh one, which the answer then carries.
+    Serve's proxy generates an `x-request-id` for requests that lack one and adds the id to every response. An id that
+    is not safe to log (or missing, without that proxy) is replaced by a new one, which the response then carries.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -62,9 +63,9 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID, "")
-        safe = _SAFE_ID.fullmatch(given) is not None
-        request_id = given if safe else uuid.uuid4().hex
+        client_id = Headers(scope=scope).get(REQUEST_ID, "")
+        safe = _SAFE_ID.fullmatch(client_id) is not None
+        request_id = client_id if safe else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         status, started = None, time.perf_counter()
@@ -80,18 +81,18 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            _log(request_id, event="error", **_where(error))
-            if status is not None:  # `from None`: Serve logs what it gets, and a message may hold a payload
-                raise RuntimeError(f"request {request_id} failed after its answer began") from None
-            message = f"internal error; ask the operator about request {request_id}"
-            await _refuse(500, message, "server_error")(scope, receive, send_with_id)
+            _log(request_id, event="error", **_location(error))
+            if status is not None:  # `from None`: Serve logs what it gets, and a message may quote the payload
+                raise RuntimeError(f"request {request_id} failed after its response began") from None
+            message = f"internal error; report request {request_id} to the operator"
+            await _refusal(500, message, "server_error")(scope, receive, send_with_id)
         finally:
             _log(
                 request_id,
                 event="request",
                 method=scope["method"],
                 route=getattr(scope.get("route"), "path", None),
-                status=status,  # null: the client was gone before its answer
+                status=status,  # null: the client disconnected before the response
                 ms=round(1000 * (time.perf_counter() - started), 1),
                 key=state.get("key_name"),
                 body_bytes=state.get("body_bytes", 0),
@@ -99,7 +100,7 @@ class AccessLog:
 
 
 class Admission:
-    """401 without one of the keys, where there are keys; 429 when a key's bucket is empty."""
+    """Responds with 401 if the service has keys and the request has none of them, and with 429 over the rate limit."""
 
     def __init__(self, app: ASGIApp, keys: Keys, per_minute: float | None = None) -> None:
         self._app, self._keys = app, keys
@@ -110,12 +111,12 @@ class Admission:
             name = self._keys.name_of(Headers(scope=scope).get("authorization")) if self._keys else ANONYMOUS
             scope.setdefault("state", {})["key_name"] = name
             if name is None:
-                refusal = _refuse(401, "no valid API key; send `Authorization: Bearer KEY`", "authentication_error")
+                refusal = _refusal(401, "no valid API key; send `Authorization: Bearer KEY`", "authentication_error")
                 refusal.headers["WWW-Authenticate"] = "Bearer"
                 await refusal(scope, receive, send)
                 return
             if self._rate and (wait := self._rate.allow(name, time.monotonic())):
-                refusal = _refuse(429, "too many requests with this key; try again later", "rate_limit_error")
+                refusal = _refusal(429, "too many requests with this key; try again later", "rate_limit_error")
                 refusal.headers["Retry-After"] = str(math.ceil(wait))
                 await refusal(scope, receive, send)
                 return
@@ -123,18 +124,18 @@ class Admission:
 
 
 class BodyLimit:
-    """413 for a body over `most` bytes: at once where its length is told, else as soon as so much has come."""
+    """Responds with 413 to a body over `max_bytes`: at once if Content-Length says so, else once that much arrived."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = _refuse(413, f"body: over {self._most} bytes", "invalid_request_error", "body")
-        told = Headers(scope=scope).get("content-length", "")
-        if told.isdecimal() and float(told) > self._most:
+        refusal = _refusal(413, f"body: over {self._max_bytes} bytes", "invalid_request_error", "body")
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and float(declared) > self._max_bytes:
             await refusal(scope, receive, send)
             return
         state = scope.setdefault("state", {})
@@ -143,20 +144,20 @@ class BodyLimit:
         async def counted() -> Message:
             message = await receive()
             state["body_bytes"] += len(message.get("body", b""))
-            if state["body_bytes"] > self._most:
+            if state["body_bytes"] > self._max_bytes:
                 raise _TooLarge
             return message
 
         async def send_unless_too_large(message: Message) -> None:
-            # Frameworks catch what reading a body raises and answer with an error of their own: ours replaces it.
+            # Frameworks catch what reading a body raises and send an error of their own; the refusal replaces it.
             nonlocal started
-            if started or state["body_bytes"] <= self._most:
+            if started or state["body_bytes"] <= self._max_bytes:
                 started = True
                 await send(message)
 
         with contextlib.suppress(_TooLarge):
             await self._app(scope, counted, send_unless_too_large)
-        if state["body_bytes"] > self._most and not started:
+        if state["body_bytes"] > self._max_bytes and not started:
             await refusal(scope, receive, send)
 
 
@@ -169,12 +170,12 @@ def _is_open(scope: Scope) -> bool:
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
-def _refuse(status: int, message: str, kind: str, param: str | None = None) -> JSONResponse:
+def _refusal(status: int, message: str, kind: str, param: str | None = None) -> JSONResponse:
     return JSONResponse(error_body(message, kind, param), status)
 
 
-def _where(error: BaseException) -> dict[str, Any]:
-    """An exception's type and frames. Its message stays out: it may quote the payload."""
+def _location(error: BaseException) -> dict[str, Any]:
+    """An exception's type and frames, without its message, which may quote the payload."""
     frames = traceback.extract_tb(error.__traceback__)
     return {
         "error": type(error).__name__,
@@ -182,6 +183,6 @@ def _where(error: BaseException) -> dict[str, Any]:
     }
 
 
-def _log(request_id: str, **what: Any) -> None:
+def _log(request_id: str, **fields: Any) -> None:
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    logger.info(json.dumps({"time": now, "request_id": request_id, **what}))
+    logger.info(json.dumps({"time": now, "request_id": request_id, **fields}))

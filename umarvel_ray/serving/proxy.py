@@ -1,4 +1,4 @@
-"""What runs in Serve's proxy before Serve's own code.
+"""Middleware that runs in Serve's HTTP proxy before Serve's own code.
 
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names `middlewares`.
 """
@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class ReadableHeaders:
-    """Leaves out headers that are not UTF-8: Serve decodes some of them, and would answer 500."""
+    """Drops headers that are not UTF-8: Serve decodes some of them and would respond with 500."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -22,6 +22,7 @@ class ReadableHeaders:
 
 
 def middlewares() -> list[Middleware]:
+    """What Serve's proxy installs."""
     return [Middleware(ReadableHeaders)]
 
 

@@ -1,7 +1,7 @@
-"""Pictures fetched for clients, from hosts the operator allows and never from a private network (no SSRF).
+"""Fetches pictures for clients, only from hosts that the operator allows and never from a private network (no SSRF).
 
-An address is looked up once, checked, and connected to: nothing is resolved again in between (no DNS rebinding).
-Redirects are followed by hand and every hop is checked like the first URL.
+A host is resolved once, its addresses are checked, and the checked address is connected to (no DNS rebinding).
+Redirects are followed by hand, and every hop is checked like the first URL.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from umarvel_ray.serving.settings import Limits
 
 MAX_REDIRECTS = 3
 MAX_URL = 2048  # characters
-AT_ONCE = 8  # fetches of one replica
+MAX_CONCURRENT = 8  # fetches per replica
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _ALLOWED = re.compile(r"(?:(https?)://)?(\*\.)?((?:[a-z0-9-]{1,63}\.)*[a-z0-9-]{1,63})(?::(\d{1,5}))?", re.IGNORECASE)
 
@@ -31,12 +31,12 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 class BadRemote(UserError):
-    """A remote picture that may not or cannot be fetched."""
+    """A remote picture that must not or cannot be fetched."""
 
 
 @dataclass(frozen=True)
 class AllowedHost:
-    """One entry of the allow-list; `below`: every host under `host`, not itself."""
+    """One entry of the allow-list; with `below`, every host below `host` but not `host` itself."""
 
     scheme: str
     host: str
@@ -45,10 +45,10 @@ class AllowedHost:
 
     @classmethod
     def parse(cls, entry: str) -> AllowedHost:
-        """`[http://][*.]host[:port]`; https and its port are the defaults.
+        """Parse `[http://][*.]host[:port]`; https and its port are the defaults.
 
         Raises:
-            UserError: anything else.
+            UserError: the entry does not have this form.
         """
         match = _ALLOWED.fullmatch(entry)
         if not match or _is_address(match[3]):
@@ -63,27 +63,27 @@ class AllowedHost:
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address is one of the open internet's, and so is any IPv4 address within it."""
+    """Whether a numeric address, and any IPv4 address embedded in it, belongs to the public internet."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        inside = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(ip.packed[12:]) if ip in _NAT64 else None)
-        if inside is not None:
-            return is_public(str(inside))
+        embedded = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(ip.packed[12:]) if ip in _NAT64 else None)
+        if embedded is not None:
+            return is_public(str(embedded))
         if ip.teredo or ip.is_site_local:
             return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_loopback)
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """Every address the system's resolver knows for a host."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [entry[4][0] for entry in found]
+    """All addresses of a host, from the system's resolver."""
+    entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in entries]
 
 
 class RemotePictures:
     """Fetches pictures within `limits`.
 
-    `resolve` and `is_public` are what tests put their own network in by: the only way around the address check.
+    Tests replace `resolve` and `is_public` to use their own network; nothing else bypasses the address check.
     """
 
     def __init__(
@@ -93,22 +93,22 @@ class RemotePictures:
         self._hosts = [AllowedHost.parse(entry) for entry in limits.allowed_media_hosts]
         self._resolver = _CheckedResolver(resolve, is_public)
         self._tls = ssl.create_default_context()
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._slots = asyncio.Semaphore(MAX_CONCURRENT)
 
     async def fetch(self, urls: Sequence[str]) -> list[bytes | BadRemote]:
-        """The bytes behind each URL, in order, or why they may not or cannot be fetched."""
-        left = [self._limits.max_remote_bytes]
-        return await asyncio.gather(*(self._one(url, left) for url in urls))
+        """The content of each URL, in order, or the reason why it is not fetched."""
+        left = [self._limits.max_remote_bytes]  # one budget, shared by all URLs of the request
+        return await asyncio.gather(*(self._fetch_one(url, left) for url in urls))
 
-    async def _one(self, written: str, left: list[int]) -> bytes | BadRemote:
+    async def _fetch_one(self, url: str, left: list[int]) -> bytes | BadRemote:
         try:
-            async with asyncio.timeout(self._limits.remote_timeout_s), self._turns:
-                return await self._follow(self._checked(written), left)
+            async with asyncio.timeout(self._limits.remote_timeout_s), self._slots:
+                return await self._follow(self._checked(url), left)
         except BadRemote as error:
             return error
         except TimeoutError:
             return BadRemote(f"took over {self._limits.remote_timeout_s:g} seconds to fetch")
-        # Addresses and local reasons stay here: they would tell a client about this network.
+        # Addresses and local causes are left out: they would reveal this network to clients.
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return BadRemote(f"cannot be fetched ({type(error).__name__})")
 
@@ -118,40 +118,44 @@ class RemotePictures:
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": "umarvel-ray", "Accept": "image/*", "Accept-Encoding": "identity"},
-            auto_decompress=False,  # a compressed answer is not a picture: it stays as small as it came
+            auto_decompress=False,  # a compressed response is not a picture: it is never unpacked
         ) as session:
             for _ in range(MAX_REDIRECTS + 1):
-                async with session.get(url, allow_redirects=False) as answer:
-                    if answer.status not in (301, 302, 303, 307, 308):
-                        return await self._read(answer, left)
-                    url = self._checked(answer.headers.get("Location", ""), url)
+                async with session.get(url, allow_redirects=False) as response:
+                    if response.status not in (301, 302, 303, 307, 308):
+                        return await self._read(response, left)
+                    url = self._checked(response.headers.get("Location", ""), url)
         raise BadRemote(f"over {MAX_REDIRECTS} redirects")
 
-    async def _read(self, answer: aiohttp.ClientResponse, left: list[int]) -> bytes:
-        if answer.status != 200:
-            raise BadRemote(f"its host answers with status {answer.status}")
-        most = self._limits.max_image_bytes
+    async def _read(self, response: aiohttp.ClientResponse, left: list[int]) -> bytes:
+        if response.status != 200:
+            raise BadRemote(f"its host responds with status {response.status}")
+        max_bytes = self._limits.max_image_bytes
         body = bytearray()
-        async for chunk in answer.content.iter_any():
+        async for chunk in response.content.iter_any():
             body += chunk
             left[0] -= len(chunk)
-            if len(body) > most:
-                raise BadRemote(f"over {most} bytes")
+            if len(body) > max_bytes:
+                raise BadRemote(f"over {max_bytes} bytes")
             if left[0] < 0:
                 raise BadRemote(f"the request's remote pictures are over {self._limits.max_remote_bytes} bytes")
         return bytes(body)
 
-    def _checked(self, written: str, base: URL | None = None) -> URL:
-        """The URL that is asked and connected to; the same object is checked, so no second parser can disagree."""
+    def _checked(self, location: str, base: URL | None = None) -> URL:
+        """Parse and check a URL. The checked object itself is requested, so no second parser can disagree.
+
+        Raises:
+            BadRemote: the URL is malformed or not allowed.
+        """
         if not self._hosts:
-            raise BadRemote("remote pictures are off here; send a data URI or base64")
+            raise BadRemote("this service does not fetch remote pictures; send a data URI or base64")
         try:
-            if len(written) > MAX_URL:
+            if len(location) > MAX_URL:
                 raise ValueError
-            url = base.join(URL(written)) if base else URL(written)
+            url = base.join(URL(location)) if base else URL(location)
             host, port = url.raw_host, url.port
         except ValueError:
-            raise BadRemote("not a URL of at most 2048 characters") from None
+            raise BadRemote(f"not a URL of at most {MAX_URL} characters") from None
         if url.scheme not in ("https", "http") or not host or port is None:
             raise BadRemote("only https:// URLs are fetched")
         if url.raw_user is not None or url.raw_password is not None:
@@ -162,7 +166,7 @@ class RemotePictures:
 
 
 class _CheckedResolver(AbstractResolver):
-    """aiohttp connects to what this returns and to nothing else."""
+    """Returns checked addresses; aiohttp connects to nothing else."""
 
     def __init__(self, resolve: Resolve, is_public: Callable[[str], bool]) -> None:
         self._resolve, self._is_public = resolve, is_public
@@ -190,7 +194,7 @@ class _CheckedResolver(AbstractResolver):
 
 
 def _is_address(host: str) -> bool:
-    # Also what the C library would take for one: 127.1, 0x7f000001, 2130706433.
+    # Includes what the C library accepts as an address: 127.1, 0x7f000001, 2130706433.
     try:
         ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

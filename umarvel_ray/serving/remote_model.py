@@ -1,8 +1,8 @@
 """A model deployment as the ingress sees it: requests are prepared for the checkpoint that its replicas hold.
 
-Two things happen to replicas while requests are under way. They die: the request is asked again, within a budget. They
-are replaced by others with another checkpoint: the request is prepared anew for that one. Neither is an error to a
-client, and no answer mixes two checkpoints.
+Two things happen to replicas while requests are in flight. They die: the call is retried, within a budget. They are
+replaced by replicas of another checkpoint: the request is prepared again for that one. Clients see neither as an error,
+and no response mixes two checkpoints.
 """
 
 from __future__ import annotations
@@ -14,31 +14,32 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle
 
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.serving.errors import Busy
-from umarvel_ray.serving.replicas import OtherModel
+from umarvel_ray.serving.replicas import CheckpointMismatch
 
 Encoder = TypeVar("Encoder")
-Prepared = TypeVar("Prepared")
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 TRIES = 4
-UPDATE_TRIES, UPDATE_WAIT_S = 150, 0.2  # while an update goes on
+UPDATE_TRIES, UPDATE_WAIT_S = 150, 0.2  # during an update
 
 
 class RetryBudget:
-    """Retries may be a fifth of requests, and some at once, for a replica takes all its requests with it: a service
-    that goes on failing is not asked several times as often."""
+    """Bounds retries to a fifth of all calls plus an initial burst, since a dying replica fails all its requests.
 
-    SHARE, AT_ONCE = 0.2, 128.0
+    A service that keeps failing is thus not hit with several times its load.
+    """
+
+    SHARE, BURST = 0.2, 128.0
 
     def __init__(self) -> None:
-        self._left = self.AT_ONCE
+        self._left = self.BURST
 
     def earn(self) -> None:
-        self._left = min(self._left + self.SHARE, self.AT_ONCE)
+        self._left = min(self._left + self.SHARE, self.BURST)
 
     def spend(self) -> bool:
         if self._left < 1:
@@ -47,8 +48,8 @@ class RetryBudget:
         return True
 
 
-class Held(NamedTuple, Generic[Encoder]):
-    """The checkpoint that requests are prepared for, and its encoder."""
+class ModelVersion(NamedTuple, Generic[Encoder]):
+    """A checkpoint that requests are prepared for, and its encoder."""
 
     checkpoint: CheckpointRef
     encoder: Encoder
@@ -59,63 +60,63 @@ class Held(NamedTuple, Generic[Encoder]):
 
 
 class RemoteModel(Generic[Encoder]):
-    """A deployment's handle with the encoder of its present checkpoint.
+    """A deployment's handle with the encoder of its current checkpoint.
 
     Args:
-        load: the encoder of a checkpoint.
+        load: returns the encoder of a checkpoint.
     """
 
     def __init__(
         self, handle: DeploymentHandle, checkpoint: CheckpointRef, load: Callable[[CheckpointRef], Encoder]
     ) -> None:
         self._handle, self._load, self._budget = handle, load, RetryBudget()
-        self.held = Held(checkpoint, load(checkpoint))
-        self._known = {self.held.identity: self.held}  # while replicas are replaced, answers come from both kinds
+        self.current: ModelVersion[Encoder] = ModelVersion(checkpoint, load(checkpoint))
+        self._known = {self.current.identity: self.current}  # during an update, replicas of both versions respond
 
     @property
     def name(self) -> str:
-        return Path(self.held.checkpoint.path).name
+        return Path(self.current.checkpoint.path).name
 
-    async def ask(self, send: Callable[[DeploymentHandle], DeploymentResponse]) -> Any:
-        """Await one answer; another replica is asked when one dies.
+    async def call(self, send: Callable[[DeploymentHandle], Any]) -> Any:
+        """Await one call of the deployment; if its replica dies, another one is called.
 
         Raises:
-            Busy: the queue is full, no replica, or too many of them died.
-            OtherModel: the replica holds another checkpoint.
+            Busy: the queue is full, there is no replica, or too many of them died.
+            CheckpointMismatch: the replica holds another checkpoint.
         """
-        return await ask(lambda: send(self._handle), self._budget)
+        return await call_deployment(lambda: send(self._handle), self._budget)
 
-    async def through_updates(self, work: Callable[[Held[Encoder]], Awaitable[Answer]]) -> Answer:
-        """Do work that prepares and asks, anew whenever a replica turns out to hold another checkpoint.
+    async def through_updates(self, work: Callable[[ModelVersion[Encoder]], Awaitable[Result]]) -> Result:
+        """Do work that prepares and calls, and do it again whenever a replica turns out to hold another checkpoint.
 
         Raises:
-            Busy: the update did not end.
+            Busy: the update took too long.
         """
         for _ in range(UPDATE_TRIES):
-            held = self.held
+            version = self.current
             try:
-                return await work(held)
-            except OtherModel as error:
+                return await work(version)
+            except CheckpointMismatch as error:
                 other = error.checkpoint
-                if held is self.held and other.identity != held.identity:
-                    self.held = self._known.get(other.identity) or Held(
+                if version is self.current and other.identity != version.identity:
+                    self.current = self._known.get(other.identity) or ModelVersion(
                         other, await asyncio.to_thread(self._load, other)
                     )
-                    self._known = {one.identity: one for one in (held, self.held)}
+                    self._known = {one.identity: one for one in (version, self.current)}
             await asyncio.sleep(UPDATE_WAIT_S)
         raise Busy
 
 
-async def ask(send: Callable[[], DeploymentResponse], budget: RetryBudget) -> Any:
-    """Await one answer of a deployment. Raises: see `RemoteModel.ask`."""
+async def call_deployment(send: Callable[[], Any], budget: RetryBudget) -> Any:
+    """Await one call of a deployment. Raises: see `RemoteModel.call`."""
     budget.earn()
-    for tried in range(TRIES):
+    for attempt in range(TRIES):
         try:
             return await send()
         except (BackPressureError, DeploymentUnavailableError):
             raise Busy from None
-        except RayActorError:  # the replica died, or its node went away
-            if tried == TRIES - 1 or not budget.spend():
+        except RayActorError:  # the replica or its node died
+            if attempt == TRIES - 1 or not budget.spend():
                 break
-            await asyncio.sleep(0.05 * 2**tried)
+            await asyncio.sleep(0.05 * 2**attempt)
     raise Busy

@@ -1,7 +1,7 @@
-"""The deployments that hold models. They are told which checkpoint a request was prepared for, and run no other.
+"""The deployments that hold models. Each request names the checkpoint it was prepared for; replicas run no other.
 
-Embedding requests that wait share batches of up to `SLOTS` × `SLOT_TOKENS` tokens (pictures count by their tokens); a
-vector does not depend on its companions (DESIGN rule 1), so every answer equals the library's.
+Waiting embedding requests share batches of up to `SLOTS` × `SLOT_TOKENS` tokens (pictures count by their tokens). A
+vector does not depend on the other items in its batch, so every response equals the library's.
 """
 
 from __future__ import annotations
@@ -22,58 +22,66 @@ from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.serving.settings import Runtime
 
-REPLICAS = 2  # of the embedder: on a CPU one keeps the cores busy where the other is single-threaded
+REPLICAS = 2  # of the embedder: on a CPU, one uses the cores while the other is in single-threaded code
 SLOT_TOKENS = 64
-SLOTS = 64  # a batch is full at 4,096 tokens; each request takes a slot or more, so a batch is at most 64 requests
+SLOTS = 64  # a full batch is 4,096 tokens; a request takes at least one slot, so a batch has at most 64 requests
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-class OtherModel(Exception):
-    """The replica holds another checkpoint than the request was prepared for: an update is under way."""
+class CheckpointMismatch(Exception):
+    """The replica holds a different checkpoint than the request was prepared for: an update is in progress."""
 
     def __init__(self, checkpoint: CheckpointRef) -> None:
         super().__init__(checkpoint)
         self.checkpoint = checkpoint
 
 
-class OneThread:
-    """Runs work beside the event loop, one call after another. Always the same thread: each that calls PyTorch keeps a
-    pool of workers of its own."""
+class SingleThread:
+    """Runs calls one after another in a thread of their own, off the event loop.
+
+    It is always the same thread, because PyTorch keeps a set of worker threads for every thread that calls it.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def run(self, work: Callable[..., Answer], *given: Any) -> Answer:
+    async def run(self, work: Callable[..., Result], *args: Any) -> Result:
         self._idle.clear()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         finally:
             self._idle.set()
 
     async def idle(self) -> None:
-        """Wait until no work is done. Serve closes a batch some time after its first request has come, even if the
-        batch before it still runs; requests that wait here first, for no time at all when nothing runs, are let into
-        Serve's queue together and become one batch."""
+        """Wait until nothing is running.
+
+        Serve closes a batch soon after its first request arrives, even while the previous batch is still running.
+        Requests that wait here first (no time at all when nothing is running) enter Serve's queue together and form
+        one batch.
+        """
         await self._idle.wait()
 
 
-def filled(slots: list[int], most: int) -> int:
-    """How much of a batch of `most` slots the requests fill that take so many each. One larger than a batch counts as a
-    full one: it runs alone, where Serve would refuse it."""
-    return min(slots[0], most) if len(slots) == 1 else sum(slots)
+def slots_used(slots: list[int], capacity: int) -> int:
+    """Slots that a batch of requests takes, given the slots of each.
+
+    A single request larger than `capacity` counts as a full batch, so that it runs alone; Serve would reject it.
+    """
+    return min(slots[0], capacity) if len(slots) == 1 else sum(slots)
 
 
 def batch_slots(requests: list[list[EncodedItem]]) -> int:
-    return filled([-(-sum(item.length for item in items) // SLOT_TOKENS) for items in requests], SLOTS)
+    """Slots of a batch of embedding requests, each rounded up to whole slots."""
+    return slots_used([-(-sum(item.length for item in items) // SLOT_TOKENS) for items in requests], SLOTS)
 
 
 def check_identity(checkpoint: CheckpointRef, identity: str) -> None:
-    """Raises: OtherModel."""
+    """Raises: CheckpointMismatch."""
     if identity != checkpoint.identity:
-        raise OtherModel(checkpoint)
+        raise CheckpointMismatch(checkpoint)
 
 
 @serve.deployment(
@@ -90,7 +98,7 @@ class EmbedderDeployment:
         self._checkpoint = checkpoint
         self._embedder = Embedder.from_pretrained(checkpoint.path, runtime.device, runtime.dtype)
         self._embedder.encode_query(["warm-up"])
-        self._runner = OneThread()
+        self._runner = SingleThread()
         self._batches = Counter("umarvel_batches", "batches that the embedder has run")
         self._requests = Counter("umarvel_batch_requests", "requests in them")
         self._tokens = Counter("umarvel_batch_tokens", "tokens in them")
@@ -103,25 +111,28 @@ class EmbedderDeployment:
 
     @serve.batch(max_batch_size=SLOTS, batch_wait_timeout_s=0, batch_size_fn=batch_slots)
     async def _encode_batch(self, requests: list[list[EncodedItem]]) -> list[np.ndarray]:
-        everything = [item for items in requests for item in items]
+        all_items = [item for items in requests for item in items]
         self._batches.inc()
         self._requests.inc(len(requests))
-        self._tokens.inc(sum(item.length for item in everything))
-        vectors = await self._runner.run(self._embedder.encode, everything)
+        self._tokens.inc(sum(item.length for item in all_items))
+        vectors = await self._runner.run(self._embedder.embed_encoded, all_items)
         ends = np.cumsum([len(items) for items in requests])
         return np.split(vectors, ends[:-1])
 
 
 @serve.deployment(max_ongoing_requests=8, max_queued_requests=64, ray_actor_options={"num_cpus": 0.5})
 class RerankerDeployment:
-    """The yes/no model. It batches the candidates of one query, whose prefix is computed once; queries take turns."""
+    """The pointwise reranker. It batches the candidates of one query, whose prefix is computed once.
+
+    Queries are processed one at a time.
+    """
 
     def __init__(self, checkpoint: CheckpointRef, runtime: Runtime) -> None:
         runtime.set_threads()
         self._checkpoint = checkpoint
         self._reranker = Reranker.from_pretrained(checkpoint.path, runtime.device, runtime.dtype)
         self._reranker.score("warm-up", ["warm-up"])
-        self._runner = OneThread()
+        self._runner = SingleThread()
 
     async def score(self, identity: str, query: EncodedPair, documents: list[EncodedPair]) -> np.ndarray:
         """P(yes) per document, float32 (n,). Raises: see `check_identity`."""

@@ -1,4 +1,4 @@
-"""What to serve, and within which limits: the `args` of config.yaml."""
+"""What to serve, and the limits on requests: the `args` in config.yaml."""
 
 from __future__ import annotations
 
@@ -21,39 +21,42 @@ class Runtime(NamedTuple):
     threads: int | None
 
     def set_threads(self, replicas: int = 1) -> None:
-        """Ray gives an actor's PyTorch as many threads as the logical CPUs it asked for, which says little. By default
-        a deployment's replicas share the cores."""
+        """Set PyTorch's thread count; by default a deployment's replicas share the cores.
+
+        Ray's own default is the number of logical CPUs the actor requested, which need not reflect its share.
+        """
         torch.set_num_threads(self.threads or max(1, (os.cpu_count() or 1) // replicas))
 
 
 class Limits(BaseModel):
-    """Limits on a request. Sizes are bytes unless named otherwise; None is no limit.
+    """Limits on a request. Sizes are in bytes unless noted otherwise; None means no limit.
 
-    max_pixels: of a picture or a video's frame. A picture takes up to 16 bytes a pixel while it is opened, and as many
-    pictures are opened at once as there are threads (cores + 4): 0.25 GB each at the default.
-    requests_per_minute: of one key, at one replica of the ingress: n replicas let up to n times as many pass.
-    allowed_media_hosts: where pictures may be fetched from: `images.example.org`, `*.example.org` (every host below it,
-    not itself), with `http://` in front for plain HTTP and `:8080` behind for another port. Empty: nothing is fetched.
+    max_pixels: of a picture or a video frame. Decoding takes up to 16 bytes per pixel, and as many pictures are decoded
+    at once as there are threads (cores + 4): 0.25 GB each at the default.
+    requests_per_minute: per key and ingress replica; n replicas let up to n times as many through.
+    allowed_media_hosts: hosts that pictures may be fetched from: `images.example.org`, or `*.example.org` for every
+    host below it but not itself; prefix `http://` for plain HTTP, append `:8080` for another port. Empty: nothing is
+    fetched.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    max_items: PositiveInt = 96  # as Cohere
+    max_items: PositiveInt = 96  # as in Cohere's API
     max_text: PositiveInt = 32_768  # characters
-    max_images: PositiveInt = 8  # of one item
+    max_images: PositiveInt = 8  # per item
     max_image_bytes: PositiveInt = 10_485_760
     max_pixels: PositiveInt = 16_777_216  # 4096²
     max_video_bytes: PositiveInt = 33_554_432
     max_video_seconds: PositiveFloat = 120.0
-    max_video_pixels: PositiveInt = 2_000_000_000  # of all frames together: a minute of 720p at 30 frames a second
+    max_video_pixels: PositiveInt = 2_000_000_000  # over all frames: a minute of 720p at 30 frames per second
     max_body_bytes: PositiveInt = 67_108_864
     requests_per_minute: PositiveFloat | None = None
     allowed_media_hosts: tuple[str, ...] = ()
-    remote_timeout_s: PositiveFloat = 10.0  # for all of a request's pictures together, redirects included
-    max_remote_bytes: PositiveInt = 67_108_864  # the same; each picture has max_image_bytes
+    remote_timeout_s: PositiveFloat = 10.0  # for all pictures of a request together, redirects included
+    max_remote_bytes: PositiveInt = 67_108_864  # likewise; each picture is also limited by max_image_bytes
 
     def media(self) -> MediaLimits:
-        """The same for what opens pictures and videos: bytes only, in the web's formats."""
+        """The limits for decoding pictures and videos: bytes only, no paths, and only formats of the web."""
         return MediaLimits(
             formats=WEB_FORMATS,
             pixels=self.max_pixels,
@@ -64,7 +67,7 @@ class Limits(BaseModel):
 
 
 class Service(BaseModel):
-    """What to serve. Without a reranker or an index the routes that need them answer 404."""
+    """What to serve. Without a reranker or an index, the routes that need them respond with 404."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -72,13 +75,13 @@ class Service(BaseModel):
     reranker: str | None = None
     index: str | None = None
     data: str = "builtin:demo"
-    live: str | None = None  # folder of the documents that clients add; without it the index is read-only
+    live: str | None = None  # folder for documents that clients add; without it the index is read-only
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
-    threads: int | None = Field(None, ge=1)  # of a model replica on a CPU; by default the embedder's share the cores
-    rerank_weight: float = 1.0  # search score = cosine + weight · P(yes); evaluation prints the one it chose
-    cache_mb: int = Field(256, ge=0)  # embeddings of items seen before, in each ingress replica
-    keys: str | None = None  # file of API keys, beside UMARVEL_API_KEYS; without any the service is open to all
+    threads: int | None = Field(None, ge=1)  # per model replica on a CPU; by default the embedders share the cores
+    rerank_weight: float = 1.0  # search score = cosine + weight · P(yes); evaluation prints the weight it chose
+    cache_mb: int = Field(256, ge=0)  # embedding cache of each ingress replica
+    keys: str | None = None  # file of API keys, in addition to UMARVEL_API_KEYS; without keys the service is open
     limits: Limits = Limits()
 
     @property
@@ -87,17 +90,17 @@ class Service(BaseModel):
 
 
 def from_environment(service: Service) -> Service:
-    """UMARVEL_<FIELD> in the environment overrides a field; an empty value leaves that part out.
+    """Override fields by UMARVEL_<FIELD> in the environment; an empty value removes that component.
 
     Raises:
         UserError: a path does not exist.
     """
-    given = {
+    overrides = {
         name: os.environ[f"UMARVEL_{name.upper()}"] or None
         for name in Service.model_fields
         if f"UMARVEL_{name.upper()}" in os.environ
     }
-    service = Service.model_validate({**service.model_dump(), **given})
+    service = Service.model_validate({**service.model_dump(), **overrides})
     for name in ("embedder", "reranker", "index"):
         path = getattr(service, name)
         if path and not Path(path).is_dir():

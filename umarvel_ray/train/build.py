@@ -22,10 +22,10 @@ Module = TemperedEmbedder | RerankerModel
 
 
 def build_module(spec: PhaseSpec, quantized: bool = False) -> Module:
-    """The parent, made trainable as the phase says; only that, and τ where it is learned, requires a gradient.
+    """The parent model, trainable as the phase specifies; nothing else, except a learned τ, requires a gradient.
 
     Raises:
-        UserError: the parent cannot be loaded, holds no temperature, or has fewer dimensions than `matryoshka` has.
+        UserError: the parent cannot be loaded, has no temperature, or has fewer dimensions than `matryoshka` asks for.
     """
     dtype = getattr(torch, spec.compute.dtype)
     if isinstance(spec.phase, RerankPhase):
@@ -43,30 +43,32 @@ def build_module(spec: PhaseSpec, quantized: bool = False) -> Module:
 
 
 def model_of(module: Module) -> EmbeddingModel | RerankerModel:
-    """The model without what only training adds."""
+    """The model itself, without what only training adds."""
     return module.embedder if isinstance(module, TemperedEmbedder) else module
 
 
 def initial_temperature(spec: PhaseSpec, temperature: Temperature) -> float:
-    """τ of the recipe, or the parent's where the recipe says 'parent'.
+    """The recipe's τ, or the parent checkpoint's if the recipe says 'parent'.
 
     Raises:
-        UserError: the parent holds none.
+        UserError: the parent has none.
     """
     if temperature.init != "parent":
         return temperature.init
-    value = read_provenance(spec.parent)["temperature"]
+    value: float | None = read_provenance(spec.parent)["temperature"]
     if value is None:
-        raise UserError(
-            f"{spec.parent}/{PROVENANCE} holds no temperature; give {spec.name} a number as temperature.init"
-        )
+        raise UserError(f"{spec.parent}/{PROVENANCE} has no temperature; give {spec.name} a number as temperature.init")
     return value
 
 
 def save_merged(spec: PhaseSpec, state: dict[str, torch.Tensor], metrics: dict[str, float]) -> None:
-    """Put what was trained into the parent and write the checkpoint; adapters are merged, and kept beside it.
+    """Load what was trained into the parent and write the checkpoint; adapters are merged, and also saved separately.
 
-    The parent's weights are whole here, in the recipe's dtype, also where they trained as 4-bit copies.
+    The parent is loaded in the recipe's dtype, even if training used a 4-bit copy of it.
+
+    Args:
+        state: see `engine.capture`.
+        metrics: of the last step.
     """
     module = build_module(spec)
     load_trainable(module, state)
@@ -96,6 +98,8 @@ def _trainable(module: Module, model: EmbeddingModel | RerankerModel, spec: Phas
 
 
 def _check_dimensions(spec: PhaseSpec, model: EmbeddingModel) -> None:
-    most = max(spec.phase.matryoshka, default=0) if isinstance(spec.phase, ContrastivePhase) else 0
-    if most > model.dimension:
-        raise UserError(f"{spec.name}: matryoshka has {most}; the model's embeddings have {model.dimension} dimensions")
+    largest = max(spec.phase.matryoshka, default=0) if isinstance(spec.phase, ContrastivePhase) else 0
+    if largest > model.dimension:
+        raise UserError(
+            f"{spec.name}: matryoshka has {largest}; the model's embeddings have {model.dimension} dimensions"
+        )

@@ -1,11 +1,11 @@
-"""The DeepSpeed engine: the optimiser boundary, and its state in a form that no world size is baked into.
+"""The DeepSpeed engine: configuration, optimizer, and a training state that is independent of the number of ranks.
 
-Every DeepSpeed default that matters is set here from the recipe. The learning rate is a pure function of the step, the
-state is per-parameter fp32 tensors, so a checkpoint written by W ranks resumes on any other number (rule 5).
+Every DeepSpeed default that matters is set here from the recipe. The learning rate is a pure function of the step and
+the state consists of per-parameter fp32 tensors, so a checkpoint written by W ranks resumes on any other number.
 
-Under `dtype: bfloat16` only frozen weights and the forward pass are bfloat16. What trains is held, accumulated and
-reduced in fp32: DeepSpeed's own bf16 mode rounds log τ in the loss to steps of 1.6 % (trap T15), adds the chunks'
-gradients up in bfloat16, and keeps its master copy where a resume cannot reach it under ZeRO-0.
+Under `dtype: bfloat16` only frozen weights and the forward pass are bfloat16. What is trained is stored, accumulated
+and reduced in fp32: DeepSpeed's own bf16 mode rounds log τ to increments of 1.6 % (docs/method.md#temperature-bounds),
+accumulates the chunks' gradients in bfloat16, and under ZeRO-0 keeps its master copy where a resume cannot reach it.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from umarvel_ray.recipe import Compute, Phase
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def learning_rate(phase: Phase, number: int, total: int) -> float:
-    """Linear warm-up over `warmup_ratio` of the run, then cosine to zero (method section 2)."""
+def learning_rate(phase: Phase, step: int, total: int) -> float:
+    """Linear warmup over `warmup_ratio` of the `total` steps, then cosine decay to zero (docs/method.md#training)."""
     warmup = math.ceil(phase.warmup_ratio * total)
-    if number < warmup:
-        return phase.peak_rate * (number + 1) / warmup
-    return phase.peak_rate * 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, total - warmup)))
+    if step < warmup:
+        return phase.peak_rate * (step + 1) / warmup
+    return phase.peak_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def deepspeed_config(phase: Phase, compute: Compute) -> dict[str, Any]:
-    """ZeRO, precision, clipping and reduction, spelled out."""
+    """DeepSpeed's configuration: ZeRO, gradient accumulation and clipping."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": phase.clip_norm if compute.zero_stage else 0.0,  # without ZeRO: `make_engine`
+        "gradient_clipping": phase.clip_norm if compute.zero_stage else 0.0,  # without ZeRO, see `make_engine`
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": compute.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
         "steps_per_print": 10**9,
@@ -60,27 +60,27 @@ def deepspeed_config(phase: Phase, compute: Compute) -> dict[str, Any]:
 
 
 def hold_in_fp32(module: torch.nn.Module) -> None:
-    """What trains is its own fp32 master copy, in place."""
+    """Convert trainable parameters to fp32 in place, so that they are their own master copy."""
     for p in module.parameters():
         if p.requires_grad:
             p.data = p.data.float()
 
 
 def make_engine(module: torch.nn.Module, phase: Phase, compute: Compute) -> deepspeed.DeepSpeedEngine:
-    """Wrap a module whose trainable parameters are its `requires_grad` ones."""
+    """Wrap a module in a DeepSpeed engine with AdamW over its parameters with `requires_grad`."""
     optimizer = torch.optim.AdamW(
         parameter_groups(module, phase), lr=phase.peak_rate, betas=phase.adam_betas, eps=phase.adam_eps
     )
     if compute.dtype == "bfloat16":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        # Without autocast's cache, which would keep a second copy of every weight under ZeRO-3.
+        # Autocast's cache would keep a second copy of every weight under ZeRO-3.
         module.forward = torch.autocast(device, torch.bfloat16, cache_enabled=False)(module.forward)
     without_extensions()
     wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(phase, compute))
     trainable = [p for _, p in _trainable(wrapped)]
     if not compute.zero_stage:
-        # DeepSpeed would clip here too, but not report the norm.
-        def clip(*_) -> None:
+        # DeepSpeed would clip here as well, but not report the norm.
+        def clip(*_: object) -> None:
             set_gradient_norm(wrapped, torch.nn.utils.clip_grad_norm_(trainable, phase.clip_norm))
 
         optimizer.register_step_pre_hook(clip)
@@ -89,9 +89,10 @@ def make_engine(module: torch.nn.Module, phase: Phase, compute: Compute) -> deep
 
 
 def parameter_groups(module: torch.nn.Module, phase: Phase) -> list[dict[str, Any]]:
-    """AdamW's groups, the language model's first: matrices decay; biases, norms and the temperature do not.
+    """AdamW's parameter groups, the language model's first.
 
-    `relative_rate` is a part's own learning rate over the phase's.
+    Weight decay applies to matrices, not to biases, norms and the temperature. `relative_rate` is the part's own
+    learning rate divided by the phase's.
     """
     rates = phase.learning_rates.model_dump()
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
@@ -111,32 +112,33 @@ def parameter_groups(module: torch.nn.Module, phase: Phase) -> list[dict[str, An
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
-    """The rate of the next optimiser step; parts with a rate of their own get theirs in proportion."""
+    """Set the learning rate of the next step; parts with their own rate are scaled in proportion."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value * group["relative_rate"]
 
 
 def start_step(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
-    """Set the learning rate and clear the gradients, before a step's first backward pass."""
+    """Set the learning rate and clear the gradients; call before a step's first backward pass."""
     set_learning_rate(engine, rate)
     clear_gradients(engine)
 
 
 def take_step(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Update the parameters; returns the gradient's norm before clipping, alike on all ranks, NaN if it is not finite.
+    """Update the parameters; returns the gradient norm before clipping, the same on all ranks, NaN if not finite.
 
-    ZeRO skips an update that is not finite and goes on: the caller must look at what this returns.
+    ZeRO silently skips an update that is not finite, so the caller must check the result.
     """
     engine.step()
     return float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.nan
 
 
 def capture(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """Trainable parameters and Adam moments as full fp32 CPU tensors, on rank 0 alone (a collective call under ZeRO).
+    """Trainable parameters and Adam moments as full fp32 CPU tensors on rank 0; a collective call under ZeRO.
 
-    Keys: `param.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`; no other rank keeps what may be twelve bytes a parameter.
+    Keys: `param.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`. Other ranks return an empty dict, which saves them 12 bytes
+    per parameter.
     """
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name, p in _trainable(engine):
         if engine.zero_optimization_stage():
             values = [safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, key) for key in MOMENTS)]
@@ -149,13 +151,13 @@ def capture(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 
 def restore(engine: deepspeed.DeepSpeedEngine, state: dict[str, torch.Tensor], steps: int) -> None:
-    """Put a captured state back into a fresh engine; `steps` is how many optimiser steps it had taken."""
+    """Load a captured state into a fresh engine; `steps` is the number of optimizer steps it was captured after."""
     reset_adam(engine, [p for _, p in _trainable(engine)], steps)
     stage = engine.zero_optimization_stage()
     for name, p in _trainable(engine):
         values = {key: state[f"{key}.{name}"].to(engine.device) for key in ("param", *MOMENTS)}
         if stage == 3:
-            # DeepSpeed's full setters do not reckon with a last partition that is padding.
+            # DeepSpeed's setters for full tensors do not handle a last partition that is all padding.
             own = {key: own_partition(value, p) for key, value in values.items()}
             safe_set_local_fp32_param(p, own["param"])
             for key in MOMENTS:
@@ -170,7 +172,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, state: dict[str, torch.Tensor], s
 
 
 def load_trainable(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Copy captured parameters into a plain module (before it is wrapped, or to merge and save it)."""
+    """Copy captured parameters into a plain module, before it is wrapped or to merge and save it."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             if p.requires_grad:

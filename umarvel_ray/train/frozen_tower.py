@@ -1,7 +1,7 @@
-"""The frozen vision tower, outside the module that DeepSpeed wraps.
+"""The frozen vision tower, kept outside the module that DeepSpeed wraps.
 
-Ranks meet different numbers of new pictures in a step; under ZeRO-3 a sharded tower would have them wait for each
-other's weights. It is small and never trained, so every rank holds it whole.
+Ranks meet different numbers of new pictures in a step; under ZeRO-3 a sharded tower would make them wait for each
+other's weights. It is small and never trained, so every rank holds all of it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from umarvel_ray.items.pictures import Picture, PixelScale
-from umarvel_ray.model.multimodal import tower_features
+from umarvel_ray.model.multimodal import tower_features, vision_tower
 
 
 class FrozenTower:
     """Takes the tower out of `backbone`, which from then on needs its pictures as features."""
 
-    def __init__(self, backbone: PreTrainedModel, scale: PixelScale, device: torch.device | str):
+    def __init__(self, backbone: PreTrainedModel, scale: PixelScale, device: torch.device | str) -> None:
         self._scale = scale
-        self._visual = backbone.model.visual.to(device).eval()
+        self._visual = vision_tower(backbone).to(device).eval()
         backbone.model.visual = torch.nn.Identity()
 
     def run_tower(self, pictures: Sequence[Picture]) -> tuple[torch.Tensor, ...]:

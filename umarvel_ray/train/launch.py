@@ -1,11 +1,12 @@
-"""The Ray Train shell: one worker group per stage, restarted on failure, resumed after a killed driver."""
+"""The driver of training: one Ray Train worker group per stage, restarted on failure, resumed if the driver dies."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.progress import progress
 from umarvel_ray.recipe import Cluster
 from umarvel_ray.runs import read_step_log
-from umarvel_ray.train.failures import describe, record_failure, under_way
+from umarvel_ray.train.failures import current_phase, describe, record_failure
 from umarvel_ray.train.phases import PhaseSpec
 from umarvel_ray.train.stream import Tables
 
@@ -32,27 +33,46 @@ def train_phases(
     cluster: Cluster,
     run_dir: Path,
 ) -> None:
-    """Train phases in order in one worker group; done ones are skipped, a half-done one resumes at its last checkpoint.
+    """Train phases in order in one worker group. Finished ones are skipped; an interrupted one resumes.
 
     Args:
         stage: name of the Ray Train run, under `run_dir/train_state`.
-        queries: the query table of each phase, by its name.
+        queries: the query table of each phase, by the phase's name.
 
     Raises:
-        UserError: the workers' own one-line error, or the failure budget is used up.
+        UserError: a worker's own one-line error, or `cluster.max_failures` is used up.
     """
     todo = [spec for spec in specs if not spec.done]
     if not todo:
         return
     for spec in todo:
         spec.error_path.unlink(missing_ok=True)
+    trainer = _trainer(stage, todo, _shared_tables(todo, queries, documents), cluster, run_dir)
+    needs = ", ".join(f"{number:g} {kind}" for kind, number in _resources(cluster).items())
+    print(f"{stage}: waiting for {cluster.workers} workers ({needs} each)", file=sys.stderr, flush=True)
+    with _progress_of(todo):
+        try:
+            trainer.fit()
+        except ray.train.WorkerGroupError as error:
+            raise UserError(_user_error(todo) or _last_failure(stage, todo, error)) from error
+    if message := _user_error(todo):
+        raise UserError(message)
+
+
+def _shared_tables(specs: Sequence[PhaseSpec], queries: dict[str, pa.Table], documents: pa.Table) -> dict[str, Tables]:
+    """The tables of each phase in Ray's object store, by the phase's name."""
     corpus = ray.put(documents)
-    processor = todo[0].parent  # later parents do not exist yet; all share its tokenizer
-    tables = {spec.name: Tables(ray.put(queries[spec.name]), corpus, processor, spec.settings) for spec in todo}
-    trainer = TorchTrainer(
+    processor = specs[0].parent  # later parents do not exist yet; all have the same tokenizer
+    return {spec.name: Tables(ray.put(queries[spec.name]), corpus, processor, spec.settings) for spec in specs}
+
+
+def _trainer(
+    stage: str, specs: Sequence[PhaseSpec], tables: dict[str, Tables], cluster: Cluster, run_dir: Path
+) -> TorchTrainer:
+    return TorchTrainer(
         _train_worker,
         train_loop_config={
-            "specs": list(todo),
+            "specs": list(specs),
             "tables": tables,
             "tasks": max(1, cluster.preprocess_tasks // cluster.workers),
             "cpus_per_task": 1 if cluster.gpus_per_worker else 0.5,
@@ -62,33 +82,26 @@ def train_phases(
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cluster.cpus_per_worker}
-            | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+            resources_per_worker=_resources(cluster),
         ),
         run_config=RunConfig(
             name=stage,
             storage_path=str(run_dir / "train_state"),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[_FailureLog(todo)],
+            callbacks=[_FailureLog(specs)],
         ),
     )
-    finished = threading.Event()
-    follower = threading.Thread(target=_follow, args=(todo, finished), daemon=True)
-    follower.start()
-    try:
-        trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        raise UserError(_user_error(todo) or _used_up(stage, todo, error)) from error
-    finally:
-        finished.set()
-        follower.join()
-    if error := _user_error(todo):
-        raise UserError(error)
+
+
+def _resources(cluster: Cluster) -> dict[str, float]:
+    """What each worker needs."""
+    needs = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    return {kind: number for kind, number in needs.items() if number}
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    # Imported on the worker: neither the driver nor Ray Train's controller needs DeepSpeed and the model.
+    # Imported on the worker: the driver and Ray Train's controller need neither DeepSpeed nor the model.
     from umarvel_ray.train.loop import train_worker
 
     train_worker(config)
@@ -97,6 +110,19 @@ def _train_worker(config: dict[str, Any]) -> None:
 def _user_error(specs: Sequence[PhaseSpec]) -> str | None:
     """The user error recorded by a worker."""
     return next((spec.error_path.read_text() for spec in specs if spec.error_path.exists()), None)
+
+
+@contextmanager
+def _progress_of(specs: Sequence[PhaseSpec]) -> Iterator[None]:
+    """Show the progress of phases, as their step logs grow, from another thread."""
+    finished = threading.Event()
+    follower = threading.Thread(target=_follow, args=(specs, finished), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        follower.join()
 
 
 def _follow(specs: Sequence[PhaseSpec], finished: threading.Event) -> None:
@@ -113,17 +139,17 @@ def _follow(specs: Sequence[PhaseSpec], finished: threading.Event) -> None:
 
 
 class _FailureLog(UserCallback):
-    """Writes down every failure of the worker group, from Ray Train's controller: a lost worker cannot tell its own."""
+    """Records every failure of the worker group from Ray Train's controller: a lost worker cannot report its own."""
 
     def __init__(self, specs: Sequence[PhaseSpec]) -> None:
         self.specs = list(specs)
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        with suppress(OSError):  # a full disk may be the failure
+        with suppress(OSError):  # the failure may be a full disk
             record_failure(self.specs, worker_exceptions)
 
 
-def _used_up(stage: str, specs: Sequence[PhaseSpec], error: ray.train.WorkerGroupError) -> str:
-    path = under_way(specs).failures_path
+def _last_failure(stage: str, specs: Sequence[PhaseSpec], error: ray.train.WorkerGroupError) -> str:
+    path = current_phase(specs).failures_path
     where = f"; failures and their items are in {path}" if path.exists() else ""
     return f"{describe(error.worker_failures)} (stage {stage}: cluster.max_failures is used up{where})"

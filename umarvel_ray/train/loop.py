@@ -1,7 +1,7 @@
-"""The training loop that every Ray Train worker runs: all optimisation runs of a stage in one worker group.
+"""The training loop of every Ray Train worker: all phases of a stage in one worker group.
 
-For each spec: build the model from its parent, resume where the last checkpoint stands, walk the plan, and let rank 0
-merge the adapter and write the checkpoint directory that the next spec starts from.
+For each phase: build the model from its parent, resume from the last reported state, take the steps of the plan, and
+let rank 0 merge the adapters and write the checkpoint that the next phase starts from.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,63 +37,79 @@ from umarvel_ray.train.engine import (
     start_step,
     take_step,
 )
-from umarvel_ray.train.failures import check_finite, memory_watched
+from umarvel_ray.train.failures import check_finite, explain_out_of_memory
 from umarvel_ray.train.frozen_tower import FrozenTower
 from umarvel_ray.train.phases import VISION_CACHE_BYTES, PhaseSpec
 from umarvel_ray.train.step_log import StepLog
 from umarvel_ray.train.steps import run_step
 from umarvel_ray.train.stream import Tables, open_stream
 
-STATE, POSITION = "state.safetensors", "position.txt"
+TENSORS, POSITION = "state.safetensors", "position.txt"
 
-State = dict[str, torch.Tensor]
+
+@dataclass(frozen=True)
+class TrainState:
+    """How far a phase has come.
+
+    Attributes:
+        steps: optimizer steps taken.
+        tensors: trainable parameters and Adam moments after them (see `engine.capture`); empty before the first step.
+    """
+
+    steps: int = 0
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def save(self, phase: str, folder: Path) -> None:
+        """Write the state of a phase as the files of a Ray Train checkpoint."""
+        save_file(self.tensors, folder / TENSORS)
+        (folder / POSITION).write_text(f"{phase} {self.steps}")
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker; `config`: specs, tables (by phase name), tasks, cpus_per_task, threads."""
     torch.set_num_threads(config["threads"])
-    resumed = _resume_point(config["specs"])
+    resumed = _resumed_state(config["specs"])
     for spec in config["specs"]:
         if spec.error_path.exists():
-            return  # a try before this one ended in an error of the user's, which no retry mends
+            return  # an earlier attempt ended in a user error, which a retry cannot fix
         if not spec.done:
             try:
-                start, state = resumed.pop(spec.name, (0, None))
-                _run(spec, config["tables"][spec.name], config["tasks"], config["cpus_per_task"], start, state)
+                state = resumed.pop(spec.name, TrainState())
+                _train_phase(spec, config["tables"][spec.name], config["tasks"], config["cpus_per_task"], state)
             except UserError as error:
                 spec.error_path.write_text(str(error))
                 raise
         dist.barrier()
 
 
-def _run(spec: PhaseSpec, tables: Tables, tasks: int, cpus: float, start: int, state: State | None) -> None:
+def _train_phase(spec: PhaseSpec, tables: Tables, tasks: int, cpus: float, state: TrainState) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = read_plan(spec.plan_path)
     module = build_module(spec, quantized=spec.phase.language_model == "qlora")
-    if state:
-        load_trainable(module, state)
+    if state.tensors:
+        load_trainable(module, state.tensors)
     visual_of = _visual_of(spec, model_of(module))
     engine = make_engine(module, spec.phase, spec.compute)
-    if state:
-        restore(engine, state, start)
+    if state.tensors:
+        restore(engine, state.tensors, state.steps)
     packed = is_packed(spec.compute.packed, engine.device)
     passes = Passes(spec.compute.token_budget, spec.compute.gradient_cache, packed)
-    stream = open_stream(plan[start:], tables, rank, world, isinstance(spec.phase, RerankPhase), tasks, cpus)
-    log = StepLog(spec.log_path, start) if rank == 0 else None
+    stream = open_stream(plan[state.steps :], tables, rank, world, isinstance(spec.phase, RerankPhase), tasks, cpus)
+    log = StepLog(spec.log_path, state.steps) if rank == 0 else None
     clock = time.monotonic()
     for batch in stream:
-        number = batch.plan.step
+        step = batch.plan.step
         waited = time.monotonic() - clock
-        start_step(engine, learning_rate(spec.phase, number, len(plan)))
+        start_step(engine, learning_rate(spec.phase, step, len(plan)))
         engine.train()
-        with memory_watched(spec, number, rank, batch.lengths, packed):
+        with explain_out_of_memory(spec, step, rank, batch.lengths, packed):
             loss, temperature, tokens = run_step(engine, spec, batch, passes, visual_of)
             grad_norm = take_step(engine)
         check_finite(spec.name, batch.plan, loss, grad_norm)
         seconds = time.monotonic() - clock
         clock = time.monotonic()
         metrics = {
-            "step": number,
+            "step": step,
             "loss": loss,
             "temperature": temperature,
             "grad_norm": grad_norm,
@@ -104,44 +121,44 @@ def _run(spec: PhaseSpec, tables: Tables, tasks: int, cpus: float, start: int, s
         }
         if log:
             log.write(metrics)
-        if (number + 1) % spec.phase.checkpoint_every == 0 and number + 1 < len(plan):
-            _report(spec.name, number + 1, capture(engine), metrics)
-    state = capture(engine)
+        if (step + 1) % spec.phase.checkpoint_every == 0 and step + 1 < len(plan):
+            _report(spec.name, TrainState(step + 1, capture(engine)), metrics)
+    final = TrainState(len(plan), capture(engine))
     if log:
         log.close()
-        save_merged(spec, state, metrics)
+        save_merged(spec, final.tensors, metrics)
     engine.destroy()
-    _report(spec.name, len(plan), state, metrics)
+    _report(spec.name, final, metrics)
 
 
 def _visual_of(spec: PhaseSpec, model: EmbeddingModel | RerankerModel) -> VisualOf:
-    """A frozen tower leaves the module and is cached; one that trains, in any part, stays and runs with it."""
+    """A frozen tower is taken out of the module and cached; one that is trained, even in part, stays and runs in it."""
     if spec.phase.vision != "frozen":
         return lambda pictures: None
     tower = FrozenTower(model.backbone, model.scale, "cuda" if torch.cuda.is_available() else "cpu")
     return partial(VisionCache(VISION_CACHE_BYTES if spec.compute.cache_vision else 0).features, tower)
 
 
-def _resume_point(specs: Sequence[PhaseSpec]) -> dict[str, tuple[int, State]]:
-    """Where the spec that was under way stands, by its name.
+def _resumed_state(specs: Sequence[PhaseSpec]) -> dict[str, TrainState]:
+    """The last reported state of the phase that was interrupted, by its name; empty if there is none.
 
-    Asked once, as the group starts: all ranks but the first are told of no later checkpoint, and this one goes.
+    Called once, as the group starts: later checkpoints are known to rank 0 only, and this one is deleted by then.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return {}
     with checkpoint.as_directory() as folder:
-        name, position = (Path(folder) / POSITION).read_text().split()
+        name, steps = (Path(folder) / POSITION).read_text().split()
         if all(spec.done or spec.name != name for spec in specs):
             return {}
-        return {name: (int(position), load_file(Path(folder) / STATE))}
+        return {name: TrainState(int(steps), load_file(Path(folder) / TENSORS))}
 
 
-def _report(name: str, position: int, state: State, metrics: dict[str, float]) -> None:
+def _report(phase: str, state: TrainState, metrics: dict[str, float]) -> None:
+    """Report to Ray Train, from rank 0 with a checkpoint."""
     if dist.get_rank():
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        save_file(state, Path(folder) / STATE)
-        (Path(folder) / POSITION).write_text(f"{name} {position}")
+        state.save(phase, Path(folder))
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -1,4 +1,4 @@
-"""What a worker group is asked to do: one `PhaseSpec` per phase, described by files and values only."""
+"""The work of a worker group: one `PhaseSpec` per phase, made of paths and values only."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 from umarvel_ray.recipe import Compute, ModelSettings, TrainingPhase
 from umarvel_ray.runs import Run
 
-VISION_CACHE_BYTES = 2**30  # of each worker's host memory
+VISION_CACHE_BYTES = 2**30  # host memory of each worker
 
 
 class PhaseSpec(NamedTuple):
     """One phase, from the checkpoint `parent` to the checkpoint `output`.
 
     Attributes:
-        folder: holds the batch plan, the step log and the records of failures.
-        provenance: what the checkpoint says about itself beside what is measured.
+        folder: holds the batch plan, the step log and the failure records.
+        provenance: what the checkpoint's `umarvel.json` records besides the phase and its results.
     """
 
     name: str
@@ -54,10 +54,10 @@ class PhaseSpec(NamedTuple):
 def phase_spec(
     run: Run, name: str, phase: TrainingPhase, parent: str, settings: ModelSettings | None = None
 ) -> PhaseSpec:
-    """Phase `name`, trained from the checkpoint of phase `parent` in a run's folder.
+    """Phase `name` of a run, trained from the checkpoint of phase `parent`.
 
     Args:
-        settings: in place of the recipe's `model`.
+        settings: override the recipe's `model`.
     """
     return PhaseSpec(
         name=name,

@@ -1,12 +1,13 @@
-"""Before training: every item a query table needs is opened once, and what cannot be used is set aside (rule 8).
+"""Quarantine before training: open every item that a query table needs, and set aside the rows that are unusable.
 
-A batch plan is fixed before any picture is decoded, so a bad one must be known by then. Rows end in
-`quarantine/NAME.parquet` (table, id, reason); the file also says that the check is done.
+A batch plan is fixed before any picture is decoded, so bad pictures must be known by then. Unusable rows are written to
+`quarantine/NAME.parquet` (table, id, reason); the file's existence also marks the check as done.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,22 +21,25 @@ from umarvel_ray.items.images import open_image
 from umarvel_ray.items.item import check_item
 from umarvel_ray.items.videos import open_video
 
+Row = dict[str, Any]
+
 ROWS_PER_TASK = 4096
 QUARANTINE = pa.schema([("table", pa.string()), ("id", pa.string()), ("reason", pa.string())])
 
 
 def without_unusable(dataset: Dataset, name: str, folder: Path) -> Dataset:
-    """The dataset with query table `name` cut to rows that can be trained on.
+    """The dataset with query table `name` reduced to rows that can be trained on.
 
-    A query goes when it cannot be encoded or when none of its positives can; unusable positives leave the others.
+    Unusable positives are removed from their queries. A query is dropped if it is unusable itself or has no positive
+    left.
 
     Raises:
-        UserError: nothing is left.
+        UserError: no query is left.
     """
     file = folder / f"{name}.parquet"
     queries = dataset.queries(name)
-    first_look = not file.exists()
-    if first_look:
+    first_check = not file.exists()
+    if first_check:
         _write(_unusable(dataset, name, queries), file)
     bad = pq.read_table(file)
     if not bad.num_rows:
@@ -44,11 +48,11 @@ def without_unusable(dataset: Dataset, name: str, folder: Path) -> Dataset:
     bad_queries = set(bad.filter(pc.equal(bad["table"], name))["id"].to_pylist())
     kept, positives = [], []
     for row, (id_, ids) in enumerate(zip(queries["id"].to_pylist(), queries["positive_ids"].to_pylist(), strict=True)):
-        left = [document for document in ids if document not in bad_documents]
-        if left and id_ not in bad_queries:
+        usable = [document for document in ids if document not in bad_documents]
+        if usable and id_ not in bad_queries:
             kept.append(row)
-            positives.append(left)
-    if first_look:
+            positives.append(usable)
+    if first_check:
         print(f"{name}: {len(bad_queries):,} of {queries.num_rows:,} queries set aside; reasons in {file}")
     if not kept:
         raise UserError(f"{dataset.root}: no usable query in '{name}'; reasons in {file}")
@@ -57,8 +61,8 @@ def without_unusable(dataset: Dataset, name: str, folder: Path) -> Dataset:
     return dataset.with_queries(name, clean.set_column(column, "positive_ids", pa.array(positives)))
 
 
-def reason_against(row: dict, where: str) -> str | None:
-    """Why a row of a documents or queries table cannot be embedded, or None."""
+def reason_against(row: Row, where: str) -> str | None:
+    """Why a row of a document or query table cannot be embedded; None if it can."""
     try:
         item = check_item(item_of(row), where)
         images = item.get("image") or []
@@ -71,10 +75,11 @@ def reason_against(row: dict, where: str) -> str | None:
     return None
 
 
-def _unusable(dataset: Dataset, name: str, queries: pa.Table) -> list[dict]:
+def _unusable(dataset: Dataset, name: str, queries: pa.Table) -> list[Row]:
+    """A {"table", "id", "reason"} for every unusable query and positive."""
     wanted = pc.unique(pc.list_flatten(queries["positive_ids"])).to_pylist()
     documents = dataset.documents.take(pa.array([dataset.row_of[id_] for id_ in wanted], pa.int64()))
-    found = []
+    found: list[Row] = []
     for table, rows in (("documents", documents), (name, queries)):
         shared = ray.put(rows)
         starts = range(0, rows.num_rows, ROWS_PER_TASK)
@@ -88,13 +93,13 @@ def _unusable(dataset: Dataset, name: str, queries: pa.Table) -> list[dict]:
 
 
 @ray.remote(num_cpus=0.5)
-def _check(rows: pa.Table, start: int, table: str) -> list[dict]:
+def _check(rows: pa.Table, start: int, table: str) -> list[Row]:
     reasons = (
         (row["id"], reason_against(row, f"{table} {row['id']}")) for row in rows.slice(start, ROWS_PER_TASK).to_pylist()
     )
     return [{"table": table, "id": id_, "reason": reason} for id_, reason in reasons if reason]
 
 
-def _write(found: list[dict], file: Path) -> None:
+def _write(found: list[Row], file: Path) -> None:
     with atomic_path(file) as partial:
         pq.write_table(pa.Table.from_pylist(found, QUARANTINE), partial)

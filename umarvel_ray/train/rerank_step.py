@@ -1,4 +1,4 @@
-"""One optimiser step of the reranker: mean next-token loss over all pairs of all ranks."""
+"""One optimizer step of the reranker: mean next-token loss over all pairs of all ranks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ def rerank_step(
     visual_of: VisualOf,
     seed: int,
 ) -> float:
-    """Accumulate the gradient of the mean loss over the `total` pairs of the global batch; returns that loss."""
+    """Accumulate the gradient of the mean loss over the `total` pairs of the global batch; returns that loss.
+
+    Args:
+        pairs: this rank's share of the global batch.
+        visual_of, seed: see `embedding_step`.
+    """
     chunks = equal_chunks([pair.length for pair in pairs], passes, engine.device)
-    mine = torch.zeros((), device=engine.device)
-    for number, chunk in enumerate(chunks):
-        torch.manual_seed(chunk_seed(seed, dist.get_rank(), number))
+    share = torch.zeros((), device=engine.device)  # of the global loss
+    for index, chunk in enumerate(chunks):
+        torch.manual_seed(chunk_seed(seed, dist.get_rank(), index))
         batch = collate_pairs([pairs[i] for i in chunk or [0]], engine.device, passes.packed)
-        losses = engine(batch, visual_of(batch.pictures))
+        losses = engine(batch, visual_of(batch.pictures))  # (len(chunk),), or (1,) if the chunk is empty
         loss = losses[: len(chunk)].sum() / total
         engine.backward(loss * dist.get_world_size())
-        mine += loss.detach()
-    dist.all_reduce(mine)
-    return mine.item()
+        share += loss.detach()
+    dist.all_reduce(share)
+    return share.item()

@@ -1,11 +1,14 @@
-"""The three kinds of optimiser step: contrastive, distillation, reranking."""
+"""The three kinds of optimizer step: contrastive, distillation and reranking."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from umarvel_ray.data.plan import PlanStep
 from umarvel_ray.model.distillation import distillation_loss
@@ -25,7 +28,11 @@ def run_step(
     passes: Passes,
     visual_of: VisualOf,
 ) -> tuple[float, float, int]:
-    """Accumulate one step's exact global gradient; returns the global loss, τ (0 for the reranker) and real tokens."""
+    """Accumulate one step's exact global gradient in `engine`; the caller takes the step.
+
+    Returns:
+        The global loss, τ (0 for the reranker), and the tokens of all ranks, padding excluded.
+    """
     seed = spec.seed + batch.plan.step
     if isinstance(batch, RankPairs):
         loss = rerank_step(engine, batch.pairs, len(batch.plan.query_ids), passes, visual_of, seed)
@@ -36,9 +43,9 @@ def run_step(
 
 
 def not_negatives(plan: PlanStep) -> np.ndarray:
-    """(N, M) bool: what is no negative of each query of a contrastive step.
+    """bool (N, M): the documents that are not negatives of each query in a contrastive step.
 
-    Its listed positives; and all that is not its own where the plan lists each query's `own` negatives.
+    These are the query's listed positives and, if the plan lists each query's `own` negatives, all other documents.
     """
     matrix = np.full((len(plan.query_ids), len(plan.document_ids)), "own" in plan.arrays)
     for name, value in (("own", False), ("relevant", True)):
@@ -52,25 +59,27 @@ def _loss_of(plan: PlanStep, phase: ContrastivePhase | DistillPhase) -> LossOf:
 
 
 def _contrastive(plan: PlanStep, phase: ContrastivePhase) -> LossOf:
-    """InfoNCE, or its mean over the dimensions that the phase trains, the whole included (arXiv 2205.13147, eq. 1)."""
+    """InfoNCE; with `matryoshka`, its mean over those dimensions and the full one (arXiv 2205.13147, eq. 1)."""
     targets = torch.from_numpy(plan.arrays["targets"]).long()
     relevant = torch.from_numpy(not_negatives(plan))
 
-    def loss_of(queries, documents, log_temperature, rows):
+    def loss_of(queries: Tensor, documents: Tensor, log_temperature: Tensor, rows: slice) -> Tensor:
         device = queries.device
-        given = (targets.to(device), relevant.to(device), log_temperature, rows, phase.two_way)
+        common = (targets.to(device), relevant.to(device), log_temperature, rows, phase.two_way)
         dimensions = sorted({*phase.matryoshka, queries.shape[1]})
-        return sum(info_nce(truncate(queries, d), truncate(documents, d), *given) for d in dimensions) / len(dimensions)
+        losses = (info_nce(truncate(queries, d), truncate(documents, d), *common) for d in dimensions)
+        return cast(Tensor, sum(losses)) / len(dimensions)
 
     return loss_of
 
 
 def _distillation(plan: PlanStep) -> LossOf:
-    candidates = torch.from_numpy(plan.arrays["candidates"]).long()
-    teacher = torch.from_numpy(plan.arrays["teacher"])
+    """KL from the teacher on each query's candidates; the ranks' shares add up to the mean over all queries."""
+    candidates = torch.from_numpy(plan.arrays["candidates"]).long()  # (N, K) rows of documents, -1 on padding
+    teacher = torch.from_numpy(plan.arrays["teacher"])  # (N, K)
 
-    def loss_of(queries, documents, log_temperature, rows):
-        index = candidates[rows].to(queries.device)
+    def loss_of(queries: Tensor, documents: Tensor, log_temperature: Tensor, rows: slice) -> Tensor:
+        index = candidates[rows].to(queries.device)  # (n, K)
         cosines = torch.einsum("nd,nkd->nk", queries[rows].float(), documents.float()[index.clamp(min=0)])
         loss = distillation_loss(cosines, teacher[rows].to(queries.device), index >= 0, log_temperature)
         return loss * (len(index) / len(candidates))
@@ -79,6 +88,7 @@ def _distillation(plan: PlanStep) -> LossOf:
 
 
 def _total(tokens: int, device: torch.device) -> int:
+    """The sum over ranks."""
     count = torch.tensor(tokens, device=device)
     dist.all_reduce(count)
     return int(count)

@@ -1,7 +1,7 @@
-"""The stream: Ray Data fulfils a batch plan, one row per optimiser step, in order, ahead of the trainer.
+"""The stream of encoded batches: Ray Data prepares one row per step of the batch plan, in order, ahead of the trainer.
 
 Each rank opens a stream over its own slice of the plan; CPU tasks anywhere in the cluster read, decode, resize and
-tokenise. Plan rows carry row numbers, tables travel once through the object store, so a task touches only its rows.
+tokenize. Plan rows carry row numbers and the tables are in the object store, so a task touches only its own rows.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +22,18 @@ from umarvel_ray.data.plan import PlanStep, rank_slice
 from umarvel_ray.data.tables import item_of
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
+from umarvel_ray.items.item import Item
 from umarvel_ray.items.pair_encoder import EncodedPair, PairEncoder
 from umarvel_ray.recipe import ModelSettings
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What a plan is fulfilled from: both tables in the object store, and the files the encoders are built from."""
+    """Where a plan's items come from: both tables in the object store, and what the encoders are built from.
+
+    Attributes:
+        processor: directory with tokenizer, chat template and image processor.
+    """
 
     queries: ray.ObjectRef
     documents: ray.ObjectRef
@@ -37,7 +43,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class RankItems:
-    """What one rank works on in one step: its slice of the encoded items and the global plan arrays."""
+    """One rank's share of an embedder step: its slice of the encoded items, and the global plan step."""
 
     plan: PlanStep
     queries: list[EncodedItem]
@@ -51,7 +57,7 @@ class RankItems:
 
 @dataclass(frozen=True)
 class RankPairs:
-    """One rank's share of a reranker step."""
+    """One rank's share of a reranker step: its slice of the encoded pairs, and the global plan step."""
 
     plan: PlanStep
     pairs: list[EncodedPair]
@@ -69,7 +75,11 @@ def open_stream(
 
     Args:
         pairs: encode aligned (query, document) pairs for the reranker instead of separate items.
-        tasks: preprocessing tasks that may run at once for this rank; `cpus`: logical CPUs of each.
+        tasks: preprocessing tasks that may run at once for this rank.
+        cpus: logical CPUs of each task.
+
+    Raises:
+        UserError: the plan names a row that the tables do not have.
     """
     if not plan:
         return
@@ -93,7 +103,7 @@ def open_stream(
     pause_scheduling(context)
     with DataContext.current(context):
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _fulfil, batch_size=1, num_cpus=cpus, fn_kwargs={"tables": tables, "pairs": pairs}
+            _encode_row, batch_size=1, num_cpus=cpus, fn_kwargs={"tables": tables, "pairs": pairs}
         )
         stream = dataset.iter_batches(batch_size=1, prefetch_batches=2 * tasks, batch_format="pyarrow")
         for step, row in zip(plan, stream, strict=True):
@@ -101,13 +111,15 @@ def open_stream(
             yield RankPairs(step, first) if pairs else RankItems(step, first, second)
 
 
-def _fulfil(rows: dict[str, np.ndarray], tables: Tables, pairs: bool) -> dict[str, list[bytes]]:
+def _encode_row(rows: dict[str, np.ndarray], tables: Tables, pairs: bool) -> dict[str, list[bytes]]:
+    """A Ray Data batch of one plan row → its pickled items or pairs."""
     queries, documents = ray.get([tables.queries, tables.documents])
     q, d = rows["queries"][0], rows["documents"][0]
+    payload: tuple[list[Any], list[Any] | None]
     if pairs:
-        encoder = _pair_encoder(tables.processor, tables.settings)
-        taken = zip(_items(queries, q), _items(documents, d), rows["answers"][0], strict=True)
-        payload = ([encoder.encode(query, document, bool(answer)) for query, document, answer in taken], None)
+        pair_encoder = _pair_encoder(tables.processor, tables.settings)
+        aligned = zip(_items(queries, q), _items(documents, d), rows["answers"][0], strict=True)
+        payload = ([pair_encoder.encode(query, document, bool(answer)) for query, document, answer in aligned], None)
     else:
         encoder = _item_encoder(tables.processor, tables.settings)
         payload = (
@@ -117,7 +129,7 @@ def _fulfil(rows: dict[str, np.ndarray], tables: Tables, pairs: bool) -> dict[st
     return {"payload": [pickle.dumps(payload, protocol=5)]}
 
 
-def _items(table: pa.Table, rows: np.ndarray) -> list[dict]:
+def _items(table: pa.Table, rows: np.ndarray) -> list[Item]:
     return [item_of(row) for row in table.take(pa.array(rows, type=pa.int64())).to_pylist()]
 
 
@@ -127,7 +139,7 @@ def _row_numbers(table: pa.Table) -> dict[str, int]:
 
 def _find(row_of: dict[str, int], name: str, kind: str) -> int:
     if name not in row_of:
-        raise UserError(f"plan: {kind} '{name}' is in no table; rebuild the plan by removing it from the run folder")
+        raise UserError(f"plan: {kind} '{name}' is in no table; remove the plan from the run folder to rebuild it")
     return row_of[name]
 
 

@@ -1,19 +1,19 @@
-// The form is the query, the address remembers it, and one request at a time answers it.
+// The form holds the query, the URL fragment records it, and one request at a time answers it.
 
-const LONGEST_SIDE = 1024; // pixels of a picture that is sent; the models see fewer
-const SENT_AS_IS = ["image/png", "image/jpeg", "image/webp", "image/gif"]; // the service reads these
+const LONGEST_SIDE = 1024; // pixels; larger pictures are scaled down before they are sent, and the models see fewer still
+const SENT_AS_IS = ["image/png", "image/jpeg", "image/webp", "image/gif"]; // formats that the service reads
 const KINDS = { text: "text", image: "picture", "image,text": "picture with text" };
-const STEPS = { encode: "encode_ms", retrieve: "retrieve_ms", rerank: "rerank_ms" };
-const PATIENCE_MS = 200; // quicker answers replace the old ones without a sign of waiting
+const TIMINGS = { encode: "encode_ms", retrieve: "retrieve_ms", rerank: "rerank_ms" };
+const PATIENCE_MS = 200; // faster responses replace the old results without a loading state
 
 const at = (id) => document.getElementById(id);
 const form = at("search");
 const fields = form.elements;
-let picture = null; // {uri, name}: the query's
-let running = null; // the AbortController of the request under way
-let models = null; // settled once it is known what the service has
+let picture = null; // {uri, name} of the query's picture
+let running = null; // AbortController of the request in progress
+let models = null; // a promise, settled once the service's models are known
 
-// The query: in the form, in the address, on the wire.
+// The query: in the form, in the URL, on the wire.
 
 function readForm() {
   const chosen = (name) => [...form.querySelectorAll(`[name=${name}]:checked`)].map((box) => box.value);
@@ -49,19 +49,19 @@ function toAddress({ text, instruction, modality, source, rerank, topK }) {
 }
 
 function fromAddress() {
-  const given = new URLSearchParams(location.hash.slice(1));
+  const params = new URLSearchParams(location.hash.slice(1));
   return {
-    text: given.get("text") ?? "",
-    instruction: given.get("instruction") ?? "",
-    picture: history.state?.picture ?? null, // not in the link, but Back brings it
-    modality: given.getAll("modality"),
-    source: given.getAll("source"),
-    rerank: given.has("rerank"),
-    topK: given.get("results") ?? fields.top_k.options[0].value,
+    text: params.get("text") ?? "",
+    instruction: params.get("instruction") ?? "",
+    picture: history.state?.picture ?? null, // not in the link, but the Back button restores it
+    modality: params.getAll("modality"),
+    source: params.getAll("source"),
+    rerank: params.has("rerank"),
+    topK: params.get("results") ?? fields.top_k.options[0].value,
   };
 }
 
-/** Whether the query is another than the one remembered last. */
+/** Record the query in the URL and history; returns whether it differs from the last one recorded. */
 function remember(query) {
   const address = toAddress(query);
   if (address === (location.hash || "#") && query.picture?.uri === history.state?.picture?.uri) return false;
@@ -70,10 +70,10 @@ function remember(query) {
 }
 
 function toRequest({ text, instruction, picture, modality, source, rerank, topK }) {
-  const given = (entries) => Object.fromEntries(Object.entries(entries).filter(([, value]) => value?.length));
+  const present = (entries) => Object.fromEntries(Object.entries(entries).filter(([, value]) => value?.length));
   return {
-    query: given({ text, instruction, image: picture?.uri }),
-    filter: given({ modality, source }),
+    query: present({ text, instruction, image: picture?.uri }),
+    filter: present({ modality, source }),
     top_k: Number(topK),
     rerank: rerank && !fields.rerank.disabled,
     return_documents: true,
@@ -82,25 +82,25 @@ function toRequest({ text, instruction, picture, modality, source, rerank, topK 
 
 // The service.
 
-async function ask(path, body, signal) {
+async function call(path, body, signal) {
   const key = sessionStorage.getItem("apiKey");
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
-  const answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal })
+  const response = await fetch(path, { method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal })
     .catch((error) => {
-      throw signal?.aborted ? error : new Error("The service does not answer. Is it running?");
+      throw signal?.aborted ? error : new Error("The service is not responding. Is it running?");
     });
-  const told = await answer.text();
-  if (answer.ok) return JSON.parse(told);
-  if (answer.status === 401) askForKey();
-  throw new Error(messageOf(answer, told));
+  const content = await response.text();
+  if (response.ok) return JSON.parse(content);
+  if (response.status === 401) askForKey();
+  throw new Error(messageOf(response, content));
 }
 
-function messageOf(answer, told) {
-  let message = told || answer.statusText;
+function messageOf(response, text) {
+  let message = text || response.statusText;
   try {
-    message = JSON.parse(told).error.message;
-  } catch {} // Serve's own refusals are plain text
-  return answer.status === 404 ? `There is nothing to search here: ${message}` : message;
+    message = JSON.parse(text).error.message;
+  } catch {} // Serve's own errors are plain text
+  return response.status === 404 ? `Search is not available: ${message}` : message;
 }
 
 function askForKey() {
@@ -109,7 +109,7 @@ function askForKey() {
 }
 
 async function learnModels() {
-  const { data } = await ask("v1/models");
+  const { data } = await call("v1/models");
   fields.rerank.disabled = data.length < 2; // the embedder comes first, then the reranker if there is one
   if (!fields.rerank.disabled) return;
   fields.rerank.checked = false;
@@ -128,18 +128,18 @@ async function search() {
   const mine = (running = new AbortController());
   const query = readForm();
   document.title = `${query.text || (query.picture ? "picture" : "umarvel")} · search`;
-  complain("");
+  showError("");
   if (!query.text && !query.picture) return clear(true);
   const waiting = setTimeout(showWaiting, PATIENCE_MS, query);
   try {
     await models;
     const start = performance.now();
-    const answer = await ask("v1/search", toRequest(query), mine.signal);
+    const answer = await call("v1/search", toRequest(query), mine.signal);
     showAnswer(answer, performance.now() - start);
   } catch (error) {
     if (mine.signal.aborted) return;
     clear(false);
-    complain(error.message);
+    showError(error.message);
   } finally {
     clearTimeout(waiting);
   }
@@ -151,13 +151,13 @@ function restore() {
 }
 
 function begin() {
-  models = learnModels().catch(() => {}); // what is wrong, the first search tells
+  models = learnModels().catch(() => {}); // the first search reports what is wrong
   search();
 }
 
 // Showing.
 
-function complain(message) {
+function showError(message) {
   at("error").textContent = message;
   at("error").hidden = !message;
 }
@@ -180,20 +180,20 @@ function showWaiting({ topK }) {
 function showAnswer({ results, timings }, total) {
   clear(false);
   offerSources(results.map((result) => result.source));
-  const took = Object.entries(STEPS).filter(([, name]) => timings[name] >= 0.05);
-  const steps = took.map(([step, name]) => element("span", `${step} ${duration(timings[name])}`, step));
+  const measured = Object.entries(TIMINGS).filter(([, name]) => timings[name] >= 0.05);
+  const parts = measured.map(([part, name]) => element("span", `${part} ${duration(timings[name])}`, part));
   const whole = element("span", `${counted(results.length)} in `);
   whole.append(element("b", duration(total)));
-  at("status").replaceChildren(whole, " ", ...steps.flatMap((step) => [step, " "]));
-  showTimes(Object.values(STEPS).map((name) => timings[name]), total);
+  at("status").replaceChildren(whole, " ", ...parts.flatMap((part) => [part, " "]));
+  showTimes(Object.values(TIMINGS).map((name) => timings[name]), total);
   const top = Math.max(1, results[0]?.score);
   at("results").replaceChildren(...results.map((result, number) => card(result, number + 1, top)));
   for (const text of document.querySelectorAll(".text:not([hidden])"))
     text.nextElementSibling.hidden = text.scrollHeight <= text.clientHeight + 1;
 }
 
-function showTimes(steps, total) {
-  const parts = [...steps, Math.max(0, total - steps.reduce((sum, one) => sum + one, 0))];
+function showTimes(times, total) {
+  const parts = [...times, Math.max(0, total - times.reduce((sum, one) => sum + one, 0))];
   at("times").hidden = false;
   [...at("times").children].forEach((bar, number) => (bar.style.flexGrow = parts[number]));
 }
@@ -248,11 +248,11 @@ function duration(ms) {
 
 // Pictures.
 
-function showPicture(given) {
-  picture = given;
-  at("preview").hidden = !given;
+function showPicture(shown) {
+  picture = shown;
+  at("preview").hidden = !shown;
   fields.file.value = "";
-  if (given) Object.assign(at("preview").firstElementChild, { src: given.uri, alt: `The query's picture: ${given.name}` });
+  if (shown) Object.assign(at("preview").firstElementChild, { src: shown.uri, alt: `The query's picture: ${shown.name}` });
 }
 
 async function takePicture(file) {
@@ -261,11 +261,11 @@ async function takePicture(file) {
     showPicture({ uri, name: file.name });
     submit();
   } catch {
-    complain(`${file.name}: the browser cannot read this as a picture; take a PNG, JPEG, WebP or GIF file`);
+    showError(`${file.name}: the browser cannot open this as a picture; use a PNG, JPEG, WebP or GIF file`);
   }
 }
 
-/** The file as a data URI; drawn anew where it is large, or of a type that the service may not read. */
+/** The file as a data URI; re-encoded if it is large, or of a type that the service may not read. */
 async function smaller(file) {
   const drawn = new Image();
   drawn.src = URL.createObjectURL(file);
@@ -304,14 +304,14 @@ function removePicture() {
 
 function moreLike({ id, document: { text, image } }) {
   fields.text.value = text ?? "";
-  fields.instruction.value = ""; // it was said of another query
+  fields.instruction.value = ""; // it belonged to the previous query
   showPicture(image ? { uri: image, name: text || id } : null);
   scrollTo({ top: 0 });
-  at("answer-title").focus({ preventScroll: true }); // the button is about to go
+  at("answer-title").focus({ preventScroll: true }); // the button is about to be removed
   submit();
 }
 
-// Hands and keys.
+// Mouse, touch and keyboard.
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -333,7 +333,7 @@ at("key").addEventListener("submit", (event) => {
 addEventListener("popstate", restore);
 
 addEventListener("paste", (event) => {
-  if (!event.clipboardData.files.length) return; // words go where the cursor is
+  if (!event.clipboardData.files.length) return; // text is pasted at the cursor, as usual
   event.preventDefault();
   takeFirstPicture(event.clipboardData);
 });
@@ -361,7 +361,7 @@ addEventListener("keydown", (event) => {
   } else if (event.key.startsWith("Arrow")) walk(event);
 });
 
-/** Arrow keys: from the search field into the results, and from card to card as they lie on the screen. */
+/** Arrow keys: from the search field into the results, and from card to card as they are laid out. */
 function walk(event) {
   const cards = [...at("results").querySelectorAll(".card:not(.waiting)")];
   const here = cards.findIndex((card) => card.contains(event.target));

@@ -1,4 +1,4 @@
-"""Cohere's second version of embed; its rerank stands beside Jina's in rerank.py."""
+"""Cohere's embed route, version 2; its rerank route is in rerank.py with Jina's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from umarvel_ray.serving.items import Body, Item, Part, item_of_parts
-from umarvel_ray.serving.routes.common import Name, Served, check_model, sorted_out
-from umarvel_ray.serving.routes.embeddings import shorter, wire_vector
+from umarvel_ray.serving.routes.common import Name, Served, check_model, split_bad
+from umarvel_ray.serving.routes.embeddings import shorten, wire_vector
 
 router = APIRouter(tags=["embeddings"])
 
@@ -38,23 +38,23 @@ class EmbedRequest(Body):
     embedding_types: Annotated[tuple[EmbeddingType, ...], Field(min_length=1)] = ("float",)
     output_dimension: Annotated[int, Field(ge=1)] | None = None
     truncate: Literal["NONE", "START", "END"] = Field(
-        default="END", description="accepted; texts over the model's length are cut at the end"
+        default="END", description="accepted for Cohere clients, ignored: long texts are truncated at the end"
     )
 
     @model_validator(mode="after")
     def _one_of_three(self) -> EmbedRequest:
-        if sum(given is not None for given in (self.texts, self.images, self.inputs)) != 1:
-            raise PydanticCustomError("inputs", "give one of texts, images and inputs")
+        if sum(value is not None for value in (self.texts, self.images, self.inputs)) != 1:
+            raise PydanticCustomError("inputs", "give exactly one of texts, images and inputs")
         return self
 
     @property
-    def given(self) -> tuple[str, list[str | Item]]:
-        """The items, and their key in the body."""
+    def items(self) -> tuple[str, list[str | Item]]:
+        """The items' key in the request body, and the items."""
         if self.texts is not None:
             return "texts", list(self.texts)
         if self.images is not None:
             return "images", [Item(image=image) for image in self.images]
-        return "inputs", [item_of_parts(one.content) for one in self.inputs]
+        return "inputs", [item_of_parts(one.content) for one in self.inputs or ()]
 
 
 class EmbedResponse(BaseModel):
@@ -67,12 +67,12 @@ class EmbedResponse(BaseModel):
 
 @router.post("/v2/embed")
 async def embed(body: EmbedRequest, backend: Served) -> EmbedResponse:
-    """Unit vectors, one per input, in each of the forms asked for."""
+    """Unit vectors, one per input, in each of the requested types."""
     check_model(body.model, backend.embedder)
-    name, items = body.given
+    name, items = body.items
     side = "query" if body.input_type == "search_query" else "document"
-    kept, _ = sorted_out(await backend.embed(await backend.read(items, name), side), "fail")
-    vectors = [shorter(one.vector, body.output_dimension) for _, one in kept]
+    kept, _ = split_bad(await backend.embed(await backend.read(items, name), side), "fail")
+    vectors = [shorten(one.vector, body.output_dimension) for _, one in kept]
     return EmbedResponse(
         id=str(uuid.uuid4()),
         embeddings={kind: [_typed(vector, kind) for vector in vectors] for kind in body.embedding_types},
@@ -82,7 +82,7 @@ async def embed(body: EmbedRequest, backend: Served) -> EmbedResponse:
 
 
 def _typed(vector: np.ndarray, kind: EmbeddingType) -> Any:
-    """`binary`: the coordinates' signs, eight to a byte, the first one highest, as Cohere and numpy pack them."""
+    """One vector as JSON. `binary` and `ubinary` pack eight signs per byte, the first as the highest bit."""
     if kind in ("float", "base64"):
         return wire_vector(vector, kind)
     packed = np.packbits(vector > 0)

@@ -1,4 +1,4 @@
-"""OpenAI's embeddings route, with items beside strings and vLLM's chat messages beside items."""
+"""OpenAI's embeddings route, which also takes items and vLLM's chat messages."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from umarvel_ray.serving.routes.common import (
     Served,
     Usage,
     check_model,
-    sorted_out,
+    split_bad,
 )
 
 router = APIRouter(tags=["embeddings"])
 
 
 class Message(Body):
-    """Of one item: a system message is its instruction, the user's parts its texts and pictures."""
+    """Part of one item: the system message is its instruction, the user message its texts and pictures."""
 
     role: Literal["system", "user"]
     content: Annotated[String | Annotated[list[Part], Tag("a list")], by_type("give a string or a list of parts")]
@@ -55,7 +55,7 @@ class EmbeddingsRequest(Body):
     model: Name | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="keep so many coordinates, scaled to unit norm again (for models trained for it)"
+        default=None, description="keep only this many dimensions and renormalize (for models trained for it)"
     )
     input_type: InputType = "query"
     on_error: OnError = "fail"
@@ -64,18 +64,19 @@ class EmbeddingsRequest(Body):
     @model_validator(mode="after")
     def _one_of_two(self) -> EmbeddingsRequest:
         if (self.input is None) == (self.messages is None):
-            raise PydanticCustomError("input", "give input or messages, and not both")
+            raise PydanticCustomError("input", "give either input or messages")
         if self.messages and [message.role for message in self.messages] not in (["user"], ["system", "user"]):
-            raise PydanticCustomError("messages", "give one user message, a system message before it or none")
+            raise PydanticCustomError("messages", "give one user message, optionally preceded by one system message")
         return self
 
     @property
-    def given(self) -> str | Item | list[str | Item]:
+    def items(self) -> str | Item | list[str | Item]:
         if self.messages is None:
+            assert self.input is not None  # checked above
             return self.input
         item = self.messages[-1].item
-        told = self.messages[0].item.text if len(self.messages) > 1 else None
-        return item.model_copy(update={"instruction": told})
+        instruction = self.messages[0].item.text if len(self.messages) > 1 else None
+        return item.model_copy(update={"instruction": instruction})
 
 
 class Embedding(BaseModel):
@@ -89,7 +90,7 @@ class EmbeddingsResponse(BaseModel):
     data: list[Embedding]
     model: str
     usage: Usage
-    errors: list[ItemError] = Field(default=[], description="the items left out, with `on_error: skip`")
+    errors: list[ItemError] = Field(default=[], description="the items left out with `on_error: skip`")
 
 
 @router.post("/v1/embeddings")
@@ -97,12 +98,12 @@ async def embeddings(body: EmbeddingsRequest, backend: Served) -> EmbeddingsResp
     """Unit vectors, one per item, in order."""
     model = backend.embedder
     check_model(body.model, model)
-    read = await backend.read(body.given, "messages" if body.messages else "input")
-    kept, errors = sorted_out(await backend.embed(read, body.input_type), body.on_error)
+    read = await backend.read(body.items, "messages" if body.messages else "input")
+    kept, errors = split_bad(await backend.embed(read, body.input_type), body.on_error)
     tokens = sum(one.tokens for _, one in kept)
     return EmbeddingsResponse(
         data=[
-            Embedding(index=number, embedding=wire_vector(shorter(one.vector, body.dimensions), body.encoding_format))
+            Embedding(index=number, embedding=wire_vector(shorten(one.vector, body.dimensions), body.encoding_format))
             for number, one in kept
         ],
         model=model.name,
@@ -111,16 +112,16 @@ async def embeddings(body: EmbeddingsRequest, backend: Served) -> EmbeddingsResp
     )
 
 
-def shorter(vector: np.ndarray, dimensions: int | None) -> np.ndarray:
-    """The vector's first coordinates, of unit norm.
+def shorten(vector: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """The vector's first `dimensions` coordinates, scaled to unit norm.
 
     Raises:
-        BadItem: the model has fewer.
+        BadItem: the model has fewer dimensions.
     """
     if dimensions is None:
         return vector
     if dimensions > len(vector):
-        raise BadItem(f"dimensions: {dimensions}; the model has {len(vector)}", "dimensions")
+        raise BadItem(f"dimensions: {dimensions}; the model has only {len(vector)}", "dimensions")
     return truncate(torch.from_numpy(vector)[None], dimensions)[0].numpy()
 
 

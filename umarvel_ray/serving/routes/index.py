@@ -1,4 +1,4 @@
-"""Documents that clients add to the index, and delete."""
+"""Adding documents to the index, and deleting them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from umarvel_ray.index.records import Add
 from umarvel_ray.serving.items import Body, Item
-from umarvel_ray.serving.routes.common import ItemError, OnError, Served, sorted_out
+from umarvel_ray.serving.routes.common import ItemError, OnError, Served, split_bad
 
 router = APIRouter(tags=["index"])
 
@@ -18,12 +18,12 @@ Id = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
 class Document(Body):
-    """What is searched for: text, a picture, or both. A document with an id that is there replaces that one."""
+    """A searchable document: text, a picture, or both. It replaces any document that has the same id."""
 
     id: Id
     text: str | None = None
     image: str | None = Field(default=None, description="data URI, base64, or a URL of an allowed host")
-    source: Annotated[str, StringConstraints(max_length=512)] = Field(default="added", description="to filter by")
+    source: Annotated[str, StringConstraints(max_length=512)] = Field(default="added", description="label to filter by")
 
 
 class AddRequest(Body):
@@ -36,10 +36,10 @@ class AddRequest(Body):
 
 
 class AddResponse(BaseModel):
-    sequence: int = Field(description="number of the commit; `after` in a search asks to see it")
+    sequence: int = Field(description="number of the commit; a search with this as `after` sees it")
     added: int
     replaced: int
-    errors: list[ItemError] = Field(default=[], description="the documents left out, with `on_error: skip`")
+    errors: list[ItemError] = Field(default=[], description="the documents left out with `on_error: skip`")
 
 
 class DeleteRequest(Body):
@@ -56,21 +56,21 @@ class DeleteResponse(BaseModel):
 
 class IndexResponse(BaseModel):
     documents: int
-    sequence: int = Field(description="number of the last commit that the answering replica has seen")
+    sequence: int = Field(description="number of the last commit that the responding replica has read")
     writable: bool
 
 
 @router.get("/v1/index")
 async def index(backend: Served) -> IndexResponse:
-    """How many documents are searched."""
+    """The size and state of the index."""
     documents, sequence = await backend.index_size()
     return IndexResponse(documents=documents, sequence=sequence, writable=backend.writable)
 
 
 @router.post("/v1/index")
 async def add(body: AddRequest, backend: Served) -> AddResponse:
-    """Embed documents and add them: durable when answered, found by every search a moment later."""
-    items = [Item(text=document.text, image=document.image) for document in body.documents]
+    """Embed documents and add them. They are on disk when this responds, and every search finds them a moment later."""
+    items: list[str | Item] = [Item(text=document.text, image=document.image) for document in body.documents]
 
     def record(number: int, item: dict[str, Any], vector: np.ndarray) -> Add:
         document = body.documents[number]
@@ -79,14 +79,14 @@ async def add(body: AddRequest, backend: Served) -> AddResponse:
 
     read = await backend.read(items, "documents")
     embedded, done = await backend.add(read, record, body.on_error == "skip")
-    _, errors = sorted_out(embedded, "skip")
+    _, errors = split_bad(embedded, "skip")
     replaced = sum(done.existed)
     return AddResponse(sequence=done.sequence, added=len(done.existed) - replaced, replaced=replaced, errors=errors)
 
 
 @router.post("/v1/index/delete")
 async def delete(body: DeleteRequest, backend: Served) -> DeleteResponse:
-    """Delete documents: durable when answered, found by no search a moment later."""
+    """Delete documents. This is on disk when it responds, and no search finds them a moment later."""
     done = await backend.delete(body.ids)
     unknown = [id_ for id_, existed in zip(body.ids, done.existed, strict=True) if not existed]
     return DeleteResponse(sequence=done.sequence, deleted=sum(done.existed), unknown=unknown)

@@ -1,4 +1,4 @@
-"""The page for people: three plain files, read once, under a policy that lets the browser load nothing else."""
+"""The search page: three static files, read once, with a policy that lets the browser load nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ router = APIRouter(include_in_schema=False)
 FOLDER = Path(__file__).parents[1] / "page"
 TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 FILES = {name: (FOLDER / name).read_bytes() for name in TYPES}
-POLICY = {  # data: a document's picture; blob: the one that was dropped, before it is sent
+POLICY = {  # data: pictures of documents; blob: a dropped picture before it is sent
     "default-src": "'none'",
     "script-src": "'self'",
     "style-src": "'self'",
@@ -28,7 +28,7 @@ HEADERS = {
     "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # kept, and asked after by its tag: an updated service shows its own page at once
+    "Cache-Control": "no-cache",  # cached, but revalidated by ETag: an updated service shows its own page at once
 }
 
 
@@ -40,7 +40,7 @@ async def index(request: Request) -> Response:
 @router.get("/static/{name}")
 async def file(name: str, request: Request) -> Response:
     if name not in FILES:
-        raise HTTPException(404, f"no file {name} in the page")
+        raise HTTPException(404, f"the page has no file {name}")
     return _file(name, request)
 
 

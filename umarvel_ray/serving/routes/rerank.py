@@ -1,4 +1,4 @@
-"""Rerank as Jina and Cohere shape it, and vLLM's score."""
+"""The rerank routes of Jina and Cohere, and vLLM's score route."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from umarvel_ray.serving.backend import good
+from umarvel_ray.serving.backend import require_good
 from umarvel_ray.serving.errors import BadItem
 from umarvel_ray.serving.items import Body, Item, Items, OneItem, OneOrMore
-from umarvel_ray.serving.routes.common import ItemError, Name, OnError, Served, check_model, sorted_out
+from umarvel_ray.serving.routes.common import ItemError, Name, OnError, Served, check_model, split_bad
 
 router = APIRouter(tags=["rerank"])
 
@@ -34,13 +34,13 @@ class RerankRequest(Body):
     return_documents: bool = False
     on_error: OnError = "fail"
     max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="accepted for Cohere clients, ignored: the checkpoint says where documents are cut"
+        default=None, description="accepted for Cohere clients, ignored: the checkpoint sets the length"
     )
 
 
 class RerankResult(BaseModel):
     index: int
-    relevance_score: float = Field(description="the model's P(yes)")
+    relevance_score: float = Field(description="P(yes)")
     document: Item | None = None
 
 
@@ -48,7 +48,7 @@ class RerankResponse(BaseModel):
     id: str
     model: str
     results: list[RerankResult]
-    errors: list[ItemError] = Field(default=[], description="the documents left out, with `on_error: skip`")
+    errors: list[ItemError] = Field(default=[], description="the documents left out with `on_error: skip`")
     meta: dict[str, Any] = {"api_version": {"version": "2"}}
 
 
@@ -58,10 +58,10 @@ async def rerank(body: RerankRequest, backend: Served) -> RerankResponse:
     """Documents by P(yes), best first."""
     model = backend.reranker
     check_model(body.model, model)
-    [query] = good(await backend.read(body.query, "query"))
+    [query] = require_good(await backend.read(body.query, "query"))
     documents = await backend.read(body.documents, "documents")
-    kept, errors = sorted_out(await backend.score(query, documents), body.on_error)
-    best = sorted(kept, key=lambda numbered: -numbered[1])[: body.top_n]
+    kept, errors = split_bad(await backend.score(query, documents), body.on_error)
+    best = sorted(kept, key=lambda pair: -pair[1])[: body.top_n]
     return RerankResponse(
         id=str(uuid.uuid4()),
         model=model.name,
@@ -84,7 +84,7 @@ class ScoreRequest(Body):
     )
 
     queries: OneOrMore = Field(
-        validation_alias=AliasChoices("queries", "text_1"), description="one, or one per document"
+        validation_alias=AliasChoices("queries", "text_1"), description="one for all documents, or one per document"
     )
     documents: OneOrMore = Field(validation_alias=AliasChoices("documents", "text_2"))
     model: Name | None = None
@@ -105,25 +105,28 @@ class ScoreResponse(BaseModel):
 
 @router.post("/v1/score")
 async def score(body: ScoreRequest, backend: Served) -> ScoreResponse:
-    """P(yes) of pairs, in order: one query with every document, or each query with its own.
+    """P(yes) of pairs, in order: one query with every document, or each query with the document at its position.
 
-    The name of the embedder as `model` gives cosines instead.
+    With the embedder's name as `model`, the scores are cosines.
     """
-    queries = good(await backend.read(body.queries, "queries"))
-    documents = good(await backend.read(body.documents, "documents"))
+    queries = require_good(await backend.read(body.queries, "queries"))
+    documents = require_good(await backend.read(body.documents, "documents"))
     if len(queries) not in (1, len(documents)):
-        raise BadItem(f"queries: {len(queries)} for {len(documents)} documents; give one, or as many", "queries")
+        raise BadItem(
+            f"queries: {len(queries)} for {len(documents)} documents; give one query, or one per document", "queries"
+        )
     if body.model == backend.embedder.name:
-        left, right = await asyncio.gather(backend.embed(queries, "query"), backend.embed(documents, "document"))
-        left = good(left) * (1 if len(left) > 1 else len(documents))
-        scores = [float(q.vector @ d.vector) for q, d in zip(left, good(right), strict=True)]
+        embedded = await asyncio.gather(backend.embed(queries, "query"), backend.embed(documents, "document"))
+        left, right = map(require_good, embedded)
+        left *= 1 if len(left) > 1 else len(right)
+        scores = [float(q.vector @ d.vector) for q, d in zip(left, right, strict=True)]
         name = backend.embedder.name
     else:
         check_model(body.model, backend.reranker)
         name = backend.reranker.name
         groups = [documents] if len(queries) == 1 else [[document] for document in documents]
-        answers = await asyncio.gather(*(backend.score(*pair) for pair in zip(queries, groups, strict=True)))
-        scores = [score for answer in answers for score in good(answer)]
+        scored = await asyncio.gather(*(backend.score(*pair) for pair in zip(queries, groups, strict=True)))
+        scores = [score for group in scored for score in require_good(group)]
     return ScoreResponse(
         id=str(uuid.uuid4()), model=name, data=[Score(index=i, score=score) for i, score in enumerate(scores)]
     )

@@ -1,4 +1,4 @@
-"""Search of the corpus; no standard exists for its shape."""
+"""The search route; there is no standard format to follow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from umarvel_ray.index.hits import Hit
 from umarvel_ray.items.images import picture_uri
-from umarvel_ray.serving.backend import good
+from umarvel_ray.serving.backend import require_good
 from umarvel_ray.serving.items import Body, Item, OneItem
 from umarvel_ray.serving.routes.common import Name, Served
 
@@ -17,7 +17,7 @@ router = APIRouter(tags=["search"])
 
 
 class Filter(Body):
-    """What may be found; within a list any of its values, between lists both."""
+    """Restricts the results to documents with any of the modalities and any of the sources."""
 
     modality: Annotated[list[Name], Field(min_length=1)] | None = Field(default=None, examples=[["image"]])
     source: Annotated[list[Name], Field(min_length=1)] | None = None
@@ -37,13 +37,13 @@ class SearchRequest(Body):
     top_k: int = Field(default=10, ge=1, le=100)
     rerank: bool = False
     filter: Filter = Filter()
-    after: int = Field(default=0, ge=0, description="a commit's `sequence` that the answer must have seen")
-    return_documents: bool = Field(default=False, description="give each result's text and picture (data URI) back")
+    after: int = Field(default=0, ge=0, description="`sequence` of a commit that the results must reflect")
+    return_documents: bool = Field(default=False, description="include each result's text and picture (as a data URI)")
 
 
 class SearchResult(BaseModel):
     id: str
-    score: float = Field(description="cosine, plus the weighted P(yes) when reranked; best first")
+    score: float = Field(description="cosine, plus weighted P(yes) if reranked; best first")
     rerank_score: float | None = Field(default=None, description="P(yes)")
     modality: str
     source: str
@@ -63,8 +63,8 @@ class SearchResponse(BaseModel):
 
 @router.post("/v1/search")
 async def search(body: SearchRequest, backend: Served) -> SearchResponse:
-    """The corpus' best documents for a query; with `rerank`, the reranker reads the best of them too."""
-    [query] = good(await backend.read(body.query, "query"))
+    """The best documents for a query. With `rerank`, the reranker scores the nearest ones again."""
+    [query] = require_good(await backend.read(body.query, "query"))
     filters = {"modalities": body.filter.modality, "sources": body.filter.source}
     hits, timings = await backend.search(query, body.top_k, body.rerank, filters, body.after)
     return SearchResponse(results=[_result(hit, body.return_documents) for hit in hits], timings=Timings(**timings))

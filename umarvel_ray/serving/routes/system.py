@@ -1,4 +1,4 @@
-"""What operators ask: is it ready, what does it serve, how is it doing."""
+"""Routes for operators: readiness, the models served, metrics."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ METRICS_TIMEOUT_S = 5
 
 @router.get("/health")
 async def health() -> JSONResponse:
-    """200 when every deployment has a replica with its model loaded and warmed up, else 503."""
+    """200 once every deployment has a replica with its model loaded and warmed up, 503 until then."""
     status = await asyncio.to_thread(serve.status)
     deployments = status.applications[serve.get_replica_context().app_name].deployments
-    waiting = sorted(name for name, state in deployments.items() if not state.replica_states.get("RUNNING"))
-    answer = {"status": "starting" if waiting else "ok", "waiting_for": waiting}
-    return JSONResponse(answer, 503 if waiting else 200)
+    waiting = sorted(
+        name
+        for name, state in deployments.items()
+        if not state.replica_states.get("RUNNING")  # type: ignore[call-overload]  # the keys are a string enum
+    )
+    body = {"status": "starting" if waiting else "ok", "waiting_for": waiting}
+    return JSONResponse(body, 503 if waiting else 200)
 
 
 @router.get("/v1/models")
 async def models(backend: Served) -> dict[str, Any]:
-    """The checkpoints' folder names; `identity` is a digest of weights and settings."""
+    """The models by folder name; `identity` is a digest of the weights and settings."""
     data = [
-        {"id": model.name, "object": "model", "owned_by": "umarvel", "identity": model.held.identity}
+        {"id": model.name, "object": "model", "owned_by": "umarvel", "identity": model.current.identity}
         for model in backend.models
     ]
     return {"object": "list", "data": data}
@@ -39,7 +43,7 @@ async def models(backend: Served) -> dict[str, Any]:
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
 async def metrics() -> PlainTextResponse:
-    """Prometheus' text format: what Ray's agents on all nodes have collected of Ray, Serve and this service."""
+    """Metrics of Ray, Serve and this service in Prometheus's text format, collected from Ray's agents on all nodes."""
     nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"] and node["MetricsExportPort"]]
     addresses = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(METRICS_TIMEOUT_S)) as session:
@@ -49,7 +53,7 @@ async def metrics() -> PlainTextResponse:
 
 async def _page(session: aiohttp.ClientSession, address: str) -> str:
     try:
-        async with session.get(address) as answer:
-            return await answer.text()
+        async with session.get(address) as response:
+            return await response.text()
     except (aiohttp.ClientError, TimeoutError):
-        return ""  # a node that went away: the others' figures still count
+        return ""  # a node that has left; the metrics of the others still count

@@ -1,4 +1,4 @@
-"""sentence-transformers on the bench's model, and what it wants of items. Import `bench_model` before this."""
+"""Other libraries on the benchmark model: sentence-transformers, and transformers' own processor and padded batches."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 
 def sentence_transformer(path: Path) -> SentenceTransformer:
-    """Mean pooling and unit norm, as ours; fp32 on the CPU. `path`: see `make_peer_model`."""
+    """Mean pooling and unit norm, as ours, in fp32 on the CPU. For `path`, see `make_peer_model`."""
     transformer = Transformer(str(path), model_kwargs={"dtype": "float32"})
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
 
 
 def open_pictures(items: list[dict]) -> list[dict]:
-    """Files opened, not yet decoded. Given paths, torchvision decodes in a library that cannot be loaded here, and
-    sentence-transformers sorts by the length of the file's name."""
+    """Items with their files opened but not yet decoded.
+
+    Given paths, torchvision would decode with a library that cannot be loaded here, and sentence-transformers would
+    sort by the length of the file name.
+    """
     return [item | {"image": Image.open(item["image"])} if "image" in item else item for item in items]
 
 
 @contextmanager
 def pillow_processor(peer: SentenceTransformer) -> Iterator[None]:
-    """Resize with Pillow, as ours, instead of torchvision."""
+    """Resize with Pillow, as we do, instead of torchvision."""
     processor, own = peer[0].processor, peer[0].processor.image_processor
     processor.image_processor = Qwen2VLImageProcessorPil(**own.to_dict())
     try:
@@ -40,7 +43,7 @@ def pillow_processor(peer: SentenceTransformer) -> Iterator[None]:
 
 
 def read_padded(processor: ProcessorMixin, items: list[dict]) -> dict[str, torch.Tensor]:
-    """transformers' own inputs of one batch, padded to its longest item."""
+    """transformers' inputs of one batch, padded to its longest item."""
     messages = [
         [{"role": "user", "content": [{"type": kind, kind: item[kind]} for kind in ("image", "text") if kind in item]}]
         for item in open_pictures(items)
@@ -51,14 +54,14 @@ def read_padded(processor: ProcessorMixin, items: list[dict]) -> dict[str, torch
 
 
 def embed_padded(model: Qwen2VLModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Unit vectors (n, d): the mean over all tokens."""
+    """Unit vectors (n, d), the mean over all tokens."""
     mask = inputs["attention_mask"].unsqueeze(-1)
     hidden = model(**inputs).last_hidden_state
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
 
 def split_padded(inputs: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Chunks of `size` rows of the same width, each with its own pictures (at most one a row)."""
+    """Chunks of `size` rows, all as wide as the batch, each with its own pictures (at most one per row)."""
     grids, pixels = inputs.get("image_grid_thw"), inputs.get("pixel_values")
     by_row = {name: tensor for name, tensor in inputs.items() if name not in ("image_grid_thw", "pixel_values")}
     for start in range(0, len(inputs["input_ids"]), size):

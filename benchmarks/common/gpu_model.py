@@ -1,12 +1,9 @@
-"""What the GPU benchmark runs on: a published shape with random weights, random items, their FLOPs, and the clock."""
+"""What the GPU benchmark runs on: a published shape with random weights, random items, batching modes and FLOPs."""
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,7 @@ import yaml
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from benchmarks.common.timing import measure
 from umarvel_ray.estimate.flops import text_backward, text_forward, vision_forward
 from umarvel_ray.estimate.shape import PUBLISHED, Shape, shape_of
 from umarvel_ray.items.encoder import EncodedItem
@@ -35,32 +33,35 @@ TINY = {
 }  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 1e6}
 TOKENS = {"image_token_id": 10, "video_token_id": 11, "vision_start_token_id": 12, "vision_end_token_id": 13}
-TEXT_FROM = 20  # token ids below are special
+FIRST_TEXT_TOKEN = 20  # lower ids are special
 PATCH, MERGE = 14, 2
-PICTURE_TOKENS = (12, 22, 300)  # rows from, to, and about so many in all: Qwen2-VL's at the recipes' max_pixels
+PICTURE_TOKENS = (12, 22, 300)  # rows from, rows below, tokens about: Qwen2-VL's at the recipes' max_pixels
 TEMPLATE_TOKENS = 24
-QUERY, DOCUMENT = (0.76, 40), (0.53, 75)  # share of pictures, median tokens of text: M-BEIR's union (estimate/load.py)
-SPREAD = 0.8  # of the logarithm of a text's length
+QUERY, DOCUMENT = (0.76, 40), (0.53, 75)  # share with a picture, median text tokens: M-BEIR's training union
+SPREAD = 0.8  # standard deviation of the logarithm of a text's length
 MAX_TEXT = 480
 PIXELS = np.random.default_rng(0)
 
 
 def config_of(size: str) -> dict[str, Any]:
-    """The content of a config.json: "2b", "7b" or "tiny"."""
+    """The content of a config.json.
+
+    Args:
+        size: "2b", "7b" or "tiny".
+    """
     return TINY if size == "tiny" else yaml.safe_load(PUBLISHED.read_text())[SIZES[size]]
 
 
 def rope_of(text: dict[str, Any]) -> dict[str, Any]:
-    """The rotary parameters of a text_config: Qwen2-VL gives 16, 24 and 24 of its 64 frequencies to time, height and
-    width."""
+    """Rotary parameters for a text_config; time, rows and columns get shares as in Qwen2-VL (16, 24 and 24 of 64)."""
     head = text["hidden_size"] // text["num_attention_heads"]
     return MROPE | {"mrope_section": [head // 8, head // 2 - head // 8 - 3 * head // 16, 3 * head // 16]}
 
 
 def make_model(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> EmbeddingModel:
-    """Bidirectional, pooled by the mean; weights are drawn on the device."""
+    """Bidirectional, mean-pooled; random weights, drawn on the device."""
     text = config["text_config"]
-    made = AutoConfig.for_model(
+    hf_config = AutoConfig.for_model(
         config["model_type"],
         text_config=text | {"rope_parameters": rope_of(text), "is_causal": False},
         vision_config=config["vision_config"],
@@ -69,7 +70,7 @@ def make_model(config: dict[str, Any], device: torch.device, dtype: torch.dtype)
     )
     torch.manual_seed(0)
     with device:
-        backbone = AutoModelForImageTextToText.from_config(made, dtype=dtype)
+        backbone = AutoModelForImageTextToText.from_config(hf_config, dtype=dtype)
     backbone.config.text_config.is_causal = False
     use_packed_attention(backbone)
     scale = PixelScale(1 / 255, (0.5,) * 3, (0.5,) * 3, PATCH, 2)
@@ -77,38 +78,44 @@ def make_model(config: dict[str, Any], device: torch.device, dtype: torch.dtype)
 
 
 def make_items(count: int, side: tuple[float, int], seed: int, vocabulary: int, small: bool) -> list[EncodedItem]:
-    """Random items of about the training union's mix; no two pictures are the same."""
+    """Random items mixed about as M-BEIR's training union.
+
+    Args:
+        side: share of items with a picture, median text tokens (`QUERY` or `DOCUMENT`).
+        small: few tokens, for a CPU.
+    """
     rng = np.random.default_rng(seed)
     shared: dict[tuple[int, int, int], np.ndarray] = {}
     pictures, median = side
-    made = []
+    items = []
     for number in range(count):
         text = min(int(rng.lognormal(np.log(median), SPREAD)), MAX_TEXT)
         text, low, high, tokens = (text // 8, 2, 4, 8) if small else (text, *PICTURE_TOKENS)
-        shown, parts = (), [rng.integers(TEXT_FROM, vocabulary, TEMPLATE_TOKENS // 2)]
+        shown, parts = (), [rng.integers(FIRST_TEXT_TOKEN, vocabulary, TEMPLATE_TOKENS // 2)]
         spans = ()
         if rng.random() < pictures:
             rows = int(rng.integers(low, high))
             columns = tokens // rows
             grid = (1, rows * MERGE, columns * MERGE)
-            # Pixels are shared between pictures to save host memory; their keys differ, so the tower reads each.
+            # Pictures share pixels to save host memory; their keys differ, so the tower runs on each.
             pixels = shared.setdefault(grid, PIXELS.integers(0, 256, (np.prod(grid), 3 * PATCH**2), dtype=np.uint8))
             shown = (Picture(pixels, grid, f"{seed}-{number}"),)
             spans = (Span((1, rows, columns)),)
             parts += [np.full(rows * columns, TOKENS["image_token_id"])]
-        parts += [rng.integers(TEXT_FROM, vocabulary, TEMPLATE_TOKENS // 2 + text)]
+        parts += [rng.integers(FIRST_TEXT_TOKEN, vocabulary, TEMPLATE_TOKENS // 2 + text)]
         ids = np.concatenate(parts).astype(np.int32)
         positions = rotary_positions(ids == TOKENS["image_token_id"], spans, "mrope")
-        made.append(EncodedItem(ids, np.ones(len(ids), dtype=bool), positions, shown))
-    return made
+        items.append(EncodedItem(ids, np.ones(len(ids), dtype=bool), positions, shown))
+    return items
 
 
 @dataclass(frozen=True)
-class Way:
+class Batching:
     """How items become batches: packed, padded in length buckets, or a fixed number at a time.
 
-    `fixed` items go in the order given, padded to the longest of all; when `sorted`, by length, each batch padded to
-    its own longest.
+    Attributes:
+        fixed: items per batch, in input order, padded to the longest of all items.
+        sorted: with `fixed`, by length, each batch padded to its own longest item.
     """
 
     packed: bool = False
@@ -118,7 +125,7 @@ class Way:
     def batches(
         self, items: Sequence[EncodedItem], budget: int, device: torch.device
     ) -> Iterator[tuple[list[int], ItemBatch]]:
-        """Index lists and their batches; the token budget is not for a fixed number."""
+        """Index lists and their batches. The token budget is ignored where the number of items is fixed."""
         if self.fixed is None:
             buckets = token_buckets([item.length for item in items], budget, self.packed)
         else:
@@ -130,22 +137,27 @@ class Way:
             yield bucket, batch if self.fixed is None or self.sorted else widened(batch, longest)
 
     def computed(self, items: Sequence[EncodedItem], budget: int) -> int:
-        """Tokens that the language model computes, padding included."""
+        """Tokens that the language model computes, including padding."""
         return sum(batch.input_ids.numel() for _, batch in self.batches(items, budget, torch.device("cpu")))
 
 
 def widened(batch: ItemBatch, length: int) -> ItemBatch:
-    """The batch with more padding."""
+    """The batch, padded further."""
     names = ("input_ids", "attention_mask", "pool_mask", "positions")
     more = length - batch.input_ids.shape[1]
     return replace(batch, **{name: F.pad(getattr(batch, name), (0, more)) for name in names})
 
 
-PACKED, PADDED, REFERENCE, SORTED = Way(packed=True), Way(), Way(fixed=32), Way(fixed=32, sorted=True)
+PACKED, BUCKETS = Batching(packed=True), Batching()
+REFERENCE, SORTED = Batching(fixed=32), Batching(fixed=32, sorted=True)
 
 
 class Work:
-    """FLOPs that items ask for, over their real tokens; `rank` of the adapters, 0 without."""
+    """FLOPs of some items over their real tokens.
+
+    Args:
+        rank: of the adapters; 0 for none.
+    """
 
     def __init__(self, config: dict[str, Any], items: Sequence[EncodedItem], rank: int) -> None:
         shape: Shape = shape_of(config)
@@ -159,21 +171,8 @@ class Work:
         self.tower = sum(vision_forward(shape.vision, 1, tokens) for tokens in sizes)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    synchronize(device)
-    begin = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - begin
-
-
 def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """FLOP/s of a large square matrix product, the best of five times ten: what this device can do at most."""
+    """FLOP/s of a large square matrix product, best of five runs of ten: the peak that this device reaches."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
     def ten() -> None:
@@ -181,11 +180,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
             a @ b
 
     ten()
-    return 10 * 2 * side**3 / min(seconds(ten, device) for _ in range(5))
+    return 10 * 2 * side**3 / min(measure(ten, device)["seconds"] for _ in range(5))
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """Device memory at most since `reset_peak`; None on a CPU."""
+    """Peak device memory since `reset_peak`; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
@@ -193,10 +192,3 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where this was measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    packages = ("torch", "transformers", "peft", "deepspeed")
-    return {"device": name, "python": platform.python_version(), **{name: version(name) for name in packages}}

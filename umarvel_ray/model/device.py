@@ -1,0 +1,38 @@
+"""The device that a model runs on when the caller names none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+
+from umarvel_ray.items.item import Item
+
+PROBE: Item = {"text": "a red square", "image": Image.new("RGB", (64, 64), "red")}
+TOLERANCE = 0.05  # of the norm: bfloat16 rounds coarsely
+
+
+def best_device() -> str:
+    """A CUDA GPU, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def checked_device(device: str, run: Callable[[str], np.ndarray]) -> str:
+    """The device, but the CPU instead of an Apple GPU that cannot run the model or computes something else.
+
+    Args:
+        run: what the model computes for `PROBE` on a device.
+    """
+    if device != "mps":
+        return device
+    expected = run("cpu")
+    try:
+        found = run(device)
+    except (RuntimeError, TypeError):  # an operation or a dtype that PyTorch lacks there
+        return "cpu"
+    agrees = np.linalg.norm(found - expected) <= TOLERANCE * np.linalg.norm(expected)
+    return device if agrees else "cpu"
