@@ -72,16 +72,16 @@ def run(options: argparse.Namespace) -> None:
             facts["shared_seed"] = trials.build_shared(shared, table, actors)
             rows = list(table.rows)
             for seed in range(recipe.seed, recipe.seed + options.seeds):
-                open_trials = trials.open_trials(shared, table, variant, seed, rows)
-                trials.train(shared, table, open_trials, actors)
+                opened = trials.open_trials(shared, table, variant, seed, rows)
+                trials.train(shared, table, opened, actors)
                 for row in rows:
                     if row.changes is None:
                         keep(row.label, seed, trials.measure_checkpoint(shared, table.shared_phase, data, actors))
-                for trial in open_trials:
+                for trial in opened:
                     keep(trial.row.label, seed, trials.measure(trial, table, data, actors))
                 if seed == recipe.seed:
-                    by_label = {row.label: differences(outcomes, row.label, table.reference) for row in rows}
-                    undecided = {label for label, by_scope in by_label.items() if by_scope and by_scope["local"].holds_zero}
+                    compared = {row.label: differences(outcomes, row.label, table.reference) for row in rows}
+                    undecided = {label for label, scopes in compared.items() if scopes and scopes["local"].holds_zero}
                     rows = [row for row in rows if undecided and row.label in undecided | {table.reference}]
 
 

@@ -20,6 +20,15 @@ hypothesis.settings.load_profile("unhurried")
 REPO = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def models_on_the_cpu() -> Iterator[None]:
+    """A model whose device is not named runs on the CPU, on a machine with a GPU too: there results are exact."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("embedder", "reranker"):
+            patch.setattr(f"umarvel_ray.model.{module}.best_device", lambda: "cpu")
+        yield
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One loopback Ray for the whole session; stopped at its end, and nothing else with it."""

@@ -1,4 +1,4 @@
-"""The real command line in a process of its own: what it prints, where, and the status it ends with."""
+"""The command line in a process of its own: what it prints, where, and its exit status."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPO
-from umarvel_ray.cli import guard
+from umarvel_ray.cli import JOB_VERBS, guard
 from umarvel_ray.recipe import load_recipe
 from umarvel_ray.runs import Run
 
@@ -31,24 +31,26 @@ def run(*command, env: dict[str, str] | None = None, cwd: Path = REPO, timeout: 
     )
 
 
-def assert_one_line(process: subprocess.CompletedProcess, status: int, *said: str) -> None:
-    """The whole of stderr is one line that says all of `said`."""
+def assert_one_line(process: subprocess.CompletedProcess, status: int, *words: str) -> None:
+    """All of stderr is one line that contains all of `words`."""
     lines = process.stderr.splitlines()
     assert len(lines) == 1, process.stderr
     assert process.returncode == status
-    for word in said:
+    for word in words:
         assert word in lines[0]
 
 
-def test_help_is_quick_and_names_the_verbs():
+def test_help_is_quick_and_lists_the_verbs():
     process = run(UMARVEL, "--help", timeout=20)
     assert process.returncode == 0
     for verb in (
         "demo",
         "train",
+        "train-stage1",
         "mine",
-        "rerank",
-        "distill",
+        "train-stage2",
+        "train-reranker",
+        "train-stage3",
         "embed",
         "index",
         "search",
@@ -67,7 +69,7 @@ def test_light_commands_load_neither_torch_nor_ray():
     assert run(sys.executable, "-c", code).returncode == 0
 
 
-def test_a_dry_run_prints_the_resolved_recipe_and_makes_nothing(tmp_path):
+def test_a_dry_run_prints_the_resolved_recipe_and_creates_nothing(tmp_path):
     process = run(UMARVEL, "demo", "seed=7", f"output={tmp_path}/run", "--dry-run")
     assert process.returncode == 0
     tree = yaml.safe_load(process.stdout)
@@ -78,26 +80,25 @@ def test_a_dry_run_prints_the_resolved_recipe_and_makes_nothing(tmp_path):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_each_job_is_a_plain_script(job, monkeypatch, capsys):
-    """In this process, to save eight starts of Python; a job in one of its own follows below."""
+    """In this process, to save eight starts of Python; a test below runs a job in a process of its own."""
     script = str(REPO / "jobs" / f"{job}.py")
     monkeypatch.setattr(sys, "argv", [script, "--recipe", "demo", "seed=7", "--dry-run"])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(script, run_name="__main__")
-    said = capsys.readouterr().out
-    assert yaml.safe_load(said)["seed"] == 7
-    assert "# GiB per worker" in said
+    output = capsys.readouterr().out
+    assert yaml.safe_load(output)["seed"] == 7
+    assert "# GiB per worker" in output
 
 
 def test_every_job_and_verb_has_its_function():
     from umarvel_ray import pipeline
-    from umarvel_ray.cli import STORIES
 
-    wanted = set(JOBS) | {function for function, _ in STORIES.values()}
-    assert wanted <= vars(pipeline).keys()
+    assert set(JOBS) | {job for job, _ in JOB_VERBS.values()} <= pipeline.JOBS.keys()
+    assert {path.stem for path in (REPO / "jobs").glob("*.py")} == set(JOBS)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["demo", "stage1.text.batchsize=3"], ["unknown key", "stage1.text.batchsize"]),
         (["demo", "stage1.text.batch_size=many"], ["stage1.text.batch_size", "many"]),
@@ -105,7 +106,7 @@ def test_every_job_and_verb_has_its_function():
         (["train", "demo", "other"], ["one recipe"]),
         (["fly"], ["fly", "demo"]),
         ([], ["VERB"]),
-        (["demo", "--colour"], ["--colour"]),
+        (["demo", "--shade"], ["--shade"]),
         (["search"], ["text", "--image"]),
         (["search", "fox", "--run", "nowhere"], ["nowhere", "make demo"]),
         (["search", "fox", "--top-k", "0"], ["--top-k"]),
@@ -117,21 +118,22 @@ def test_every_job_and_verb_has_its_function():
     ],
     ids=lambda value: " ".join(value),
 )
-def test_a_mistake_is_one_line_and_status_2(words, said, tmp_path):
+def test_a_mistake_is_one_line_and_status_2(words, message, tmp_path):
     output = [f"output={tmp_path}/run"] if words and words[0] == "demo" else []
-    assert_one_line(run(UMARVEL, *words, *output), 2, *said)
+    assert_one_line(run(UMARVEL, *words, *output), 2, *message)
 
 
 @pytest.mark.parametrize(
-    ("key", "said"), [("base", ["/nowhere/at/all", "config.json"]), ("data.root", ["/nowhere/at/all"])]
+    ("key", "message"), [("base", ["/nowhere/at/all", "config.json"]), ("data.root", ["/nowhere/at/all"])]
 )
-def test_a_folder_that_is_not_there_is_one_line(key, said, tmp_path, capsys):
+def test_a_missing_folder_is_one_line(key, message, tmp_path, capsys):
     """In this process and without Ray, whose start would take most of the time."""
-    from umarvel_ray.pipeline import stage1
+    from umarvel_ray.pipeline import train_stage1
 
-    assert guard(lambda: stage1(Run.open(load_recipe("demo", [f"{key}=/nowhere/at/all", f"output={tmp_path}"])))) == 2
+    recipe = load_recipe("demo", [f"{key}=/nowhere/at/all", f"output={tmp_path}"])
+    assert guard(lambda: train_stage1(Run.open(recipe))) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert all(word in line for word in said)
+    assert all(word in line for word in message)
 
 
 def test_a_mistake_in_a_job_is_one_line_and_status_2():
@@ -142,53 +144,82 @@ def test_a_mistake_in_a_job_is_one_line_and_status_2():
 @pytest.mark.parametrize("output", ["a-file/run", "/proc/umarvel/run"])
 def test_an_output_that_cannot_be_written_is_one_line(output, tmp_path):
     (tmp_path / "a-file").touch()
-    assert_one_line(run(UMARVEL, "stage1", f"output={tmp_path / output}"), 2, "cannot write", output, "output=DIR")
+    assert_one_line(
+        run(UMARVEL, "train-stage1", f"output={tmp_path / output}"), 2, "cannot write", output, "output=DIR"
+    )
 
 
-def test_a_checkpoint_missing_under_a_later_stage_is_one_line(tmp_path):
-    process = run(UMARVEL, "distill", f"output={tmp_path}/run", timeout=300)
+def test_a_missing_parent_checkpoint_is_one_line(tmp_path):
+    process = run(UMARVEL, "train-stage3", f"output={tmp_path}/run", timeout=300)
     assert_one_line(process, 2, "hard-negatives")
 
 
 @pytest.fixture
 def bare_deepspeed(tmp_path) -> Path:
-    """DeepSpeed as a plain `pip install` leaves it: none of its extensions built."""
+    """A folder with DeepSpeed as a plain `pip install` leaves it: with none of its extensions built."""
     source = Path(deepspeed.__file__).parent
-    copy = tmp_path / "deepspeed"
-    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__", "git_version_info_installed.py"))
-    return tmp_path
+    folder = tmp_path / "packages"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "git_version_info_installed.py")
+    shutil.copytree(source, folder / "deepspeed", ignore=ignored)
+    return folder
 
 
-def test_no_compiler_and_nothing_built_is_one_line(bare_deepspeed, tmp_path):
-    env = {"PYTHONPATH": str(bare_deepspeed), "PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cold")}
-    process = run(UMARVEL, "stage1", f"output={tmp_path}/run", env=env)
-    assert_one_line(process, 2, "C++ compiler", "g++")
-    assert not (tmp_path / "run").exists()
+TRAIN_ONE_STEP = """
+import deepspeed, torch
+from umarvel_ray.recipe import Compute, Phase
+from umarvel_ray.train.engine import make_engine, start_step
+
+assert deepspeed.__file__.startswith({folder!r})
+deepspeed.init_distributed("gloo", verbose=False)
+phase = Phase(queries="train", batch_size=1, learning_rate=1e-2, language_model="full")
+for stage in (0, 1, 2, 3):
+    module = torch.nn.Linear(4, 4)
+    engine = make_engine(module, phase, Compute(zero_stage=stage, dtype="float32"))
+    before = engine(torch.ones(1, 4)).sum()
+    start_step(engine, 1e-2)
+    engine.backward(before)
+    engine.step()
+    assert engine(torch.ones(1, 4)).sum() < before
+"""
 
 
-def test_what_setup_installs_needs_no_compiler(tmp_path):
-    """The op loads and reduces with no compiler on PATH and a cold cache: `make setup` has built it."""
-    code = (
-        "import torch, torch.distributed as dist, deepspeed; deepspeed.init_distributed('gloo', verbose=False); "
-        "x = torch.arange(4.0); deepspeed.comm.all_reduce(x); assert x.tolist() == [0, 1, 2, 3]"
-    )
-    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    env = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cold"), "DS_ACCELERATOR": "cpu"} | ranks
-    process = run(sys.executable, "-c", code, env=env)
+def test_training_needs_no_compiler_and_builds_nothing(bare_deepspeed, tmp_path):
+    extensions = tmp_path / "extensions"
+    extensions.mkdir()
+    without = {
+        "PATH": str(tmp_path),
+        "CXX": "/nonexistent",
+        "CC": "/nonexistent",
+        "PYTHONPATH": os.pathsep.join([str(bare_deepspeed), str(REPO)]),
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "DS_ACCELERATOR": "cpu",
+    }
+    rank = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    code = TRAIN_ONE_STEP.format(folder=str(bare_deepspeed))
+    process = run(sys.executable, "-c", code, env=without | rank, timeout=300)
     assert process.returncode == 0, process.stderr
-    assert not (tmp_path / "cold").exists()
+    assert list(extensions.iterdir()) == []
 
 
-@pytest.mark.parametrize(("missing", "said"), [("c++", "g++"), ("python3", "Python 3.11")])
-def test_setup_names_a_missing_prerequisite(missing, said, tmp_path):
+PYTHONS = {
+    "Python 3.11": None,
+    "no venv module": f'case "$*" in *ensurepip*) exit 1;; *) exec "{sys.executable}" "$@";; esac',
+}
+
+
+@pytest.mark.parametrize("message", PYTHONS)
+def test_setup_names_a_missing_prerequisite(message, tmp_path):
+    """There is no C++ compiler on PATH either, and setup does not miss it."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in {"bash", "make", "echo", "c++", "python3"} - {missing}:
-        target = sys.executable if tool == "python3" else shutil.which(tool)
-        (tools / tool).symlink_to(target)
+    for tool in ("bash", "make", "echo"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    if script := PYTHONS[message]:
+        python = tools / "python3"
+        python.write_text(f"#!{shutil.which('bash')}\n{script}\n")
+        python.chmod(0o755)
     process = run(tools / "make", "--no-print-directory", "setup", f"VENV={tmp_path}/venv", env={"PATH": str(tools)})
-    ours = [line for line in process.stderr.splitlines() if line.startswith("setup: ")]
-    assert len(ours) == 1
-    assert said in ours[0]
+    [line] = [line for line in process.stderr.splitlines() if line.startswith("setup: ")]
+    assert message in line
     assert process.returncode == 2
     assert not (tmp_path / "venv").exists()

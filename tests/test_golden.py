@@ -69,7 +69,7 @@ def golden(family) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def directory(family, golden, tmp_path_factory) -> Path:
-    """The golden state as a checkpoint of its time: its tensor names, `sim.temp` among them.
+    """The golden state as a checkpoint with the reference's tensor names, including `sim.temp`.
 
     The output head is not stored: no hidden state depends on it, but a complete checkpoint has one.
     """
@@ -104,7 +104,7 @@ def model(directory) -> EmbeddingModel:
 
 
 def reference_batch(golden, rows: slice = slice(None)) -> ItemBatch:
-    """The reference's own batch: padded on the left, positions counted through the padding."""
+    """The reference's own batch: padded on the left, with positions that count the padding."""
     ids, mask = golden["io/input_ids"][rows], golden["io/attention_mask"][rows]
     pictures = int((golden["io/image_grid_thw"]).shape[0])
     return ItemBatch(
@@ -118,14 +118,14 @@ def reference_batch(golden, rows: slice = slice(None)) -> ItemBatch:
     )
 
 
-def seen(model, golden) -> dict[str, torch.Tensor]:
-    """The tower's features of the golden pixels, which are floats, by the keys above."""
+def tower_output(model, golden) -> dict[str, torch.Tensor]:
+    """The tower's features of the golden pixels, which are floats, by the picture keys above."""
     features = split_features(model.backbone.model.visual, golden["io/pixel_values"], golden["io/image_grid_thw"])
     return {str(n): feature for n, feature in enumerate(features)}
 
 
 def right_padded(golden) -> ItemBatch:
-    """The same items as this project batches them: padding on the right, positions from each item's first token."""
+    """The same items as this project batches them: padded on the right, positions from each item's first token."""
     batch = reference_batch(golden)
     shift = (batch.attention_mask == 0).sum(1).tolist()
 
@@ -145,7 +145,7 @@ def right_padded(golden) -> ItemBatch:
 @torch.no_grad()
 def test_plain_mean_matches_the_reference(model, golden):
     batch = reference_batch(golden)
-    ours = pool(model.hidden_states(batch, seen(model, golden)), batch.pool_mask)
+    ours = pool(model.hidden_states(batch, tower_output(model, golden)), batch.pool_mask)
     torch.testing.assert_close(ours, golden["io/expected_plain"], atol=1e-5, rtol=0)
 
 
@@ -154,7 +154,7 @@ def test_instruction_masked_mean_matches_the_reference(model, golden):
     batch = reference_batch(golden)
     span = golden["io/instruction_mask"].bool()
     assert span.any(dim=1).any()
-    ours = pool(model.hidden_states(batch, seen(model, golden)), batch.pool_mask & ~span)
+    ours = pool(model.hidden_states(batch, tower_output(model, golden)), batch.pool_mask & ~span)
     theirs = golden["io/expected_instruction_masked"]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     assert (theirs - golden["io/expected_plain"]).abs().max() > 1e-2
@@ -163,12 +163,12 @@ def test_instruction_masked_mean_matches_the_reference(model, golden):
 @torch.no_grad()
 def test_right_padding_gives_the_same_unit_vectors(model, golden):
     expected = golden["io/expected_plain"] / golden["io/expected_plain"].norm(dim=1, keepdim=True)
-    torch.testing.assert_close(model(right_padded(golden), seen(model, golden)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(right_padded(golden), tower_output(model, golden)), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_an_unpadded_item_equals_its_padded_golden_vector(model, golden):
-    """The reference's own code turns causal where nothing is padded, and is 1.3 away from itself there."""
+    """The reference turns causal here and is 1.3 away from itself (docs/method.md#causal-without-padding)."""
     batch = right_padded(golden)
     text_only = [i for i in range(len(batch)) if not (batch.input_ids[i] == 5).any()]
     assert text_only
@@ -193,11 +193,11 @@ def test_an_unpadded_item_equals_its_padded_golden_vector(model, golden):
 def test_causal_attention_is_far_from_the_reference(directory, golden):
     causal = EmbeddingModel.from_pretrained(directory, REFERENCE.model_copy(update={"attention": "causal"}))
     batch = reference_batch(golden)
-    ours = pool(causal.eval().hidden_states(batch, seen(causal, golden)), batch.pool_mask)
+    ours = pool(causal.eval().hidden_states(batch, tower_output(causal, golden)), batch.pool_mask)
     assert np.abs((ours - golden["io/expected_plain"]).numpy()).max() > 0.1
 
 
-def test_the_saved_checkpoint_has_todays_names(model, tmp_path):
+def test_the_saved_checkpoint_has_current_names(model, tmp_path):
     model.backbone.save_pretrained(tmp_path)
     names = load_file(tmp_path / "model.safetensors")
     assert "sim.temp" not in names
@@ -205,8 +205,8 @@ def test_the_saved_checkpoint_has_todays_names(model, tmp_path):
     assert config["text_config"]["is_causal"] is False
 
 
-def messages(folder: Path, generation_prompt: bool) -> ItemEncoder:
-    """The encoder of a Qwen2-VL directory under the reference's settings."""
+def reference_encoder(folder: Path, generation_prompt: bool) -> ItemEncoder:
+    """The encoder of a Qwen2-VL directory, with the reference's settings."""
     (folder / "config.json").write_text('{"model_type": "qwen2_vl"}')
     return ItemEncoder.from_pretrained(folder, ModelSettings.reference(generation_prompt))
 
@@ -227,7 +227,7 @@ def generation_prompt(request) -> bool:
 
 @pytest.fixture(scope="module")
 def spelled(generation_prompt, tmp_path_factory) -> ItemEncoder:
-    """Qwen2-VL's chat template and special tokens; every other token is one byte, so that decoding gives the text."""
+    """Qwen2-VL's chat template and special tokens; every other token is a byte, so that decoding restores the text."""
     folder = tmp_path_factory.mktemp("spelled")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     spelling = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
@@ -241,17 +241,17 @@ def spelled(generation_prompt, tmp_path_factory) -> ItemEncoder:
     picture = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
     picture |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(picture))
-    return messages(folder, generation_prompt)
+    return reference_encoder(folder, generation_prompt)
 
 
 @pytest.fixture(scope="module")
 def released(shared_dir, generation_prompt, tmp_path_factory) -> ItemEncoder:
-    """Qwen2-VL's own tokenizer, chat template and image processor: several MB, outside the repository."""
+    """Qwen2-VL's own tokenizer, chat template and image processor, several MB outside the repository."""
     source = shared_dir / "data" / "qwen2vl_tokenizer"
     if not source.is_dir():
-        pytest.skip("Qwen2-VL's tokenizer is not at hand")
+        pytest.skip("Qwen2-VL's tokenizer is not installed; see tests/golden/README.md")
     folder = tmp_path_factory.mktemp("released") / "qwen2vl"
-    return messages(shutil.copytree(source, folder, copy_function=shutil.copyfile), generation_prompt)
+    return reference_encoder(shutil.copytree(source, folder, copy_function=shutil.copyfile), generation_prompt)
 
 
 def case_name(case: dict) -> str:
@@ -259,7 +259,7 @@ def case_name(case: dict) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)
-def test_conversations_read_as_the_reference_renders_them(case, generation_prompt, spelled):
+def test_conversations_render_as_in_the_reference(case, generation_prompt, spelled):
     encoded = encode(spelled, case)
     decode = spelled.tokenizer.decode
     rendered = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", decode(encoded.input_ids))
@@ -272,7 +272,7 @@ def test_conversations_read_as_the_reference_renders_them(case, generation_promp
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)
-def test_token_for_token_as_the_reference(case, generation_prompt, released):
+def test_token_ids_equal_the_references(case, generation_prompt, released):
     encoded = encode(released, case)
     ids = encoded.input_ids.tolist()
     assert ids == case[f"input_ids_generation_prompt_{str(generation_prompt).lower()}"]

@@ -1,6 +1,6 @@
-"""`umarvel VERB [RECIPE] key=value … [--dry-run]`, and the shared main of the scripts in `jobs/`.
+"""`umarvel VERB [RECIPE] key=value … [--dry-run]`, and the entry point shared by the scripts in `jobs/`.
 
-A user's mistake or a full disk ends in one line on stderr and status 2, Ctrl-C in one line and status 130.
+A user error or a full disk ends in one line on stderr and exit status 2, Ctrl-C in one line and status 130.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from umarvel_ray.recipe import LADDER, RERANKER, Recipe, dump_recipe, load_recip
 if TYPE_CHECKING:
     from umarvel_ray.runs import Run
 
-# verb: (its job in umarvel_ray.pipeline, help)
+# verb: (its job in `pipeline.JOBS`, help text)
 JOB_VERBS = {
-    "demo": ("pipeline", "run every stage and write the report; the same command resumes an interrupted run"),
-    "train": ("pipeline", "the same for a recipe of your own"),
+    "demo": ("pipeline", "run all stages and write the report; the same command resumes an interrupted run"),
+    "train": ("pipeline", "the same for your own recipe"),
     "train-stage1": ("stage1", "progressive transition: text pairs, image-caption pairs, instructions"),
-    "mine": ("mine", "embed, exact top-k and filters: the hard negatives"),
+    "mine": ("mine", "embed the training set, search it exactly and filter: the hard negatives"),
     "train-stage2": ("stage2", "continue training with mined hard negatives"),
     "train-reranker": ("reranker", "train the pointwise reranker"),
     "train-stage3": ("stage3", "distill recall-then-rerank into the embedder"),
-    "embed": ("embed", "embed every document with the final model"),
-    "evaluate": ("evaluate", "measure recall per task after every finished phase, and write the report"),
+    "embed": ("embed", "embed all documents with the final model"),
+    "evaluate": ("evaluate", "measure recall per task for every finished phase, and write the report"),
 }
 ENVIRONMENT_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
@@ -41,7 +41,7 @@ INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a malformed command in one line."""
+    """Reports a malformed command line in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_job(job_name: str) -> NoReturn:
     """Entry point of `jobs/*.py`: `--recipe NAME key=value … [--dry-run]` for one job of the pipeline."""
     parser = Parser(prog=f"jobs/{job_name}.py")
-    parser.add_argument("--recipe", default="demo", help="a YAML file or a shipped recipe's name")
+    parser.add_argument("--recipe", default="demo", help="a YAML file or the name of a shipped recipe (demo)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     _add_switches(parser)
 
@@ -67,40 +67,42 @@ def run_job(job_name: str) -> NoReturn:
 
 
 def _main(argv: list[str] | None) -> None:
-    parser = Parser(prog="umarvel", description="Train, mine, rerank, distil, evaluate and serve a retriever.")
+    parser = Parser(prog="umarvel", description="Train, mine, rerank, distill, evaluate and serve a retriever.")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
     for verb, (job_name, text) in JOB_VERBS.items():
         job = verbs.add_parser(verb, help=text, description=text)
-        job.add_argument("words", nargs="*", metavar="[RECIPE] key=value", help="default: demo, as it is")
+        job.add_argument("words", nargs="*", metavar="[RECIPE] key=value", help="a recipe (demo) and changes to it")
         _add_switches(job)
         job.set_defaults(job_name=job_name, run=_run_job_verb)
     index = verbs.add_parser("index", help="build a faiss index from embedded documents")
     index.add_argument("embeddings", nargs="?", type=Path, default=Path("runs/demo/embeddings/documents"))
     index.add_argument("output", nargs="?", type=Path, default=Path("runs/demo/index"))
-    index.add_argument("--factory", help="a faiss factory string, such as HNSW32; default: by size")
+    index.add_argument("--factory", help="a faiss factory string, such as HNSW32; default: chosen by size")
     index.set_defaults(run=_run_index)
-    export = verbs.add_parser("export", help="copy a run's checkpoint to a folder of its own, for release")
+    export = verbs.add_parser("export", help="export a run's checkpoint to a folder for release")
     export.add_argument("words", nargs="*", metavar="[RECIPE] key=value", help="the run's recipe (demo)")
-    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder to make")
-    export.add_argument("--phase", help="text, image-text, …, or reranker; default: the embedder's last finished one")
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as they are")
-    export.add_argument("--license", dest="license_name", help="for the model card, such as apache-2.0")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder to create")
+    export.add_argument(
+        "--phase", help="text, image-text, …, or reranker; default: the last finished phase of the embedder"
+    )
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="data type of the weights; default: unchanged")
+    export.add_argument("--license", dest="license_name", help="license for the model card, such as apache-2.0")
     export.set_defaults(run=_run_export)
     search = verbs.add_parser("search", help="search a run's documents with its newest model")
-    search.add_argument("text", nargs="?", help="what to look for")
-    search.add_argument("--image", help="a picture to look for, alone or with the text")
+    search.add_argument("text", nargs="?", help="the query text")
+    search.add_argument("--image", help="a query picture, alone or with the text")
     search.add_argument("--instruction", help="what kind of document to find, in words")
     search.add_argument("--run", dest="folder", type=Path, default=Path("runs/demo"), help="run folder (runs/demo)")
-    search.add_argument("--top-k", type=int, default=10, help="results (10)")
-    search.add_argument("--rerank", action="store_true", help="reorder the best ones with the reranker")
-    search.add_argument("--html", type=Path, help="also write the results, with pictures, to this page")
+    search.add_argument("--top-k", type=int, default=10, help="number of results (10)")
+    search.add_argument("--rerank", action="store_true", help="rerank the best results")
+    search.add_argument("--html", type=Path, help="also write the results, with pictures, to this HTML file")
     search.set_defaults(run=_run_search)
-    serve = verbs.add_parser("serve", help="answer over HTTP: embeddings, rerank, search")
-    serve.add_argument("model", nargs="?", help="an embedder's checkpoint; default: what the config file names")
-    serve.add_argument("--reranker", help="a reranker's checkpoint; without it nothing is reranked")
-    serve.add_argument("--index", help="a folder of embeddings or a saved index; without it nothing is searched")
-    serve.add_argument("--data", help="the documents that the index names: builtin:demo or a Parquet folder")
-    serve.add_argument("--config", type=Path, help="a Ray Serve config file; default: the one of this package")
+    serve = verbs.add_parser("serve", help="serve embeddings, reranking and search over HTTP")
+    serve.add_argument("model", nargs="?", help="an embedder's checkpoint; default: as the config file says")
+    serve.add_argument("--reranker", help="a reranker's checkpoint; without it, no reranking")
+    serve.add_argument("--index", help="a folder of embeddings or a saved index; without it, no search")
+    serve.add_argument("--data", help="the documents behind the index: builtin:demo or a Parquet folder")
+    serve.add_argument("--config", type=Path, help="a Ray Serve config file; default: the shipped one")
     serve.set_defaults(run=_run_serve)
     options = parser.parse_args(argv)
     options.run(options)
@@ -108,9 +110,9 @@ def _main(argv: list[str] | None) -> None:
 
 def _add_switches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved recipe and an estimate of its work, and stop"
+        "--dry-run", action="store_true", help="print the resolved recipe and a cost estimate, and exit"
     )
-    parser.add_argument("--verbose", action="store_true", help="show the workers' own output")
+    parser.add_argument("--verbose", action="store_true", help="show the output of Ray workers")
 
 
 def _run_job_verb(options: argparse.Namespace) -> None:
@@ -118,7 +120,7 @@ def _run_job_verb(options: argparse.Namespace) -> None:
 
 
 def _recipe_words(words: list[str]) -> tuple[str, list[str]]:
-    """The recipe and its overrides."""
+    """Split arguments into the recipe's name and its overrides."""
     recipes = [word for word in words if "=" not in word]
     if len(recipes) > 1:
         raise UserError(f"one recipe at a time, not {' and '.join(recipes)}; write changes as key=value")
@@ -140,9 +142,9 @@ def _run_job(job_name: str, source: str, overrides: list[str], options: argparse
 
 @contextmanager
 def open_run(recipe: Recipe, verbose: bool = False) -> Iterator[Run]:
-    """A run folder and the Ray that a driver works on it with."""
+    """Open a run folder and start Ray, as a driver needs them."""
     if not recipe.cluster.gpus_per_worker:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns about guessing
     prepare_environment()
     from umarvel_ray.runs import Run
 
@@ -150,7 +152,7 @@ def open_run(recipe: Recipe, verbose: bool = False) -> Iterator[Run]:
     with start_ray(verbose=verbose):
         try:
             yield run
-        except SystemExit:  # raised by Ray Train's own Ctrl-C handler, which its first run installs
+        except SystemExit:  # raised by the Ctrl-C handler that Ray Train installs
             raise KeyboardInterrupt from None
 
 
@@ -163,7 +165,7 @@ def _run_index(options: argparse.Namespace) -> None:
 def _run_export(options: argparse.Namespace) -> None:
     recipe = load_recipe(*_recipe_words(options.words))
     if options.phase not in (None, *LADDER, RERANKER):
-        raise UserError(f"no phase '{options.phase}'; give one of: {', '.join((*LADDER, RERANKER))}")
+        raise UserError(f"no phase '{options.phase}'; choose one of: {', '.join((*LADDER, RERANKER))}")
     from umarvel_ray.evaluate.report import scores_of
     from umarvel_ray.model.export import export_checkpoint
     from umarvel_ray.runs import Run
@@ -176,12 +178,12 @@ def _run_export(options: argparse.Namespace) -> None:
 
 
 def _run_search(options: argparse.Namespace) -> None:
-    given = {"text": options.text, "image": options.image, "instruction": options.instruction}
-    query = {key: value for key, value in given.items() if value is not None}
+    fields = {"text": options.text, "image": options.image, "instruction": options.instruction}
+    query = {key: value for key, value in fields.items() if value is not None}
     if not query.keys() & {"text", "image"}:
         raise UserError("nothing to search for; give a text, --image FILE, or both")
     if options.top_k < 1:
-        raise UserError(f"--top-k {options.top_k}: ask for at least one result")
+        raise UserError(f"--top-k {options.top_k}: must be at least 1")
     from umarvel_ray.search import as_lines, search_run, write_page
 
     hits = search_run(options.folder, query, options.top_k, options.rerank)
@@ -209,7 +211,7 @@ def _run_serve(options: argparse.Namespace) -> None:
 
 
 def guard(work: Callable[[], None]) -> int:
-    """Do the work of a driver; returns the exit status, after one line on stderr for an error that the user can fix."""
+    """Run a driver's work and return the exit status; an error that the user can fix is printed as one line on stderr."""
     try:
         work()
     except KeyboardInterrupt:
@@ -225,7 +227,7 @@ def guard(work: Callable[[], None]) -> int:
 
 
 def _line(error: BaseException) -> str | None:
-    """The one line a user needs to fix an error; None for a defect of this package."""
+    """The line that tells a user how to fix an error; None for a bug in this package."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
@@ -235,20 +237,20 @@ def _line(error: BaseException) -> str | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and its causes, nearest first, without Ray's wrappers."""
+    """The error and its causes, nearest first, with Ray's wrappers removed."""
     remote = sys.modules["ray"].exceptions.RayTaskError if "ray" in sys.modules else ()
     seen: set[int] = set()
-    todo: list[BaseException | None] = [error]
-    while todo:
-        current = todo.pop(0)
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop(0)
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
         if isinstance(current, remote):
-            todo.append(current.cause)
+            pending.append(current.cause)
         else:
             yield current
-        todo += [current.__cause__, current.__context__]
+        pending += [current.__cause__, current.__context__]
 
 
 if __name__ == "__main__":

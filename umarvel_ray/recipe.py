@@ -1,6 +1,6 @@
-"""The recipe: one typed tree for a whole run. Unknown keys and wrong types are refused with the key's full path.
+"""The recipe: one typed tree for a whole run. Unknown keys and wrong types are rejected with the key's full path.
 
-A recipe is a YAML file (or the name of one shipped in `umarvel_ray/recipes`) plus `a.b=c` overrides. It may start from
+A recipe is a YAML file (or the name of one shipped in `umarvel_ray/recipes`) plus `a.b=c` overrides. It may build on
 another with `extends: NAME`. `umarvel VERB RECIPE --dry-run` prints it resolved.
 """
 
@@ -16,7 +16,7 @@ from umarvel_ray.errors import UserError
 
 SHIPPED = Path(__file__).parent / "recipes"
 
-# The phases, which also name their checkpoints, and where a recipe describes each.
+# The phases by name, which is also the name of their checkpoint, and the recipe section of each.
 TEXT, IMAGE_TEXT, INSTRUCTION = STAGE1 = ("text", "image-text", "instruction")
 HARD_NEGATIVES, RERANKER, DISTILLATION = "hard-negatives", "reranker", "distillation"
 LADDER = (*STAGE1, HARD_NEGATIVES, DISTILLATION)  # the embedder's checkpoints, in order
@@ -35,34 +35,51 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 
 
 class Section(BaseModel):
-    """A part of the tree: immutable, closed to unknown keys."""
+    """A part of the tree: immutable, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSettings(Section):
-    """Everything that changes an embedding; stored in each checkpoint so that no later job can disagree (rule 2)."""
+    """Everything that changes an embedding; stored in each checkpoint, so that later jobs use the same settings."""
 
-    attention: Literal["bidirectional", "causal"] = "bidirectional"
-    pooling: Literal["mean", "last"] = "mean"
-    instruction_mask: bool = True
-    compression_prompt: bool = False
-    generation_prompt: bool = False
-    positions: Literal["mrope", "sequential"] = "mrope"
-    deepstack: bool = True
-    min_pixels: PositiveInt = 4 * 28 * 28
-    max_pixels: PositiveInt = 300 * 28 * 28
-    resize_twice: bool = Field(default=False, description="to multiples of 28 first, as the reference (trap T9)")
-    video_frames: PositiveInt = Field(default=12, description="frames of a video, spread evenly over it")
-    max_video_pixels: PositiveInt = Field(default=12 * 128 * 28 * 28, description="of all its frames together")
-    max_text_tokens: PositiveInt = 480
+    attention: Literal["bidirectional", "causal"] = Field(
+        default="bidirectional", description="which tokens of its item a token attends to: all, or those before it"
+    )
+    pooling: Literal["mean", "last"] = Field(
+        default="mean", description="mean: over all tokens' hidden states; last: the token that predicts <emb>"
+    )
+    instruction_mask: bool = Field(default=True, description="leave the instruction's tokens out of the mean")
+    compression_prompt: bool = Field(
+        default=False, description="append 'Summarize above … in one word:' to each item's text"
+    )
+    generation_prompt: bool = Field(
+        default=False, description="append the header of another assistant turn (docs/method.md#generation-prompt)"
+    )
+    positions: Literal["mrope", "sequential"] = Field(
+        default="mrope", description="rotary positions: M-RoPE, or 0, 1, 2 … on all axes as in the reference"
+    )
+    deepstack: bool = Field(default=True, description="Qwen3-VL only: use the tower's intermediate features")
+    min_pixels: PositiveInt = Field(default=4 * 28 * 28, description="smaller pictures are scaled up to this area")
+    max_pixels: PositiveInt = Field(default=300 * 28 * 28, description="larger pictures are scaled down to this area")
+    resize_twice: bool = Field(
+        default=False,
+        description="resize to multiples of 28 first, as the reference does (docs/method.md#picture-resizing)",
+    )
+    video_frames: PositiveInt = Field(default=12, description="frames taken from a video, evenly spaced")
+    max_video_pixels: PositiveInt = Field(
+        default=12 * 128 * 28 * 28, description="pixels of all frames of a video together, after resizing"
+    )
+    max_text_tokens: PositiveInt = Field(
+        default=480, description="longer texts are cut; instruction and text of a query count together"
+    )
 
     @classmethod
     def reference(cls, generation_prompt: bool = True) -> ModelSettings:
-        """How the authors' released checkpoints are evaluated by their own code (method 1.1 to 1.5).
+        """The settings of the authors' own evaluation of their released checkpoints (docs/method.md#differences).
 
         Args:
-            generation_prompt: their evaluation appends one, their training does not (trap T4).
+            generation_prompt: their evaluation appends one, their training does not (docs/method.md#generation-prompt).
         """
         return cls(
             positions="sequential",
@@ -73,7 +90,7 @@ class ModelSettings(Section):
         )
 
     def for_reranker(self, max_text_tokens: int) -> ModelSettings:
-        """The same for a reranker of this embedder: causal, with a text limit of its own."""
+        """These settings for a reranker: causal, with a text limit of its own."""
         return self.model_copy(update={"attention": "causal", "max_text_tokens": max_text_tokens})
 
 
@@ -81,66 +98,75 @@ class Data(Section):
     """Where documents, queries and pools are read from."""
 
     root: str = Field(description="a folder of Parquet tables, an M-BEIR folder, or 'builtin:demo'")
-    format: Literal["parquet", "mbeir"] = "parquet"
+    format: Literal["parquet", "mbeir"] = Field(default="parquet", description="layout of `root` (docs/guide.md)")
 
 
 class Lora(Section):
-    """Low-rank adapters on the language model's linear layers (method section 2)."""
+    """Low-rank adapters on the language model's linear layers (docs/method.md#lora-targets)."""
 
-    r: PositiveInt = 128
-    alpha: PositiveInt = 256
-    dropout: Fraction = 0.05
-    init: str | None = Field(default=None, description="directory of a PEFT adapter to go on from; null starts anew")
+    r: PositiveInt = Field(default=128, description="rank")
+    alpha: PositiveInt = Field(default=256, description="scale: an adapter's output is multiplied by alpha / r")
+    dropout: Fraction = Field(default=0.05, description="dropout probability on an adapter's input")
+    init: str | None = Field(default=None, description="directory of a PEFT adapter to start from; null: a new one")
 
 
 class Rates(Section):
-    """Learning rates of parts; null is the step's `learning_rate`. All follow its warm-up and decay."""
+    """Peak learning rates of single parts; null: the phase's `learning_rate`. All follow its warmup and decay."""
 
-    projector: Positive | None = None
-    vision: Positive | None = Field(default=None, description="of the tower without its projector")
-    temperature: Positive | None = None
+    projector: Positive | None = Field(default=None, description="vision tower's projector (patch merger)")
+    vision: Positive | None = Field(default=None, description="vision tower without its projector")
+    temperature: Positive | None = Field(default=None, description="log τ, if it is learned")
 
 
 class Temperature(Section):
-    """InfoNCE temperature: exp of a clamped log-parameter when learned (trap T15)."""
+    """Temperature τ of a loss; if learned, exp of a clamped log-parameter (docs/method.md#temperature-bounds)."""
 
-    init: Positive | Literal["parent"] = Field(default=0.05, description="a value, or the parent's (trap T16)")
-    learn: bool = False
-    minimum: Positive = 0.01
-    maximum: Positive = 1.0
+    init: Positive | Literal["parent"] = Field(default=0.05, description="a value, or the parent checkpoint's")
+    learn: bool = Field(default=False, description="train τ along with the weights")
+    minimum: Positive = Field(default=0.01, description="lower bound of a learned τ")
+    maximum: Positive = Field(default=1.0, description="upper bound of a learned τ")
 
 
 class Phase(Section):
-    """One training run: a set of queries, and AdamW with warm-up and cosine decay. Subclasses say the loss."""
+    """One training run: a query table, and AdamW with linear warmup and cosine decay. Subclasses define the loss."""
 
     queries: str = Field(description="name of the query table to train on")
     batch_size: PositiveInt = Field(description="queries in the global batch, over all workers")
-    epochs: Positive = 1.0
-    max_steps: PositiveInt | None = None
-    learning_rate: Positive
-    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
-        default="none", description="how learning_rate grows with batch_size / reference_batch (paper Table 4)"
+    epochs: Positive = Field(default=1.0, description="passes over the queries; fractions are allowed")
+    max_steps: PositiveInt | None = Field(
+        default=None, description="number of optimizer steps; null: as `epochs` gives"
     )
-    reference_batch: PositiveInt | None = Field(default=None, description="the batch that learning_rate is meant for")
-    warmup_ratio: Fraction = 0.03
-    weight_decay: NonNegative = 0.0
-    clip_norm: Positive = 1.0
+    learning_rate: Positive = Field(description="peak learning rate, before `lr_scaling`")
+    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
+        default="none", description="how learning_rate scales with batch_size / reference_batch (paper Table 4)"
+    )
+    reference_batch: PositiveInt | None = Field(default=None, description="batch size that learning_rate refers to")
+    warmup_ratio: Fraction = Field(default=0.03, description="share of the steps with a linearly rising rate")
+    weight_decay: NonNegative = Field(default=0.0, description="AdamW's decoupled weight decay")
+    clip_norm: Positive = Field(default=1.0, description="gradients are clipped to this global norm")
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     adam_eps: Positive = 1e-8
     language_model: Literal["lora", "qlora", "full"] = Field(
-        default="lora", description="adapters; adapters on 4-bit weights; all weights but the token tables"
+        default="lora",
+        description="what is trained: adapters; adapters on 4-bit weights; all weights but the token embeddings",
     )
     lora: Lora = Lora()
-    vision: Literal["frozen", "projector", "full"] = Field(default="frozen", description="what of the tower trains")
+    vision: Literal["frozen", "projector", "full"] = Field(
+        default="frozen", description="which part of the vision tower is trained"
+    )
     learning_rates: Rates = Rates()
-    max_per_task: PositiveInt | None = Field(default=None, description="queries of a task in an epoch, drawn anew")
+    max_per_task: PositiveInt | None = Field(
+        default=None, description="at most this many queries of a task per epoch, sampled anew each epoch; null: all"
+    )
     homogeneous: float = Field(default=0.0, ge=0, le=1, description="share of global batches drawn from a single task")
-    checkpoint_every: PositiveInt = 50
+    checkpoint_every: PositiveInt = Field(default=50, description="optimizer steps between saved training states")
 
     @model_validator(mode="after")
     def _scaling_needs_a_reference(self) -> Phase:
         if self.lr_scaling != "none" and self.reference_batch is None:
-            raise ValueError(f"lr_scaling={self.lr_scaling} needs reference_batch, what learning_rate is meant for")
+            raise ValueError(
+                f"lr_scaling={self.lr_scaling} needs reference_batch, the batch size that learning_rate refers to"
+            )
         return self
 
     @model_validator(mode="after")
@@ -155,25 +181,27 @@ class Phase(Section):
 
     @property
     def peak_rate(self) -> float:
-        """The learning rate after warm-up: scaled to the batch size by `lr_scaling`."""
+        """The learning rate after warmup, scaled to the batch size by `lr_scaling`."""
         power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[self.lr_scaling]
         return self.learning_rate * (self.batch_size / (self.reference_batch or self.batch_size)) ** power
 
 
 class ContrastivePhase(Phase):
-    """InfoNCE over the global batch (paper eq. 1); `two_way` adds the document → query direction."""
+    """InfoNCE over the global batch (paper eq. 1)."""
 
     kind: Literal["contrastive"] = "contrastive"
-    two_way: bool = False
+    two_way: bool = Field(default=False, description="add the document → query direction to the loss")
     temperature: Temperature = Temperature()
-    hard_negatives: int = Field(default=0, ge=0, description="mined documents added per query")
-    in_batch_negatives: bool = Field(default=True, description="false: only a query's own mined ones count")
+    hard_negatives: int = Field(default=0, ge=0, description="mined negatives added per query")
+    in_batch_negatives: bool = Field(
+        default=True, description="use the documents of other queries too; false: only a query's own mined negatives"
+    )
     matryoshka: tuple[PositiveInt, ...] = Field(
-        default=(), description="shorter dimensions that are trained as well (arXiv 2205.13147)"
+        default=(), description="shorter vector lengths that are trained as well (arXiv 2205.13147)"
     )
 
     @model_validator(mode="after")
-    def _some_negatives(self) -> ContrastivePhase:
+    def _has_negatives(self) -> ContrastivePhase:
         if not self.in_batch_negatives and (self.two_way or not self.hard_negatives):
             raise ValueError("in_batch_negatives: false needs hard_negatives above 0 and two_way: false")
         return self
@@ -196,25 +224,32 @@ TrainingPhase = ContrastivePhase | RerankPhase | DistillPhase
 
 
 class Mining(Section):
-    """Candidates for hard negatives (paper section on hard negatives; method section 3)."""
+    """Candidates for hard negatives and their filters (paper Table 5; docs/method.md#hard-negatives)."""
 
     depth: PositiveInt = Field(default=100, description="candidates kept per query before the filters")
-    pool: Literal["local", "global"] = "global"
-    max_similarity: Annotated[float, Field(gt=-1.0, le=1.0)] | Literal["calibrate"] = Field(
-        default=0.7, description="drop candidates above this cosine; 1 keeps all"
+    pool: Literal["local", "global"] = Field(
+        default="global", description="search a query's own task's pool, or the union of the split's pools"
     )
-    margin: float | None = Field(default=None, description="drop candidates above positive × (1 − margin)")
-    min_rank: int = Field(default=0, ge=0, description="skip this many best candidates that passed the filters")
-    random_mix: Fraction = Field(default=0.0, description="share of negatives drawn at random from the pool")
-    random_mix_of: dict[str, Fraction] | None = Field(default=None, description="tasks with another random_mix")
-    max_queries: PositiveInt | None = Field(default=None, description="mine and train on a sample of this many queries")
+    max_similarity: Annotated[float, Field(gt=-1.0, le=1.0)] | Literal["calibrate"] = Field(
+        default=0.7,
+        description="drop candidates above this cosine; 1: keep all; calibrate: chosen per task on validation",
+    )
+    margin: float | None = Field(
+        default=None, description="drop candidates whose cosine exceeds the positive's × (1 − margin); null: off"
+    )
+    min_rank: int = Field(default=0, ge=0, description="skip this many of the best candidates that pass the filters")
+    random_mix: Fraction = Field(default=0.0, description="share of negatives drawn at random from the pool instead")
+    random_mix_of: dict[str, Fraction] | None = Field(default=None, description="random_mix of single tasks, by name")
+    max_queries: PositiveInt | None = Field(
+        default=None, description="mine for, and train on, a sample of this many queries; null: all"
+    )
     max_pool: PositiveInt | None = Field(
-        default=None, description="mine in a sample of this many documents of a pool, positives aside; stage 3 too"
+        default=None, description="search a sample of this many documents per pool, plus positives; also in stage 3"
     )
 
 
 class Stage1(Section):
-    """Progressive transition: text pairs, image-caption pairs, instructions; null leaves one out (paper Table 3)."""
+    """Progressive transition: text pairs, image-caption pairs, instructions; null skips a phase (paper Table 3)."""
 
     text: ContrastivePhase | None
     image_text: ContrastivePhase | None
@@ -229,81 +264,97 @@ class Stage2(Section):
 
 
 class RerankerStage(Section):
-    """Generative pointwise reranker, next-token loss on Yes/No (method section 4)."""
+    """Generative pointwise reranker, next-token loss on Yes/No (docs/method.md#reranker)."""
 
-    init: Literal["base", "embedder"] = "base"
-    negatives_top: PositiveInt = Field(default=50, description="mined ranks the negative is drawn from")
-    max_text_tokens: PositiveInt = 256
+    init: Literal["base", "embedder"] = Field(
+        default="base", description="start from the base model, or from the embedder of stage 2"
+    )
+    negatives_top: PositiveInt = Field(default=50, description="draw each pair's negative from this many mined ranks")
+    max_text_tokens: PositiveInt = Field(default=256, description="longer queries and documents are cut")
     train: RerankPhase
 
 
 class Stage3(Section):
-    """Distill recall-then-rerank into the embedder: KL on the top-k of a query sample.
+    """Distill recall-then-rerank into the embedder: KL on each query's top-k (docs/method.md#distillation).
 
-    `train.kind: contrastive` is the paper's control ("continue-hard"): InfoNCE with the same queries, and the same
-    candidates as only negatives.
+    `train.kind: contrastive` is the paper's control ("continue-hard"): InfoNCE on the same queries, with the same
+    candidates as the only negatives.
     """
 
     sample: Fraction = Field(default=0.1, description="share of the queries that the teacher scores")
-    top_k: PositiveInt = Field(default=50, description="candidates of each query")
+    top_k: PositiveInt = Field(default=50, description="candidates per query")
     alpha: Fraction = Field(default=0.5, description="teacher score = α·cosine + (1 − α)·P(yes)")
     train: Annotated[DistillPhase | ContrastivePhase, Field(discriminator="kind")]
 
 
 class Embed(Section):
-    """What `embed` embeds the documents with."""
+    """How the `embed` job embeds the documents."""
 
-    checkpoint: str | None = Field(default=None, description="another directory than the run's last embedder")
-    preset: Literal["reference"] | None = Field(default=None, description="'reference': one the authors released")
-    truncate_dim: PositiveInt | None = Field(default=None, description="coordinates kept of each vector; null: all")
+    checkpoint: str | None = Field(default=None, description="embedder's directory; null: the run's last embedder")
+    preset: Literal["reference"] | None = Field(
+        default=None, description="'reference': `checkpoint` was released by the authors, without settings of its own"
+    )
+    truncate_dim: PositiveInt | None = Field(default=None, description="leading dimensions to keep; null: all")
 
 
 class Evaluate(Section):
-    """Recall@k per task; exact search in local and global pools (method section 6)."""
+    """Recall@k per task; exact search in local and global pools (docs/method.md#evaluation)."""
 
-    split: str = "test"
-    k: PositiveInt = 5
-    k_of: dict[str, PositiveInt] = Field(default_factory=dict, description="tasks measured at another k")
-    drop_query_image: bool = Field(default=True, description="take the query's own picture out of the pool")
-    rerank_top: PositiveInt = 50
-    rerank_weight: NonNegative | Literal["calibrate"] = "calibrate"
-    calibrate_on: PositiveInt | None = Field(default=None, description="a sample of this many validation queries")
+    split: str = Field(default="test", description="query table to evaluate")
+    k: PositiveInt = Field(default=5, description="documents among which a positive counts as found")
+    k_of: dict[str, PositiveInt] = Field(default_factory=dict, description="k of single tasks, by name")
+    drop_query_image: bool = Field(default=True, description="remove documents that show the query's own picture")
+    rerank_top: PositiveInt = Field(default=50, description="candidates per query that the reranker scores")
+    rerank_weight: NonNegative | Literal["calibrate"] = Field(
+        default="calibrate", description="w in cosine + w · P(yes); calibrate: chosen on the validation queries"
+    )
+    calibrate_on: PositiveInt | None = Field(
+        default=None, description="calibrate w on a sample of this many validation queries; null: all"
+    )
 
 
 class Compute(Section):
-    """DeepSpeed and memory: every default that matters, stated."""
+    """DeepSpeed and memory: settings that change speed and memory use, and results only by rounding."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    token_budget: PositiveInt = Field(default=16384, description="tokens in one forward chunk, padding included")
-    packed: bool | Literal["auto"] = Field(
-        default="auto", description="items in one row without padding; auto: on GPUs"
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1, description="what ZeRO shards over the workers: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights"
     )
-    gradient_cache: bool = True
-    activation_checkpointing: bool = True
-    cache_vision: bool = Field(default=True, description="keep the frozen tower's outputs by content hash")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="of frozen weights and the forward pass; trained parameters stay float32"
+    )
+    token_budget: PositiveInt = Field(default=16384, description="most tokens in one forward pass, padding included")
+    packed: bool | Literal["auto"] = Field(
+        default="auto", description="place items end to end in one row without padding; auto: on GPUs"
+    )
+    gradient_cache: bool = Field(
+        default=True, description="embed each batch in chunks, twice, to hold the activations of one chunk only"
+    )
+    activation_checkpointing: bool = Field(
+        default=True, description="recompute layer activations in the backward pass to save memory"
+    )
+    cache_vision: bool = Field(default=True, description="cache the frozen tower's outputs by picture content")
 
 
 class Cluster(Section):
-    """What the Ray jobs ask for."""
+    """Resources that the Ray jobs request."""
 
-    workers: PositiveInt = 8
+    workers: PositiveInt = Field(default=8, description="training workers (ranks)")
     cpus_per_worker: Positive = 4
-    gpus_per_worker: NonNegative = 1
-    embedders: PositiveInt = 8
+    gpus_per_worker: NonNegative = Field(default=1, description="0: train on CPUs")
+    embedders: PositiveInt = Field(default=8, description="actors that embed or rerank")
     cpus_per_embedder: Positive = 2
-    gpus_per_embedder: NonNegative = 1
-    preprocess_tasks: PositiveInt = 16
-    max_failures: int = Field(default=3, ge=0)
+    gpus_per_embedder: NonNegative = Field(default=1, description="0: embed and rerank on CPUs")
+    preprocess_tasks: PositiveInt = Field(default=16, description="parallel CPU tasks that read and tokenize items")
+    max_failures: int = Field(default=3, ge=0, description="restarts of a failed worker group or actor")
 
 
 class Recipe(Section):
-    """A whole run. `base` is an HF directory, or 'builtin:demo'."""
+    """A whole run."""
 
     name: str
-    seed: int = 42
-    output: str = "runs/{name}"
-    base: str
+    seed: int = Field(default=42, description="seeds batch plans, samples, new adapters and dropout")
+    output: str = Field(default="runs/{name}", description="run folder; {name} is replaced by the name")
+    base: str = Field(description="Hugging Face directory of the base model, or 'builtin:demo'")
     data: Data
     model: ModelSettings = ModelSettings()
     compute: Compute = Compute()
@@ -336,8 +387,8 @@ class Recipe(Section):
         return self
 
     def phases(self) -> dict[str, TrainingPhase]:
-        """The phases of the recipe by name, in the order they run."""
-        given = {
+        """The recipe's phases by name, in the order in which they run."""
+        phases = {
             TEXT: self.stage1.text,
             IMAGE_TEXT: self.stage1.image_text,
             INSTRUCTION: self.stage1.instruction,
@@ -345,7 +396,7 @@ class Recipe(Section):
             RERANKER: self.reranker.train,
             DISTILLATION: self.stage3.train,
         }
-        return {name: phase for name, phase in given.items() if phase}
+        return {name: phase for name, phase in phases.items() if phase}
 
     @property
     def run_dir(self) -> Path:
@@ -353,7 +404,7 @@ class Recipe(Section):
 
 
 def count_steps(phase: Phase, queries: int) -> int:
-    """Optimizer steps of a phase: `max_steps`, or what `epochs` over `queries` rows fill."""
+    """Optimizer steps of a phase: `max_steps`, or the full batches in `epochs` passes over `queries` rows."""
     return phase.max_steps or max(1, int(phase.epochs * queries) // phase.batch_size)
 
 
@@ -361,7 +412,7 @@ def load_recipe(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
     """Read a recipe by shipped name or path and apply `a.b=c` overrides (values are YAML).
 
     Raises:
-        UserError: no such recipe, invalid YAML, unknown key, wrong type, malformed override.
+        UserError: unknown recipe, invalid YAML, unknown key, wrong type, malformed override.
     """
     tree = _read_tree(source)
     for override in overrides:
@@ -370,14 +421,25 @@ def load_recipe(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
         return Recipe.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        where = _key_path(first["loc"], tree) or "recipe"
         if first["type"] == "extra_forbidden":
             raise UserError(f"recipe {source}: unknown key '{where}'; remove it or check its spelling") from None
         raise UserError(f"recipe {source}: {where}: {first['msg']} (got {first['input']!r})") from None
 
 
+def _key_path(location: tuple[str | int, ...], tree: Any) -> str:
+    """Where an error is, as a dotted key: pydantic's location without the names of union members."""
+    path = []
+    for part in location:
+        if isinstance(tree, dict) and part not in tree and tree.get("kind") == part:
+            continue
+        path.append(str(part))
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return ".".join(path)
+
+
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, keys in the order of the classes above."""
+    """The resolved recipe as YAML, with keys in the order of the classes above."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 

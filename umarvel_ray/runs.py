@@ -17,6 +17,7 @@ from umarvel_ray import demo
 from umarvel_ray.errors import UserError
 from umarvel_ray.files import write_json
 from umarvel_ray.model.checkpoint import check_files
+from umarvel_ray.model.hub import model_folder
 from umarvel_ray.recipe import LADDER, Recipe, dump_recipe, load_recipe
 
 FREE = ("cluster", "embed", "evaluate")  # sections that may change within a run folder: they change no checkpoint
@@ -68,14 +69,14 @@ class Run:
 
     @property
     def base(self) -> Path:
-        """The base model's directory.
+        """The base model's directory; one that is named by its id on the Hugging Face Hub is downloaded first.
 
         Raises:
-            UserError: it holds no model.
+            UserError: it holds no model; see `model_folder`.
         """
-        path = base_folder(self.recipe.base)
+        path = model_folder(base_folder(self.recipe.base))
         if not (path / "config.json").is_file():
-            raise UserError(f"base model {path} has no config.json; set base=DIR to a Hugging Face model directory")
+            raise UserError(f"base model {path} has no config.json; set base to a Hugging Face model directory or Hub id")
         return path
 
     def checkpoint(self, phase: str) -> Path:

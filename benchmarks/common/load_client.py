@@ -48,7 +48,9 @@ async def open_loop(session: aiohttp.ClientSession, url: str, bodies: list[str],
 
 
 async def main(request: dict) -> dict:
-    bodies, latencies, failed = json.loads(Path(request["bodies"]).read_text()), [], []
+    bodies = json.loads(Path(request["bodies"]).read_text())
+    latencies: list[float] = []
+    failed: list[int] = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         begin = time.perf_counter()
         if "clients" in request:

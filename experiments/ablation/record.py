@@ -1,4 +1,4 @@
-"""A table's results: one JSON record, and the paper's table beside ours in Markdown."""
+"""A table's results as a JSON record, and as a Markdown table with the paper's numbers beside ours."""
 
 from __future__ import annotations
 
@@ -9,27 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablation.tables import NUMBERS, Table
+from experiments.ablation.tables import Table
 from experiments.ablation.trials import Hits, Outcome
 from umarvel_ray.evaluate.bootstrap import Interval, paired_interval
 from umarvel_ray.evaluate.results import SCOPES
 
-Outcomes = Mapping[str, Mapping[int, Outcome]]  # row label → seed → what it scored
+Outcomes = Mapping[str, Mapping[int, Outcome]]  # row label → seed → score
 
 
 def make_record(table: Table, outcomes: Outcomes, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that is known of a table so far; rows without an outcome have no seeds.
+    """The record of a table so far; rows without an outcome have no seeds.
 
-    Recall is a fraction here, as in a run's report; the paper's numbers stay percent. A difference is to the reference
+    Recall is a fraction, as in a run's report; the paper's numbers are in percent. Differences are to the reference
     row, over the seeds that both have: each query's hits are averaged over them before the bootstrap.
 
     Args:
-        facts: what else a reader must know: recipe, its changes, seeds, number of queries.
+        facts: more entries: recipe, its changes, seeds, number of queries.
     """
     return {
         "table": table.number,
-        "title": table.title,
-        "how": table.how,
         "reference": table.reference,
         **facts,
         "complete": all(outcomes.get(row.label) for row in table.rows),
@@ -49,7 +47,7 @@ def make_record(table: Table, outcomes: Outcomes, facts: Mapping[str, Any]) -> d
 
 
 def differences(outcomes: Outcomes, label: str, reference: str) -> dict[str, Interval] | None:
-    """Row less reference by scope; None for the reference itself, or where either has no score."""
+    """Row minus reference by scope; None for the reference itself, and where either has no score."""
     ours, theirs = (_scored(outcomes.get(name, {})) for name in (label, reference))
     seeds = ours.keys() & theirs.keys()
     if label == reference or not seeds:
@@ -61,16 +59,8 @@ def differences(outcomes: Outcomes, label: str, reference: str) -> dict[str, Int
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The table with a caption; recall in percent."""
-    partial = "" if record["complete"] else " (partial)"
-    shared = f", of the shared checkpoints {record['shared_seed']}" if record["shared_seed"] is not None else ""
-    changes = "".join(f", `{change}`" for change in record["row_changes"])
+    """The rows as a bare table; recall in percent."""
     lines = [
-        f"## Table {record['table']}: {record['title']}{partial}",
-        "",
-        f"{record['how']} Recipe `{record['recipe']}`{changes}; seed of the rows {record['seed']}{shared}; "
-        f"{record['queries']:,} queries. Differences (Δ) are to *{record['reference']}*.",
-        "",
         "| | paper, local | paper, global | ours, local | ours, global | Δ local | Δ global | claim |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
@@ -78,17 +68,17 @@ def markdown(record: Mapping[str, Any]) -> str:
         paper = [_percent(row["paper"][scope]) for scope in SCOPES]
         averages = [average for average in row["seeds"].values() if average]
         if row["changes"] is None:
-            averages = averages[:1]  # one checkpoint, whatever the seed
+            averages = averages[:1]  # the same checkpoint for every seed
         ours = [_spread([average[scope] for average in averages]) for scope in SCOPES]
         if row["failed"]:
             ours = ["failed", "failed"]
-        apart = [_interval(row["difference"] and row["difference"][scope]) for scope in SCOPES]
-        lines.append("| " + " | ".join([row["label"], *paper, *ours, *apart, verdict(row)]) + " |")
+        difference = [_interval(row["difference"] and row["difference"][scope]) for scope in SCOPES]
+        lines.append("| " + " | ".join([row["label"], *paper, *ours, *difference, verdict(row)]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """Whether our local difference bears out the paper's claim on a row; '' where it makes none."""
+    """Whether our local difference supports the paper's claim on a row; empty where the paper makes none."""
     if row["claim"] is None:
         return ""
     if row["failed"]:
@@ -97,17 +87,13 @@ def verdict(row: Mapping[str, Any]) -> str:
         return "not run"
     ours = Interval(*row["difference"]["local"])
     if ours.holds_zero:
-        return "not told apart"
+        return "inconclusive"
     return "agrees" if (ours.mean > 0) == (row["claim"] == "higher") else "disagrees"
 
 
-def summary(records: Sequence[Mapping[str, Any]]) -> str:
-    """How many of the paper's claims each verdict was given to, and which tables are missing."""
-    counts = Counter(verdict(row) for record in records for row in record["rows"] if row["claim"])
-    told = ", ".join(f"{what} {count}" for what, count in counts.most_common())
-    missing = ", ".join(str(number) for number in NUMBERS if number not in {record["table"] for record in records})
-    not_run = f" Tables not run: {missing}." if missing else ""
-    return f"Rows against the paper's claims: {told}.{not_run}\n"
+def count_verdicts(records: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """How many rows got each verdict."""
+    return Counter(verdict(row) for record in records for row in record["rows"] if row["claim"])
 
 
 def _scored(by_seed: Mapping[int, Outcome]) -> dict[int, Hits]:
@@ -123,7 +109,7 @@ def _percent(value: float | str | None) -> str:
 
 
 def _spread(values: list[float]) -> str:
-    """Mean of the seeds, with their standard deviation where there are several."""
+    """Mean over seeds, with the standard deviation if there are several."""
     if not values:
         return "–"
     spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""

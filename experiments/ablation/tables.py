@@ -1,7 +1,7 @@
 """The paper's ablations, Tables 1 to 6, as data: each row is a few recipe values beside the paper's numbers.
 
-Batch sizes, learning rates and steps are relative to the recipe's own, which stand for the paper's final ones. Numbers
-are M-BEIR averages in percent as known to us; what our sources do not tell is None.
+Batch sizes, learning rates and steps are relative to the recipe's own, which correspond to the paper's final ones. The
+paper's numbers are M-BEIR averages in percent; None where we do not know them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Literal
 from umarvel_ray.recipe import DISTILLATION, HARD_NEGATIVES, RERANKER, STAGE1, Recipe
 
 Claim = Literal["higher", "lower"]
-NUMBERS = (1, 2, 3, 4, 5, 6)
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,9 @@ class Row:
     """One variant.
 
     Attributes:
-        changes: `key=value` overrides of the recipe; None: no training, the shared checkpoint as it is.
-        paper: average recall, local and global, in percent, or what it says instead.
-        claim: where the paper places its local recall against the table's reference row.
+        changes: `key=value` overrides of the recipe; None measures the shared checkpoint without training.
+        paper: average recall in percent, local and global, or the paper's remark in place of a number.
+        claim: how the paper's local recall compares with the table's reference row.
     """
 
     label: str
@@ -36,15 +35,13 @@ class Table:
     """One table.
 
     Attributes:
-        how: what is trained in each row, from what; printed above the rows.
-        stage: the stage of the pipeline (`prepare_…`) that is varied; `phase` the checkpoint of it that is measured.
-        shared: checkpoints that all rows take from one ordinary run of the recipe.
+        stage: the stage that varies.
+        phase: the phase whose checkpoint is measured.
+        shared: phases whose checkpoints all rows take from one ordinary run of the recipe.
         reference: label of the row that the others are compared with.
     """
 
     number: int
-    title: str
-    how: str
     stage: Literal["stage1", "stage2", "stage3"]
     phase: str
     shared: tuple[str, ...]
@@ -53,17 +50,18 @@ class Table:
 
     @property
     def shared_phase(self) -> str:
-        """The shared embedder that the ablated phase starts from: what a row without training measures."""
+        """The shared embedder that the ablated phase starts from, which a row without training measures."""
         return [phase for phase in self.shared if phase != RERANKER][-1]
 
 
 def paper_table(number: int, recipe: Recipe) -> Table:
     """A table of the paper for a recipe."""
-    return (_extraction, _instruction_mask, _transition, _batch, _hard_negatives, _distillation)[number - 1](recipe)
+    return TABLES[number](recipe)
 
 
 def _extraction(recipe: Recipe) -> Table:
-    known = {
+    """Table 1: pooling, attention and compression prompt, without an instruction mask yet."""
+    known: dict[tuple[str, str, bool], tuple[tuple[float, float], Claim | None]] = {
         ("last", "causal", True): ((56.6, 54.8), None),
         ("mean", "causal", True): ((33.7, 27.6), "lower"),
         ("mean", "bidirectional", False): ((57.2, 55.2), "higher"),
@@ -78,8 +76,6 @@ def _extraction(recipe: Recipe) -> Table:
     kinds = [(p, a, c) for p in ("last", "mean") for a in ("causal", "bidirectional") for c in (True, False)]
     return Table(
         1,
-        "Embedding extraction",
-        _FROM_BASE + " No instruction mask yet.",
         "stage1",
         STAGE1[-1],
         (),
@@ -89,10 +85,9 @@ def _extraction(recipe: Recipe) -> Table:
 
 
 def _instruction_mask(recipe: Recipe) -> Table:
+    """Table 2: whether the instruction's tokens are pooled."""
     return Table(
         2,
-        "Instruction mask",
-        _FROM_BASE,
         "stage1",
         STAGE1[-1],
         (),
@@ -105,10 +100,9 @@ def _instruction_mask(recipe: Recipe) -> Table:
 
 
 def _transition(recipe: Recipe) -> Table:
+    """Table 3: the instruction phase from the base, after the text phase, or after the image-text phase too."""
     return Table(
         3,
-        "Progressive transition",
-        "The instruction step is trained from the base, from the text step, or from the image-text step after it.",
         "stage1",
         STAGE1[-1],
         STAGE1[:-1],
@@ -122,17 +116,21 @@ def _transition(recipe: Recipe) -> Table:
 
 
 def _batch(recipe: Recipe) -> Table:
-    step = recipe.stage1.instruction
-    small, rate = max(1, step.batch_size // 8), step.learning_rate / 4
+    """Table 4: batch size, learning rate and temperature of the instruction phase; every row sees as many queries.
+
+    Batch × 1 is an eighth of the recipe's (the paper's 480), and its rate a quarter (the paper's 1e-4).
+    """
+    phase = recipe.stage1.instruction
+    small, rate = max(1, phase.batch_size // 8), phase.learning_rate / 4
 
     def row(times: int, learn: bool, scaling: str, local: float, claim: Claim | None = "higher") -> Row:
-        """A batch of `times` eighths of the recipe's; 'own' is the recipe's rate, which is 4 times the smallest's."""
+        """A batch of `times` eighths of the recipe's; the 'own' rate is the recipe's, 4 times that of batch × 1."""
         size = small * times
         values = [f"batch_size={size}", f"temperature.learn={str(learn).lower()}"]
-        if step.max_steps:  # epochs see equally many queries by themselves
-            values.append(f"max_steps={step.max_steps * step.batch_size // size}")
+        if phase.max_steps:  # epochs see the same number of queries anyway
+            values.append(f"max_steps={phase.max_steps * phase.batch_size // size}")
         own = scaling == "own"
-        values.append(f"learning_rate={step.learning_rate if own else rate}")
+        values.append(f"learning_rate={phase.learning_rate if own else rate}")
         values += [] if own else [f"lr_scaling={scaling}", f"reference_batch={small}"]
         rates = {"none": "same rate", "sqrt": "rate × √batch", "own": "rate × 4"}
         label = f"batch × {times}, {rates[scaling]}, {'learned' if learn else 'fixed'} τ"
@@ -140,9 +138,6 @@ def _batch(recipe: Recipe) -> Table:
 
     return Table(
         4,
-        "Batch size, learning rate, temperature",
-        f"The instruction step is trained from the image-text step; every row sees equally many queries. Batch × 1 is "
-        f"{small} (the paper's 480), its rate {rate:.3g} (1e-4).",
         "stage1",
         STAGE1[-1],
         _stage1(recipe)[:-1],
@@ -159,11 +154,10 @@ def _batch(recipe: Recipe) -> Table:
 
 
 def _hard_negatives(recipe: Recipe) -> Table:
+    """Table 5: the negatives of stage 2, which starts from stage 1's model."""
     unfiltered = ("stage2.mining.max_similarity=1.0", "stage2.mining.margin=null", "stage2.mining.min_rank=0")
     return Table(
         5,
-        "Hard negatives",
-        f"Stage 2 is trained from stage 1's model with {recipe.stage2.train.hard_negatives} mined negatives per query.",
         "stage2",
         HARD_NEGATIVES,
         _stage1(recipe),
@@ -186,11 +180,9 @@ def _hard_negatives(recipe: Recipe) -> Table:
 
 
 def _distillation(recipe: Recipe) -> Table:
+    """Table 6: stage 3 from stage 2's model, against InfoNCE on the same queries with the candidates as negatives."""
     return Table(
         6,
-        "Distillation",
-        "Stage 3 is trained from stage 2's model on the same queries and candidates; continue-hard is InfoNCE with the "
-        "candidates as only negatives.",
         "stage3",
         DISTILLATION,
         (*_stage1(recipe), HARD_NEGATIVES, RERANKER),
@@ -204,15 +196,24 @@ def _distillation(recipe: Recipe) -> Table:
 
 
 def _stage1(recipe: Recipe) -> tuple[str, ...]:
-    """The phases of stage 1 that the recipe does not leave out."""
+    """The phases of stage 1 that the recipe has."""
     return tuple(name for name in recipe.phases() if name in STAGE1)
 
 
-_FROM_BASE = (
-    "What changes every embedding must be the same in all steps: each row trains the text and instruction steps from "
-    "the base; image-text pairs are left out, as in the paper's table."
-)
-
-
 def _from_base(*settings: str) -> tuple[str, ...]:
+    """A setting that changes every embedding must be the same in all phases, so these rows start from the base.
+
+    The image-text phase is left out, as in the paper's tables.
+    """
     return ("stage1.image_text=null", *(f"model.{setting}" for setting in settings))
+
+
+TABLES = {
+    1: _extraction,
+    2: _instruction_mask,
+    3: _transition,
+    4: _batch,
+    5: _hard_negatives,
+    6: _distillation,
+}
+NUMBERS = tuple(TABLES)

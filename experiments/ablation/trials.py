@@ -1,7 +1,7 @@
-"""Run a table: every row is a run folder of its own that differs from the shared run in the ablated phase only.
+"""Run a table: every row has its own run folder, which differs from the shared run only in the ablated stage.
 
-Rows of a table are trained in one worker group and embedded by one pool. What is finished is not repeated: a killed
-table goes on in the middle of the row where it stopped.
+The rows of a table train in one worker group and are embedded by one actor group. Finished work is not repeated: a
+killed table resumes in the middle of the row where it stopped.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from umarvel_ray.runs import Run
 from umarvel_ray.train.launch import train_phases
 from umarvel_ray.train.phases import PhaseSpec
 
-DIVERGED = ": loss is "  # how train/loop.py begins to say it
-COMMON = ("embeddings", "scores", "quarantine")  # what rows with the same seed need not compute twice
+DIVERGED = ": loss is "  # in the message of train/loop.py
+COMMON = ("embeddings", "scores", "quarantine")  # folders that rows with the same seed share
 
 PLANS = {"stage1": pipeline.plan_stage1, "stage2": pipeline.plan_stage2, "stage3": pipeline.plan_stage3}
 
 # (row, seed, folder) → the row's recipe
 Variant = Callable[[Row, int, Path], Recipe]
-Hits = dict[str, dict[str, np.ndarray]]  # scope → task → (n,) 1 where a query found a positive
+Hits = dict[str, dict[str, np.ndarray]]  # scope → task → (n,), 1 for a query that found a positive
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A row with a seed, and the run folder it is tried in."""
+    """A row with a seed, in its own run folder."""
 
     row: Row
     seed: int
@@ -52,14 +52,14 @@ class Trial:
 
     @property
     def failure(self) -> str | None:
-        """The one line in which its training ended because the loss ran off; remove the folder to try again."""
-        said = (file.read_text() for file in sorted(self.run.dir.glob("train/*/error.txt")))
-        return next((line for line in said if DIVERGED in line), None)
+        """The error that ended training because the loss diverged; remove the folder to try again."""
+        errors = (file.read_text() for file in sorted(self.run.dir.glob("train/*/error.txt")))
+        return next((line for line in errors if DIVERGED in line), None)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial scored: average recall by scope, and the hits it comes from; or why it has no score."""
+    """Average recall by scope and the hits behind it, or why a trial has no score."""
 
     average: dict[str, float]
     hits: Hits
@@ -67,13 +67,13 @@ class Outcome:
 
 
 def build_shared(shared: Run, table: Table, actors: Actors) -> int | None:
-    """Make the checkpoints that all rows start from with the ordinary stages, unless they are there.
+    """Train the checkpoints that all rows start from, if missing, with the ordinary stages.
 
     Returns:
-        The seed that they say they were trained with; None where rows start from the base.
+        The seed stored in them; None where rows start from the base.
 
     Raises:
-        UserError: the recipe leaves a phase out that the table is about.
+        UserError: the recipe leaves out a phase that the table needs.
     """
     if any(not shared.has(phase) for phase in table.shared if phase in STAGE1):
         pipeline.train_stage1(shared)
@@ -85,10 +85,10 @@ def build_shared(shared: Run, table: Table, actors: Actors) -> int | None:
 
 
 def open_trials(shared: Run, table: Table, variant: Variant, seed: int, rows: Sequence[Row]) -> list[Trial]:
-    """Run folders of the rows that train, with links to what they share.
+    """Run folders of the rows that train, with links to the folders they share.
 
     Raises:
-        UserError: a folder was made with other values.
+        UserError: a folder was made by a different recipe.
     """
     home = shared.dir / "ablations"
     trials = []
@@ -108,36 +108,36 @@ def open_trials(shared: Run, table: Table, variant: Variant, seed: int, rows: Se
 
 
 def train(shared: Run, table: Table, trials: Sequence[Trial], actors: Actors) -> None:
-    """Train what is not finished. A row whose loss runs off is left behind with its error; the others go on.
+    """Train the rows that are not finished. A row whose loss diverges keeps its error; the others continue.
 
     Raises:
-        UserError: what stops all rows, such as a full disk.
+        UserError: an error that stops all rows, such as a full disk.
     """
     plan = PLANS[table.stage]
-    while todo := [t for t in trials if not t.run.has(table.phase) and not t.failure]:
+    while pending := [t for t in trials if not t.run.has(table.phase) and not t.failure]:
         planned: list[PlannedPhase] = []
-        for trial in todo:
+        for trial in pending:
             stage = plan(trial.run, actors)
             planned += [PlannedPhase(_renamed(spec, trial), queries) for spec, queries in stage.phases if not spec.done]
-        queries = {spec.name: table_ for spec, table_ in planned}
-        group = f"table-{table.number}-seed-{todo[0].seed}"
+        queries = {spec.name: rows for spec, rows in planned}
+        group = f"table-{table.number}-seed-{pending[0].seed}"
         specs, documents = [spec for spec, _ in planned], stage.data.documents
         try:
             train_phases(group, specs, queries, documents, shared.recipe.cluster, shared.dir / "ablations")
         except UserError:
-            if not any(trial.failure for trial in todo):
+            if not any(trial.failure for trial in pending):
                 raise
 
 
 def measure(trial: Trial, table: Table, data: Dataset, actors: Actors) -> Outcome:
-    """Evaluate a trial, or read back its evaluation."""
+    """Evaluate a trial, or read its finished evaluation."""
     if trial.failure:
         return Outcome({}, {}, trial.failure)
     return measure_checkpoint(trial.run, table.phase, data, actors)
 
 
 def measure_checkpoint(run: Run, phase: str, data: Dataset, actors: Actors) -> Outcome:
-    """Evaluate the checkpoint of a ladder phase in a run's folder, or read back its evaluation."""
+    """Evaluate the checkpoint of a phase in a run folder, or read its finished evaluation."""
     result = evaluate_checkpoint(
         actors.embedders,
         data,
@@ -151,7 +151,7 @@ def measure_checkpoint(run: Run, phase: str, data: Dataset, actors: Actors) -> O
 
 
 def hits_of(result: LadderResult, data: Dataset, settings: Evaluate) -> Hits:
-    """Which queries found a positive among their first k, in the order of the query table; lost queries did not."""
+    """Which queries found a positive in their first k, in the order of the query table; 0 without a ranking."""
     positives = positives_of(data, settings.split)
     table = data.queries(settings.split).select(["id", "task"]).to_pylist()
     hits: Hits = {}
@@ -166,14 +166,14 @@ def hits_of(result: LadderResult, data: Dataset, settings: Evaluate) -> Hits:
 
 
 def evaluation_data(run: Run) -> Dataset:
-    """The data, its evaluation split checked."""
+    """The data, with its evaluation split checked."""
     data = open_dataset(run.recipe.data)
     data.validate(run.recipe.evaluate.split)
     return data
 
 
 def _renamed(spec: PhaseSpec, trial: Trial) -> PhaseSpec:
-    """Ray Train and the progress bars tell the phases of a group apart by name."""
+    """Ray Train and the progress bars identify the phases of a group by name."""
     return spec._replace(name=f"{trial.name}/{spec.name}")
 
 

@@ -1,6 +1,7 @@
-"""The MTEB adapter: mteb's own mock run where mteb is installed, and the items it makes of mteb's batches."""
+"""The MTEB adapter: mteb's own mock run, if mteb is installed, and the items made of mteb's batches."""
 
-import importlib
+import re
+import subprocess
 import sys
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 from PIL import Image
 
 from tests.items.test_videos import film
-from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import save_checkpoint
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.embedding_model import EmbeddingModel
@@ -39,12 +39,18 @@ def metadata(prompt=None):
     return MockRetrievalTask.metadata.model_copy(update={"prompt": prompt})
 
 
-def test_without_mteb_it_is_one_line(monkeypatch):
-    monkeypatch.delitem(sys.modules, "umarvel_ray.evaluate.mteb", raising=False)
-    monkeypatch.setitem(sys.modules, "mteb", None)
-    monkeypatch.setitem(sys.modules, "mteb.models", None)
-    with pytest.raises(UserError, match=r"pip install 'umarvel-ray\[mteb\]'"):
-        importlib.import_module("umarvel_ray.evaluate.mteb")
+def test_without_mteb_the_module_imports_and_the_encoder_says_what_to_install():
+    """In a process of its own, where mteb cannot be imported."""
+    program = (
+        "import sys; sys.modules['mteb'] = sys.modules['datasets'] = None\n"
+        "from umarvel_ray.errors import UserError\n"
+        "from umarvel_ray.evaluate.mteb import MtebEncoder\n"
+        "try:\n    MtebEncoder('anything')\n"
+        "except UserError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\w+ is not installed; run: pip install 'umarvel-ray\[mteb\]'\n", done.stdout)
 
 
 def test_queries_carry_the_instruction_and_documents_none(encoder, checkpoint):
@@ -55,18 +61,20 @@ def test_queries_carry_the_instruction_and_documents_none(encoder, checkpoint):
         {"text": ["", "boats"], "id": ["3", "4"]},
     ]
     items = [{"text": "a red fox", "image": PICTURES[0]}, {"image": PICTURES[1]}, {"text": " "}, {"text": "boats"}]
-    told = {"instruction": "Find it"}
+    instruction = {"instruction": "Find it"}
     embedder = Embedder.from_pretrained(checkpoint)
 
     def encode(prompt, side):
         return encoder.encode(batches, task_metadata=metadata(prompt), hf_split="", hf_subset="", prompt_type=side)
 
-    queries = embedder.encode_query([item | told for item in items])
+    queries = embedder.encode_query([item | instruction for item in items])
     assert np.allclose(encode({"query": "Find it"}, PromptType.query), queries, atol=1e-6)
     assert np.allclose(encode("Find it", None), queries, atol=1e-6)
     documents = embedder.encode_document(items)
     assert np.allclose(encode("Find it", PromptType.document), documents, atol=1e-6)
-    assert np.allclose(encode({"query": "Find it"}, None), documents, atol=1e-6)  # no side to take it from
+    assert np.allclose(
+        encode({"query": "Find it"}, None), documents, atol=1e-6
+    )  # without a side, there is no instruction to choose
     assert np.abs(queries - documents).max() > 1e-3
 
 

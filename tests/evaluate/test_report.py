@@ -1,4 +1,4 @@
-"""The report's files on the demo's data: the promised shape, every number, safe HTML, self-contained and small."""
+"""The report's files on the demo data: the documented format, every number, safe HTML, self-contained and small."""
 
 import json
 import re
@@ -8,53 +8,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.support.random_result import random_result
 from umarvel_ray.data.tables import open_dataset
-from umarvel_ray.evaluate.charts import Line, duration, line_chart, smooth, ticks
-from umarvel_ray.evaluate.examples import Pictures, choose
 from umarvel_ray.evaluate.report import page as page_of
 from umarvel_ray.evaluate.report import table, write_report
-from umarvel_ray.evaluate.results import SCOPES, LadderResult, save_rankings
+from umarvel_ray.evaluate.results import SCOPES
 from umarvel_ray.recipe import load_recipe
-from umarvel_ray.retrieve.metrics import positives_of, score_ranking
-from umarvel_ray.retrieve.rank import RANKING
 from umarvel_ray.runs import Run
 
-STEPS = ["base", "text", "image-text", "instruction", "hard-negatives", "distillation", "recall+rerank"]
-
-
-def random_result(dataset, recipe, step: str, quality: float, folder) -> LadderResult:
-    """A ladder row whose queries find a positive among the first five with probability `quality`, else at random."""
-    rng, rankings = np.random.default_rng(len(step)), {}
-    queries = dataset.queries("test").select(["id", "task", "positive_ids"]).to_pylist()
-    for scope in SCOPES:
-        pools = {task: dataset.pool(task, "test") for task in dataset.tasks("test")}
-        everything, rows = dataset.global_pool("test"), []
-        for query in queries:
-            pool = everything if scope == "global" else pools[query["task"]]
-            ids = [pool[i] for i in rng.choice(len(pool), 10, replace=False)]
-            if rng.random() < quality * (1.0 if scope == "local" else 0.8):
-                ids = [id_ for id_ in ids if id_ != query["positive_ids"][0]][:9]
-                ids.insert(int(rng.integers(0, 5)), query["positive_ids"][0])
-            scores = np.sort(rng.uniform(0.2, 0.9, len(ids)))[::-1].astype(np.float32)
-            rows.append({"query_id": query["id"], "task": query["task"], "document_ids": ids, "scores": scores.tolist(),
-                         "pool_size": len(pool)})  # fmt: skip
-        rankings[scope] = pa.Table.from_pylist(rows, RANKING)
-    save_rankings(folder, rankings)
-    positives = positives_of(dataset, "test")
-    scores = {scope: score_ranking(ranking, positives, recipe.evaluate, {}) for scope, ranking in rankings.items()}
-    return LadderResult(step, scores, folder, seconds=12.0, notes={"pooling": "mean"})
+LADDER = ["base", "text", "image-text", "instruction", "hard-negatives", "distillation", "recall+rerank"]
 
 
 def make_run(folder) -> Run:
-    """A run folder with training logs and times."""
+    """A run folder with step logs and times."""
     run = Run.open(load_recipe("demo", [f"output={folder}"]))
     rng = np.random.default_rng(0)
-    for step in ("text", "image-text", "instruction", "hard-negatives", "reranker", "distillation"):
-        log = run.dir / "train" / step / "log.jsonl"
+    for phase in ("text", "image-text", "instruction", "hard-negatives", "reranker", "distillation"):
+        log = run.dir / "train" / phase / "log.jsonl"
         log.parent.mkdir(parents=True)
         lines = [
             {"step": i, "loss": 4.0 * np.exp(-i / 25) + 0.3 * rng.random(), "grad_norm": 1.0, "seconds": 0.8,
-             "temperature": None if step == "reranker" else 0.05 - 0.0002 * i * (step == "instruction"),
+             "temperature": None if phase == "reranker" else 0.05 - 0.0002 * i * (phase == "instruction"),
              "wait_share": 0.1, "samples_per_s": 160.0, "tokens_per_s": 4000.0}
             for i in range(80)
         ]  # fmt: skip
@@ -74,7 +48,7 @@ def dataset():
 def written(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     run = make_run(folder / "run")
-    results = [random_result(dataset, run.recipe, step, 0.1 + 0.1 * i, folder / step) for i, step in enumerate(STEPS)]
+    results = [random_result(dataset, run.recipe, name, 0.1 + 0.1 * i, folder / name) for i, name in enumerate(LADDER)]
     return run, results, write_report(run, dataset, results).read_text()
 
 
@@ -97,10 +71,10 @@ class Tags(HTMLParser):
             self.wrong.append((tag, self.getpos()))
 
 
-def test_metrics_have_the_promised_shape(written):
+def test_metrics_have_the_documented_format(written):
     run, results, _ = written
     found = json.loads((run.dir / "report" / "metrics.json").read_text())
-    assert [row["step"] for row in found["ladder"]] == STEPS
+    assert [row["step"] for row in found["ladder"]] == LADDER
     for row, result in zip(found["ladder"], results, strict=True):
         for scope in SCOPES:
             tasks = {task: numbers["recall"] for task, numbers in result.scores[scope].items()}
@@ -110,7 +84,7 @@ def test_metrics_have_the_promised_shape(written):
     assert 0 < found["chance"]["global"]["average"] < found["chance"]["local"]["average"] < 0.05
 
 
-def test_run_file_is_the_single_models(written):
+def test_run_file_holds_the_single_model_rankings(written):
     run, results, _ = written
     found: dict[str, list[str]] = {}
     for line in (run.dir / "report" / "run.trec").read_text().splitlines():
@@ -120,7 +94,7 @@ def test_run_file_is_the_single_models(written):
     assert {row["query_id"]: row["document_ids"] for row in expected} == found
 
 
-def test_table_has_chance_beside_every_number(written, dataset):
+def test_table_has_chance_next_to_every_number(written, dataset):
     _, results, _ = written
     lines = table(results).splitlines()
     row = next(line for line in lines if line.startswith("| flags_task4"))
@@ -144,7 +118,7 @@ def test_page_is_well_formed_self_contained_and_small(written):
     assert "@import" not in page
 
 
-def test_page_shows_every_task_step_and_number(written, dataset):
+def test_page_shows_every_task_checkpoint_and_number(written, dataset):
     _, results, page = written
     for result in results:
         for task in dataset.tasks("test"):
@@ -160,46 +134,10 @@ def test_page_shows_every_task_step_and_number(written, dataset):
 
 def test_texts_cannot_become_markup(written, dataset):
     run, results, _ = written
-    evil = '<script>alert(1)</script>"><img src=x>'
+    hostile = '<script>alert(1)</script>"><img src=x>'
     queries = dataset.queries("test")
-    texts = pa.array([evil] * queries.num_rows)
+    texts = pa.array([hostile] * queries.num_rows)
     poisoned = dataset.with_queries("test", queries.set_column(queries.column_names.index("text"), "text", texts))
     page = page_of(run, poisoned, results, results[-2])
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
-
-
-def test_examples_are_chosen_by_rule():
-    first = {"a": 0.0, "b": 1.0, "c": 0.0, "d": 0.0}
-    last = {"a": 0.0, "b": 1.0, "c": 1.0, "d": 0.0}
-    assert choose(first, last) == [("Found after training", "c"), ("Found all along", "b"), ("Still missed", "a")]
-    assert choose({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0}) == [("Found all along", "a"), ("Found", "b")]
-
-
-def test_a_picture_is_stored_once_and_a_bad_one_not_at_all(dataset):
-    images = [image for image in dataset.documents["image"].slice(0, 50).to_pylist() if image]
-    pictures = Pictures()
-    assert pictures.add(images[0]) == pictures.add(images[0]) == 0
-    assert pictures.add(images[1]) == 1
-    assert pictures.add(b"no picture") is None
-    assert pictures.add(None) is None
-    assert len(pictures.uris) == 2
-    assert all(uri.startswith("data:image/") for uri in pictures.uris)
-
-
-def test_chart_points_stand_where_the_values_say():
-    svg = line_chart([Line("a", [0.0, 0.5, 1.0], "local", dots=True)], "t", ["x", "y", "z"], 300, 200, 0, 1)
-    dots = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
-    xs, ys = zip(*dots, strict=True)
-    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
-    assert ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.2)
-    assert ys[0] > ys[2]
-
-
-def test_small_helpers():
-    assert ticks(0, 1) == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
-    assert ticks(3, 3) == [3]
-    assert duration(59.6) == "1 min 00 s"
-    assert duration(3725) == "1 h 02 min"
-    assert smooth([2.0] * 30) == pytest.approx([2.0] * 30)
-    assert smooth([0.0] * 50 + [1.0] * 200)[-1] == pytest.approx(1.0, abs=1e-3)

@@ -174,7 +174,7 @@ def test_a_third_of_a_picture_is_none(every, name):
         (b"<svg xmlns='http://www.w3.org/2000/svg'><image href='/etc/passwd'/></svg>", "not a picture"),
         (encoded(Image.new("L", (4097, 4096)), "PNG"), "4097×4096 is over 16777216 pixels"),
         (encoded(Image.new("L", (4000, 2)), "PNG"), "aspect ratio"),
-        (scans(MAX_SCANS), f"scans is over {MAX_SCANS}"),
+        (scans(MAX_SCANS), f"scans, over {MAX_SCANS}"),
     ],
     ids=lambda value: repr(value)[:24],
 )
@@ -191,7 +191,7 @@ def test_no_text_of_a_client_names_a_file(client, tmp_path):
     uri = "data:image/png;base64," + base64.b64encode(VALID["png"]).decode()
     for source in (str(path), path, f"file://{path}", uri, [VALID["png"], str(path)]):
         for key in ("image", "video"):
-            with pytest.raises(UserError, match="is bytes here"):
+            with pytest.raises(UserError, match="must be bytes here"):
                 client.encode({key: source}, "document")
 
 

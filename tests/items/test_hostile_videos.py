@@ -91,7 +91,7 @@ def test_every_limit_is_kept():
     for limits, message in (
         (MediaLimits(pixels=64 * 48 - 1), "64×48 is over 3071 pixels"),
         (MediaLimits(video_seconds=1.7), r"longer than 1\.7 seconds"),
-        (MediaLimits(video_pixels=10 * 16_384 - 1), "over 163839 pixels together"),
+        (MediaLimits(video_pixels=10 * 16_384 - 1), "over 163839 pixels in total"),
     ):
         with pytest.raises(BadVideo, match=message):
             open_video(data, 4, "x", limits)

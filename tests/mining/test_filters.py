@@ -1,9 +1,8 @@
-"""Negative filters on cases worked out by hand."""
+"""The filters for negatives, on cases worked out by hand."""
 
 import numpy as np
 import pytest
 
-from umarvel_ray.data.content import content_key
 from umarvel_ray.mining.filters import calibrate_threshold, choose_negatives, judge
 
 IDS = ["gold", "twin", "near", "hard", "easy"]
@@ -24,12 +23,6 @@ def test_gold_is_gold_even_above_the_threshold_and_the_threshold_itself_is_allow
 def test_margin_is_relative_to_the_positive():
     verdicts = judge(IDS, SCORES, CONTENTS, max_similarity=1.0, margin=0.5, positive_score=0.9, **RULES)
     assert verdicts == ["gold", "same content", "too similar", "too similar", "kept"]  # ceiling 0.45
-
-
-def test_content_is_text_and_picture_together():
-    assert content_key({"text": "a", "image": b"12"}) == content_key({"text": "a", "image": b"12", "id": "other"})
-    assert content_key({"text": "a", "image": b"12"}) != content_key({"text": "a", "image": b"13"})
-    assert content_key({"text": "a", "image": None}) != content_key({"text": "a", "image": "a.png"})
 
 
 def test_negatives_start_at_min_rank_and_mix_in_random_ones():
@@ -58,7 +51,7 @@ def test_threshold_separates_when_it_can():
     assert 0.7 < threshold < 0.8
 
 
-def test_threshold_maximises_f1_over_every_cut():
+def test_threshold_maximizes_f1_over_every_cut():
     rng = np.random.default_rng(3)
     gold, other = rng.normal(0.6, 0.15, 40), rng.normal(0.4, 0.15, 400)
 
@@ -70,5 +63,5 @@ def test_threshold_maximises_f1_over_every_cut():
     assert f1(calibrate_threshold(gold, other)) == pytest.approx(best)
 
 
-def test_nothing_to_learn_from_drops_nothing():
+def test_without_gold_scores_nothing_is_dropped():
     assert calibrate_threshold(np.array([]), np.array([0.5])) == 1.0

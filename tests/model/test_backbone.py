@@ -1,4 +1,4 @@
-"""Rule 2: attention is a configuration value, and loading proves that it took effect; new tokens; refusals."""
+"""Attention follows the settings, and loading proves it; embeddings of new tokens; directories that are refused."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ BIDIRECTIONAL, CAUSAL = ModelSettings(), ModelSettings(attention="causal")
 
 
 def first_state(model, second: int, padding: int) -> torch.Tensor:
-    """The state of the first of two tokens, computed by the whole stock model."""
+    """The first of two tokens' hidden state, computed by the whole stock model."""
     ids = torch.tensor([[40, second] + [0] * padding])
     mask = torch.tensor([[1, 1] + [0] * padding])
     with torch.no_grad():
@@ -41,13 +41,13 @@ def test_the_probe_catches_attention_that_did_not_take_effect(family_base):
 
 
 def test_the_probe_catches_a_mask_ignored_only_without_padding(family_base):
-    """Trap T10 as it happened: bidirectional with padding, causal without."""
+    """The reference's failure: bidirectional with padding, causal without (docs/method.md#causal-without-padding)."""
     model, _ = load_backbone(family_base, BIDIRECTIONAL)
 
-    def as_the_reference(_, args, kwargs):
+    def like_the_reference(_, args, kwargs):
         model.config.text_config.is_causal = bool(kwargs["attention_mask"].all())
 
-    model.model.language_model.register_forward_pre_hook(as_the_reference, with_kwargs=True)
+    model.model.language_model.register_forward_pre_hook(like_the_reference, with_kwargs=True)
     with pytest.raises(UserError, match="did not take effect"):
         probe_attention(model, "bidirectional")
 
@@ -61,7 +61,7 @@ def test_causal_loading_changes_nothing_in_the_stock_model(tiny_base):
         torch.testing.assert_close(model(input_ids=ids).logits[..., : expected.shape[-1]], expected)
 
 
-def test_the_three_tokens_get_rows_of_their_own_alike_in_every_process(tiny_base):
+def test_the_three_new_tokens_get_their_own_rows_the_same_in_every_process(tiny_base):
     model, tokenizer = load_backbone(tiny_base, BIDIRECTIONAL)
     ids = tokenizer.convert_tokens_to_ids(["<emb>", "<instruction_start>", "<instruction_end>"])
     old = json.loads((tiny_base / "config.json").read_text())["text_config"]["vocab_size"]
@@ -86,13 +86,13 @@ def copy(tiny_base, tmp_path):
     return shutil.copytree(tiny_base, tmp_path / "copy")
 
 
-def test_another_architecture_is_refused(copy):
+def test_an_unsupported_architecture_is_refused(copy):
     (copy / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match=r"config.json: model_type 'bert' is not supported; use a Qwen2-VL, Qwen2.5-VL"):
         load_backbone(copy, BIDIRECTIONAL)
 
 
-def test_a_directory_that_is_no_model_is_refused(tmp_path):
+def test_a_directory_without_a_model_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=r"no config.json"):
             load_backbone(path, BIDIRECTIONAL)
@@ -117,7 +117,7 @@ def test_missing_weights_and_shards_are_named(copy):
         load_backbone(copy, BIDIRECTIONAL)
 
 
-def test_a_config_that_is_not_json_is_named(copy):
+def test_an_invalid_config_is_named(copy):
     (copy / "config.json").write_text('{"model_type": "qwen2_vl", ')
     with pytest.raises(UserError, match=r"config.json") as error:
         load_backbone(copy, BIDIRECTIONAL)

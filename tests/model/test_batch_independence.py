@@ -1,4 +1,4 @@
-"""Rule 1: an item's embedding does not depend on its companions, to 1e-5, whatever the backbone's family."""
+"""An item's embedding does not depend on the other items in its batch, to 1e-5, for every backbone family."""
 
 import itertools
 import random
@@ -28,7 +28,7 @@ ITEMS = [
     {"image": picture(1)},
 ]
 
-# Every two of them meet; each family meets all four.
+# Every pair of values occurs together; each family runs all four.
 SETTINGS = [
     {"attention": "bidirectional", "pooling": "mean", "positions": "mrope"},
     {"attention": "bidirectional", "pooling": "last", "positions": "sequential"},
@@ -56,17 +56,17 @@ def embed(embedder: Embedder, items: list) -> np.ndarray:
         return embedder.model(collate(encoded)).numpy()
 
 
-def test_alone_as_in_a_padded_batch(embedder):
+def test_alone_and_in_a_padded_batch_are_the_same(embedder):
     together = embed(embedder, ITEMS)
     alone = np.concatenate([embed(embedder, [item]) for item in ITEMS])
     np.testing.assert_allclose(alone, together, atol=1e-5, rtol=0)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-6)
     cosines = together @ together.T - 2 * np.eye(len(ITEMS))
-    assert cosines.max() < 0.9999, "the items must differ, or this test says nothing"
+    assert cosines.max() < 0.9999, "the items must differ for this test to mean anything"
 
 
-def test_an_unpadded_batch_as_a_padded_one(embedder):
-    """Trap T10: with nothing padded the reference turns causal."""
+def test_an_unpadded_batch_equals_a_padded_one(embedder):
+    """Without padding, the reference turns causal (docs/method.md#causal-without-padding)."""
     same_length = [{"text": "a red fox"}] * 2 + [{"text": "a red fox"}]
     longer = embed(embedder, [*same_length, ITEMS[5]])
     np.testing.assert_allclose(embed(embedder, same_length), longer[:3], atol=1e-5, rtol=0)
@@ -80,18 +80,18 @@ def test_order_and_budget_do_not_matter(plain):
         np.testing.assert_allclose(shuffled, together[order], atol=1e-5, rtol=0)
 
 
-def test_whatever_stands_on_padding_is_not_seen(plain):
+def test_the_content_of_padding_does_not_matter(plain):
     encoded = [plain.encoder.encode(item, "query") for item in ITEMS]
     batches = [collate(encoded, pad=pad) for pad in (0, 77)]
     with torch.inference_mode():
         torch.testing.assert_close(plain.model(batches[0]), plain.model(batches[1]), atol=1e-6, rtol=0)
 
 
-def test_text_alone_never_runs_the_tower(plain):
-    def refuse(*_):
+def test_text_only_batches_never_run_the_tower(plain):
+    def fail(*_):
         raise AssertionError("the vision tower ran")
 
-    handle = plain.model.backbone.model.visual.register_forward_pre_hook(refuse)
+    handle = plain.model.backbone.model.visual.register_forward_pre_hook(fail)
     try:
         embed(plain, [ITEMS[0], ITEMS[1]])
         with pytest.raises(AssertionError):
@@ -100,7 +100,7 @@ def test_text_alone_never_runs_the_tower(plain):
         handle.remove()
 
 
-def test_cached_features_equal_the_tower(plain):
+def test_cached_features_equal_the_towers_output(plain):
     batch = collate([plain.encoder.encode(item, "query") for item in ITEMS])
     keys = [picture.key for picture in batch.pictures]
     assert len(set(keys)) == 3 < len(keys)
@@ -114,7 +114,7 @@ def test_cached_features_equal_the_tower(plain):
         torch.testing.assert_close(plain.model(batch, visual=cache.features(plain.model, batch.pictures)), tower)
 
 
-def test_the_cache_runs_the_tower_once_per_picture_and_stays_in_its_bound(plain):
+def test_the_cache_runs_the_tower_once_per_picture_and_stays_within_its_bound(plain):
     items = [{"image": picture(seed)} for seed in (10, 11, 12, 10)]
     batch = collate([plain.encoder.encode(item, "document") for item in items])
     seen = []
@@ -131,12 +131,12 @@ def test_the_cache_runs_the_tower_once_per_picture_and_stays_in_its_bound(plain)
         small = VisionCache(max_bytes=2 * one_picture)
         assert len(small.features(plain.model, batch.pictures)) == 3
         assert len(small) == 2
-        assert small.bytes == 2 * one_picture
+        assert small.nbytes == 2 * one_picture
     finally:
         handle.remove()
 
 
-def test_buckets_hold_everything_once_within_the_budget():
+def test_buckets_hold_every_index_once_within_the_budget():
     rng = np.random.default_rng(0)
     for budget in (1, 50, 300, 5000):
         lengths = rng.integers(1, 200, 100).tolist()
@@ -147,4 +147,7 @@ def test_buckets_hold_everything_once_within_the_budget():
             assert len(bucket) == 1 or size <= budget
             assert size - sum(lengths[i] for i in bucket) <= budget / 32
     assert token_buckets([], 10) == []
-    assert token_buckets([12, 100, 11, 96], 1024) == [[1, 3], [0, 2]]  # as one batch, 181 of 400 tokens were padding
+    assert token_buckets([12, 100, 11, 96], 1024) == [
+        [1, 3],
+        [0, 2],
+    ]  # as one batch, 181 of 400 tokens would be padding

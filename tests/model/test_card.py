@@ -1,4 +1,4 @@
-"""The model card, read as the Hugging Face hub reads it."""
+"""The model card, parsed as the Hugging Face hub parses it."""
 
 import ast
 import re
@@ -30,22 +30,22 @@ def with_settings(**changes) -> str:
     return model_card({"settings": ModelSettings(**changes).model_dump(mode="json")})
 
 
-def test_the_hub_reads_its_front_matter():
+def test_the_hub_can_read_its_front_matter():
     data = ModelCard(model_card(RECORD)).data
     assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "feature-extraction")
     assert (data.license, data.base_model) == ("apache-2.0", "Qwen/Qwen2-VL-7B-Instruct")
     assert "sentence-transformers" in data.tags
 
 
-def test_it_says_what_the_record_says():
+def test_the_card_states_what_the_record_holds():
     text = model_card(RECORD)
-    for said in ("`distillation`", "parent: `hard-negatives`", "data: `M-BEIR`", "seed: `7`", "loss | 0.1349", "torch"):
-        assert said in text
+    for part in ("`distillation`", "parent: `hard-negatives`", "data: `M-BEIR`", "seed: `7`", "loss | 0.1349", "torch"):
+        assert part in text
     assert "| caption | 5 | 0.75 | 0.25 |" in text
-    assert "/home" not in text  # nothing of the machine it was trained on
+    assert "/home" not in text  # no paths of the machine it was trained on
 
 
-def test_what_is_not_known_is_not_said():
+def test_unknown_facts_are_left_out():
     text = with_settings()
     data = ModelCard(text).data
     assert data.license is None
@@ -54,22 +54,22 @@ def test_what_is_not_known_is_not_said():
 
 
 def test_settings_in_words():
-    assert "the mean over all tokens but the instruction's" in with_settings()
+    assert "the mean over all tokens except the instruction's" in with_settings()
     assert "the mean over all tokens, scaled" in with_settings(instruction_mask=False)
     assert "the hidden state before `<emb>`, scaled" in with_settings(pooling="last")
     text = with_settings(attention="causal", positions="sequential", deepstack=False, compression_prompt=True)
-    for said in ("attention: causal", "positions: sequential", "DeepStack: off", "compression prompt"):
-        assert said in text
+    for part in ("attention: causal", "positions: sequential", "DeepStack: off", "compression prompt"):
+        assert part in text
 
 
-def test_a_reranker_s_card_shows_a_reranker():
+def test_a_rerankers_card_shows_how_to_use_a_reranker():
     text = model_card({"settings": ModelSettings().model_dump(mode="json"), "phase": "reranker"})
     assert "Reranker.from_pretrained" in text
     assert "Embedder" not in text
     assert ModelCard(text).data.pipeline_tag == "text-ranking"
 
 
-def test_the_code_it_shows_is_python():
+def test_the_code_examples_are_valid_python():
     for record in (RECORD, RECORD | {"phase": "reranker"}):
         for code in re.findall(r"```python\n(.*?)```", model_card(record), re.DOTALL):
             ast.parse(code)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, self-describing, and readable by transformers alone."""
+"""Checkpoints: complete or absent, self-describing, and readable by transformers alone."""
 
 import json
 import shutil
@@ -45,20 +45,20 @@ def saved(model, tmp_path):
     return path
 
 
-def test_a_saved_model_embeds_as_before(tiny_base, saved):
+def test_a_saved_model_gives_the_same_embeddings(tiny_base, saved):
     before = Embedder.from_pretrained(tiny_base, settings=SETTINGS)
     after = Embedder.from_pretrained(saved)
     assert after.encoder.settings == SETTINGS
     assert np.array_equal(after.encode_query(ITEMS), before.encode_query(ITEMS))
 
 
-def test_a_checkpoint_can_be_the_parent_of_the_next(saved, tmp_path):
+def test_a_checkpoint_can_be_loaded_and_saved_again(saved, tmp_path):
     first = Embedder.from_pretrained(saved)
     save_checkpoint(first.model, tmp_path / "next", SETTINGS, PROVENANCE)
     assert np.array_equal(Embedder.from_pretrained(tmp_path / "next").encode_query(ITEMS), first.encode_query(ITEMS))
 
 
-def test_it_says_what_it_is(saved):
+def test_it_states_its_provenance(saved):
     record = read_provenance(saved)
     versions = record.pop("versions")
     assert versions.keys() >= {"torch", "transformers", "ray", "peft", "umarvel_ray", "python"}
@@ -67,7 +67,7 @@ def test_it_says_what_it_is(saved):
     assert load_settings(saved) == SETTINGS
 
 
-def test_transformers_alone_reads_it(model, saved):
+def test_transformers_alone_can_read_it(model, saved):
     stock, report = Qwen2VLForConditionalGeneration.from_pretrained(saved, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert stock.config.text_config.is_causal is False
@@ -83,8 +83,8 @@ def test_transformers_alone_reads_it(model, saved):
     assert processor["patch_size"] == 8
 
 
-def test_auto_processor_opens_it(saved):
-    """And sentence-transformers prepares pictures as before where torchvision would be the default."""
+def test_auto_processor_can_open_it(saved):
+    """sentence-transformers also prepares pictures as before if torchvision would be the default."""
     run_with_torchvision(f"""
 import numpy as np
 from PIL import Image
@@ -109,8 +109,8 @@ def contents(folder) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_nothing_half_written_is_ever_seen(model, saved, monkeypatch):
-    """The write dies at its last file: the old checkpoint stands, and the next write succeeds."""
+def test_a_partly_written_checkpoint_is_never_visible(model, saved, monkeypatch):
+    """The write fails at its last file: the old checkpoint remains, and the next write succeeds."""
     before = contents(saved)
 
     def full(*_):
@@ -126,7 +126,7 @@ def test_nothing_half_written_is_ever_seen(model, saved, monkeypatch):
     assert [path.name for path in saved.parent.iterdir()] == ["text"]
 
 
-def test_an_unwritable_place_is_one_line(model, tmp_path):
+def test_an_unwritable_path_is_a_one_line_error(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written") as error:
         save_checkpoint(model, tmp_path / "file" / "text", SETTINGS, {})
@@ -167,7 +167,7 @@ def test_truncated_weights_are_named(saved):
         Embedder.from_pretrained(saved)
 
 
-def test_a_parent_that_is_gone_is_one_line(tiny_base, tmp_path):
+def test_a_deleted_parent_is_a_one_line_error(tiny_base, tmp_path):
     parent = shutil.copytree(tiny_base, tmp_path / "parent")
     model = EmbeddingModel.from_pretrained(parent, SETTINGS)
     shutil.rmtree(parent)

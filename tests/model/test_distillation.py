@@ -1,4 +1,4 @@
-"""Distillation: loss and gradients against the formula written out in float64 numpy, term by term."""
+"""Distillation: loss and gradients against the formula, written out term by term in float64."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_loss_equals_the_written_out_formula():
     assert loss.item() == pytest.approx(_written_out(cosines.tolist(), teacher.tolist(), TAU), rel=1e-5)
 
 
-def test_gradients_equal_finite_differences_with_the_teacher_temperature_held():
+def test_gradients_equal_finite_differences_with_the_teachers_temperature_fixed():
     cosines, teacher, mask = _inputs(1)
     log_temperature = torch.tensor(math.log(TAU), requires_grad=True)
     cosines.requires_grad_()
@@ -46,20 +46,22 @@ def test_gradients_equal_finite_differences_with_the_teacher_temperature_held():
     distillation_loss(cosines, teacher, mask, log_temperature).backward()
     assert teacher.grad is None
 
-    values, scores, step = cosines.detach().double().numpy(), teacher.tolist(), 1e-6
+    values, scores, delta = cosines.detach().double().numpy(), teacher.tolist(), 1e-6
     for row in range(len(LENGTHS)):
         for column in range(max(LENGTHS)):
             shift = np.zeros_like(values)
-            shift[row, column] = step
-            slope = (_written_out(values + shift, scores, TAU) - _written_out(values - shift, scores, TAU)) / (2 * step)
+            shift[row, column] = delta
+            slope = (_written_out(values + shift, scores, TAU) - _written_out(values - shift, scores, TAU)) / (
+                2 * delta
+            )
             assert cosines.grad[row, column].item() == pytest.approx(slope, abs=1e-4)
-    up, down = TAU * math.exp(step), TAU * math.exp(-step)
-    slope = (_written_out(values, scores, up) - _written_out(values, scores, down)) / (2 * step)
+    up, down = TAU * math.exp(delta), TAU * math.exp(-delta)
+    slope = (_written_out(values, scores, up) - _written_out(values, scores, down)) / (2 * delta)
     assert abs(slope) > 1e-2
     assert log_temperature.grad.item() == pytest.approx(slope, rel=1e-3)
 
 
-def test_padding_changes_nothing_whatever_it_holds():
+def test_the_content_of_padding_does_not_matter():
     cosines, teacher, mask = _inputs(2)
     log_temperature = torch.tensor(math.log(TAU))
     noisy_cosines, noisy_teacher = cosines.clone(), teacher.clone()
@@ -89,7 +91,7 @@ def test_low_precision_scores_are_computed_in_fp32():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
-def test_fuse_is_the_convex_combination(alpha):
+def test_teacher_scores_are_the_convex_combination(alpha):
     cosines, p_yes = np.array([0.2, -0.4]), np.array([0.9, 0.1])
     expected = [alpha * 0.2 + (1 - alpha) * 0.9, alpha * -0.4 + (1 - alpha) * 0.1]
     np.testing.assert_allclose(teacher_scores(cosines, p_yes, alpha), expected)

@@ -1,4 +1,4 @@
-"""The library's front door: shapes, order, inputs, refusals."""
+"""The `Embedder` that users import: shapes, order, inputs, devices, errors."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from torch import nn
 import umarvel_ray
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.encoder import ItemEncoder
+from umarvel_ray.model import device
 from umarvel_ray.model.embedder import WINDOW, Embedder
 from umarvel_ray.model.int8 import quantize
 from umarvel_ray.recipe import ModelSettings
@@ -21,7 +22,7 @@ def embedder(tiny_base) -> Embedder:
     return Embedder.from_pretrained(tiny_base, settings=SETTINGS)
 
 
-def test_the_package_offers_it():
+def test_the_package_exports_it():
     assert umarvel_ray.Embedder is Embedder
 
 
@@ -78,16 +79,16 @@ def test_a_dimension_that_the_model_lacks_is_refused(tiny_base, dimension):
         Embedder.from_pretrained(tiny_base, settings=SETTINGS, truncate_dim=dimension)
 
 
-def test_nothing_gives_nothing(embedder):
-    assert embedder.encode_query([]).shape == (0, embedder.dimension)
-    assert embedder.encode([]).shape == (0, embedder.dimension)
+def test_no_items_give_no_rows(embedder):
+    assert embedder.encode_query([]).shape == embedder.encode([]).shape == (0, embedder.dimension)
+    assert embedder.embed_encoded([]).shape == (0, embedder.dimension)
 
 
-def test_a_string_is_a_text_and_no_instruction_makes_both_sides_alike(embedder):
+def test_a_string_is_a_text_and_without_an_instruction_both_sides_agree(embedder):
     np.testing.assert_array_equal(embedder.encode_query(["boats"]), embedder.encode_document([{"text": "boats"}]))
 
 
-def test_the_instruction_matters_though_it_is_not_pooled(embedder):
+def test_the_instruction_matters_although_it_is_not_pooled(embedder):
     one, two = embedder.encode_query([{"text": "boats", "instruction": i} for i in ("find images", "find texts")])
     assert np.abs(one - two).max() > 1e-3
 
@@ -97,13 +98,54 @@ def test_similarity_is_the_cosine(embedder):
     scores = embedder.similarity(a, b)
     assert scores.shape == (2, 3)
     assert scores[0, 0] == pytest.approx(1.0, abs=1e-5)
+    np.testing.assert_allclose(scores, a @ b.T, atol=1e-6)
+    np.testing.assert_allclose(embedder.similarity(3 * a, torch.from_numpy(b)), scores, atol=1e-6)
+    np.testing.assert_allclose(embedder.similarity(a[0], b[1]), scores[:1, 1:2], atol=1e-6)
 
 
-def test_a_bad_item_is_named_by_its_place(embedder):
+def test_one_item_gives_one_vector(embedder):
+    for item in ("boats", {"text": "boats"}, {"image": Image.new("RGB", (64, 64), "red")}):
+        for encode in (embedder.encode_query, embedder.encode_document, embedder.encode):
+            vector = encode(item)
+            assert vector.shape == (embedder.dimension,)
+            np.testing.assert_array_equal(vector, encode([item])[0])
+
+
+def test_a_prompt_is_the_instruction_of_every_item_without_one(embedder):
+    items = ["boats", {"text": "a red fox"}, {"text": "snow", "instruction": "find texts"}]
+    prompted = embedder.encode_query(items, prompt="find images")
+    own = [{"text": "boats"}, *items[1:]]
+    expected = embedder.encode_query([{"instruction": "find images"} | item for item in own])
+    np.testing.assert_array_equal(prompted, expected)
+    np.testing.assert_array_equal(prompted[2:], embedder.encode_query(items)[2:])
+    assert np.abs(prompted - embedder.encode_query(items))[:2].max() > 1e-3
+    np.testing.assert_array_equal(embedder.encode_query("boats", prompt="find images"), prompted[0])
+    assert items == ["boats", {"text": "a red fox"}, {"text": "snow", "instruction": "find texts"}]
+
+
+def test_encode_embeds_as_a_query(embedder):
+    items = ["boats", {"text": "snow", "instruction": "find texts"}]
+    np.testing.assert_array_equal(embedder.encode(items, "find it"), embedder.encode_query(items, "find it"))
+
+
+def test_a_document_takes_no_prompt(embedder):
+    with pytest.raises(UserError, match=r"^prompt: a document carries no instruction; put it on the query$"):
+        embedder.encode_document(["boats"], prompt="find it")
+    with pytest.raises(UserError, match="document 0: a document carries no instruction"):
+        embedder.encode_document([{"text": "boats", "instruction": "find it"}])
+
+
+def test_items_that_are_tokenized_already_give_the_same_vectors(embedder):
+    items = ["boats", {"image": Image.new("RGB", (64, 64), "red"), "text": "a red fox"}]
+    encoded = [embedder.encoder.encode(item, "document") for item in items]
+    np.testing.assert_array_equal(embedder.embed_encoded(encoded), embedder.encode_document(items))
+
+
+def test_a_bad_item_is_named_by_its_position(embedder):
     with pytest.raises(UserError, match=r"document 1: picture gone.png not found"):
         embedder.encode_document(["fine", {"image": "gone.png"}])
-    with pytest.raises(TypeError, match="list of items"):
-        embedder.encode_query("boats")
+    with pytest.raises(UserError, match="query 1: an item must be a string or a dict, not int"):
+        embedder.encode_query(["fine", 2], prompt="find it")
 
 
 def test_a_base_needs_settings(tiny_base):
@@ -133,34 +175,34 @@ def test_int8_is_close_smaller_and_as_independent_of_the_batch(tiny_base, embedd
     assert size(small) < 0.5 * size(embedder)
 
 
-def test_int8_weights_are_half_a_step_from_the_original():
+def test_int8_weights_are_within_half_a_level_of_the_original():
     linear = nn.Linear(40, 24)
     with torch.no_grad():
         linear.weight[3] = 0
-    given, exact = torch.randn(5, 40), linear.weight.detach().clone()
+    inputs, exact = torch.randn(5, 40), linear.weight.detach().clone()
     model = nn.Sequential(linear)
     quantize(model)
-    stored = model[0].steps * model[0].scale[:, None]
+    stored = model[0].levels * model[0].scale[:, None]
     assert ((stored - exact).abs() <= exact.abs().amax(1, keepdim=True) / 254 * 1.001).all()
-    torch.testing.assert_close(model(given), given @ stored.T + linear.bias)
+    torch.testing.assert_close(model(inputs), inputs @ stored.T + linear.bias)
 
 
 @pytest.mark.parametrize("generation_prompt", [False, True])
 def test_the_reference_preset_embeds_as_the_authors_code(family_base, generation_prompt):
-    """Method 1.1 to 1.5 by hand: their conversation, plain counting for positions, no DeepStack, the masked mean."""
+    """The reference by hand (docs/method.md#item-template): conversation, sequential positions, no DeepStack, mean."""
     embedder = Embedder.from_pretrained(family_base, preset="reference", generation_prompt=generation_prompt)
     picture = Image.effect_noise((64, 64), 60).convert("RGB")
-    told = "<instruction_start>Find it.<instruction_end> boats."
+    message = "<instruction_start>Find it.<instruction_end> boats."
     run = "<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"
-    text = f"<|im_start|>user\n{run}{told}<|im_end|>\n<|im_start|>assistant\n<emb>.<|im_end|>\n"
+    text = f"<|im_start|>user\n{run}{message}<|im_end|>\n<|im_start|>assistant\n<emb>.<|im_end|>\n"
     text += "<|im_start|>assistant\n" if generation_prompt else ""
     tokenizer, core = embedder.encoder.tokenizer, embedder.model.backbone.model
     ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
     opened = embedder.encoder.pictures({"image": picture}, "x")
     with torch.no_grad():
-        seen = core.visual(embedder.model.scale([opened[0].pixels]), grid_thw=torch.tensor([opened[0].grid]))
+        features = core.visual(embedder.model.scale([opened[0].pixels]), grid_thw=torch.tensor([opened[0].grid]))
         embeds = core.get_input_embeddings()(ids)
-        embeds[ids == core.config.image_token_id] = seen.pooler_output
+        embeds[ids == core.config.image_token_id] = features.pooler_output
         states = core.language_model(inputs_embeds=embeds, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
     tokens = tokenizer.convert_ids_to_tokens(ids[0])
     start, end = tokens.index("<instruction_start>"), tokens.index("<instruction_end>")
@@ -169,6 +211,41 @@ def test_the_reference_preset_embeds_as_the_authors_code(family_base, generation
     np.testing.assert_allclose(ours, (mean / mean.norm()).numpy(), atol=1e-5)
 
 
-def test_a_preset_that_is_not_known_is_refused(tiny_base):
-    with pytest.raises(UserError, match="preset 'refrence' is not known"):
+def test_an_unknown_preset_is_refused(tiny_base):
+    with pytest.raises(UserError, match="unknown preset 'refrence'"):
         Embedder.from_pretrained(tiny_base, preset="refrence")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_the_best_device_is_chosen(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert device.best_device() == expected
+
+
+def test_an_apple_gpu_must_run_the_model_and_agree_with_the_cpu():
+    def lacking(on: str) -> np.ndarray:
+        if on == "mps":
+            raise NotImplementedError("The operator is not implemented for the MPS device")
+        return np.ones(4)
+
+    assert device.checked_device("mps", lambda on: np.ones(4)) == "mps"
+    assert device.checked_device("mps", lacking) == "cpu"
+    assert device.checked_device("mps", lambda on: np.full(4, 1.2 if on == "mps" else 1.0)) == "cpu"
+    assert device.checked_device("mps", lambda on: np.full(4, np.nan if on == "mps" else 1.0)) == "cpu"
+    assert device.checked_device("cuda", lacking) == "cuda"
+
+
+def test_without_a_device_an_apple_gpu_that_cannot_run_the_model_is_passed_over(monkeypatch, tiny_base, embedder):
+    """Here PyTorch has no MPS at all: moving the model there fails, as an unsupported operation would."""
+    monkeypatch.setattr("umarvel_ray.model.embedder.best_device", lambda: "mps")
+    fallback = Embedder.from_pretrained(tiny_base, settings=SETTINGS)
+    assert fallback.device.type == "cpu"
+    np.testing.assert_array_equal(fallback.encode_query(["boats"]), embedder.encode_query(["boats"]))
+
+
+def test_a_named_device_is_taken_as_it_is(monkeypatch, tiny_base):
+    monkeypatch.setattr("umarvel_ray.model.embedder.best_device", lambda: pytest.fail("nobody asked"))
+    assert Embedder.from_pretrained(tiny_base, "cpu", settings=SETTINGS).device.type == "cpu"

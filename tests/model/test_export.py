@@ -1,4 +1,4 @@
-"""`umarvel export`: a release is the checkpoint itself, with its scores and without this machine's paths."""
+"""`umarvel export`: a release is the checkpoint itself, with its scores and without paths of this machine."""
 
 import json
 
@@ -25,8 +25,8 @@ def run(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     record = {"parent": str(folder / "checkpoints/base"), "recipe": {"name": "demo", "data": {"root": str(folder)}}}
     model = EmbeddingModel.from_pretrained(tiny_base, SETTINGS)
-    for step in ("text", "instruction"):
-        save_checkpoint(model, folder / "checkpoints" / step, SETTINGS, record | {"phase": step})
+    for phase in ("text", "instruction"):
+        save_checkpoint(model, folder / "checkpoints" / phase, SETTINGS, record | {"phase": phase})
     settings = SETTINGS.for_reranker(64)
     reranker = RerankerModel.from_pretrained(tiny_base, settings)
     save_checkpoint(reranker, folder / "checkpoints" / "reranker", settings, record | {"phase": "reranker"})
@@ -39,12 +39,12 @@ def run(tiny_base, tmp_path_factory):
     return folder
 
 
-def export(run, target, *words) -> int:
-    return main(["export", "demo", f"output={run}", "--to", str(target), *map(str, words)])
+def export(run, target, *options) -> int:
+    return main(["export", "demo", f"output={run}", "--to", str(target), *map(str, options)])
 
 
 def test_a_release_is_the_checkpoint(run, tmp_path):
-    assert export(run, tmp_path / "out", "--step", "text", "--license", "mit") == 0
+    assert export(run, tmp_path / "out", "--phase", "text", "--license", "mit") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     before, after = (Embedder.from_pretrained(path) for path in (run / "checkpoints/text", tmp_path / "out"))
     assert np.array_equal(after.encode_query(ITEMS), before.encode_query(ITEMS))
@@ -56,34 +56,34 @@ def test_a_release_is_the_checkpoint(run, tmp_path):
     assert str(run) not in json.dumps(record) + text
 
 
-def test_the_last_step_there_is_the_default(run, tmp_path):
+def test_the_last_finished_phase_is_the_default(run, tmp_path):
     assert export(run, tmp_path / "out") == 0
     assert read_provenance(tmp_path / "out")["phase"] == "instruction"
-    assert "## Evaluation" not in (tmp_path / "out/README.md").read_text()  # that step was not evaluated
+    assert "## Evaluation" not in (tmp_path / "out/README.md").read_text()  # that phase was not evaluated
 
 
 def test_weights_in_bfloat16(run, tmp_path):
-    assert export(run, tmp_path / "out", "--step", "text", "--dtype", "bfloat16") == 0
+    assert export(run, tmp_path / "out", "--phase", "text", "--dtype", "bfloat16") == 0
     assert {value.dtype for value in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
     before, after = (Embedder.from_pretrained(path) for path in (run / "checkpoints/text", tmp_path / "out"))
     cosines = (before.encode_query(ITEMS) * after.encode_query(ITEMS)).sum(axis=1)
     assert cosines.min() > 0.999
 
 
-def test_a_reranker_is_released_too(run, tmp_path):
-    assert export(run, tmp_path / "out", "--step", "reranker") == 0
+def test_a_reranker_can_be_released(run, tmp_path):
+    assert export(run, tmp_path / "out", "--phase", "reranker") == 0
     assert len(Reranker.from_pretrained(tmp_path / "out").score("a fox", ["a red fox"])) == 1
     assert not (tmp_path / "out/modules.json").exists()
 
 
-def test_a_checkpoint_of_an_older_version_gets_what_it_lacks(run, tmp_path):
+def test_missing_files_of_an_older_checkpoint_are_added(run, tmp_path):
     for name in ("modules.json", "README.md", "umarvel_embedding.py"):
         (run / "checkpoints/instruction" / name).unlink(missing_ok=True)
     assert export(run, tmp_path / "out") == 0
     assert {"modules.json", "README.md", "umarvel_embedding.py"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
-def test_a_folder_in_use_is_refused_and_an_empty_one_taken(run, tmp_path, capsys):
+def test_a_nonempty_target_is_refused_and_an_empty_one_accepted(run, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     assert export(run, tmp_path / "out") == 0
     (tmp_path / "out/mine").touch()
@@ -93,11 +93,12 @@ def test_a_folder_in_use_is_refused_and_an_empty_one_taken(run, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--step", "fly"], "no step 'fly'"), (["--step", "distillation"], "'distillation' first")]
+    ("options", "message"),
+    [(["--phase", "fly"], "no phase 'fly'"), (["--phase", "distillation"], "'distillation' first")],
 )
-def test_a_step_that_is_not_there_is_one_line(run, tmp_path, capsys, words, said):
-    assert export(run, tmp_path / "out", *words) == 2
+def test_a_phase_without_a_checkpoint_is_a_one_line_error(run, tmp_path, capsys, options, message):
+    assert export(run, tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert len(error.splitlines()) == 1
     assert not any(tmp_path.iterdir())

@@ -28,7 +28,7 @@ def batch(tiny_base):
 
 
 def train_adapters(model: EmbeddingModel) -> None:
-    """Give the second factors, zero at the start, a value."""
+    """Give the second factors, which start at zero, random values."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -51,7 +51,7 @@ def test_exactly_the_language_models_linear_layers_are_trained(model):
     assert len(trained) == 2 * len(places)
 
 
-def test_fresh_adapters_change_nothing_and_depend_on_the_seed_alone(tiny_base, model, batch):
+def test_fresh_adapters_change_nothing_and_depend_only_on_the_seed(tiny_base, model, batch):
     with torch.no_grad():
         before = model(batch)
         add_lora(model, LORA, seed=3)
@@ -65,7 +65,7 @@ def test_fresh_adapters_change_nothing_and_depend_on_the_seed_alone(tiny_base, m
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), third.parameters(), strict=True))
 
 
-def test_gradients_reach_every_adapter_and_the_temperature_is_left_to_the_loss(model, batch):
+def test_gradients_reach_every_adapter_but_not_the_temperature(model, batch):
     add_lora(model, LORA, seed=0)
     train_adapters(model)
     model(batch)[0, 0].backward()
@@ -74,7 +74,7 @@ def test_gradients_reach_every_adapter_and_the_temperature_is_left_to_the_loss(m
     torch.testing.assert_close(model.log_temperature.exp().item(), 0.05)
 
 
-def test_merging_is_base_plus_scaled_product_and_restores_the_names(tiny_base, model, batch):
+def test_merging_adds_the_scaled_product_and_restores_the_names(tiny_base, model, batch):
     base = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     add_lora(model, LORA, seed=0)
     train_adapters(model)
@@ -95,7 +95,7 @@ def test_merging_is_base_plus_scaled_product_and_restores_the_names(tiny_base, m
             torch.testing.assert_close(state[name], value + (8 / 4) * b @ a, atol=1e-6, rtol=1e-5)
 
 
-def test_peft_reads_the_saved_adapter(tiny_base, model, batch, tmp_path):
+def test_peft_can_read_the_saved_adapter(tiny_base, model, batch, tmp_path):
     add_lora(model, LORA, seed=0)
     train_adapters(model)
     save_adapter(model, LORA, tmp_path)

@@ -1,9 +1,8 @@
-"""InfoNCE against its formula written out, and rule 6: a listed positive is never a negative."""
+"""InfoNCE against its formula written out; a listed positive is never a negative."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from umarvel_ray.data.plan import PlanStep, QueryRows, contrastive_plan
 from umarvel_ray.model.losses import info_nce
-from umarvel_ray.recipe import ContrastivePhase, Phase
+from umarvel_ray.recipe import ContrastivePhase
 from umarvel_ray.train.steps import _contrastive, not_negatives
 
 
@@ -52,7 +51,7 @@ def test_value_and_gradients(batch, two_way):
 
 
 @pytest.mark.parametrize("two_way", [False, True])
-def test_shares_of_the_ranks_add_up(batch, two_way):
+def test_the_ranks_shares_add_up(batch, two_way):
     queries, documents, targets, relevant, tau = batch
     whole = info_nce(queries, documents, targets, relevant, tau, slice(0, 4), two_way)
     parts = [info_nce(queries, documents, targets, relevant, tau, rows, two_way) for rows in (slice(0, 1), slice(1, 4))]
@@ -60,8 +59,8 @@ def test_shares_of_the_ranks_add_up(batch, two_way):
 
 
 @pytest.mark.parametrize("two_way", [False, True])
-def test_another_querys_positive_gets_no_push(batch, two_way):
-    """Moving a document that is query 0's second positive may not change query 0's own terms."""
+def test_a_positive_that_is_another_querys_target_gets_no_gradient(batch, two_way):
+    """Document 2 is query 1's target and query 0's second positive: query 0's terms must not depend on it."""
     queries, documents, targets, relevant, tau = batch
     one = info_nce(queries, documents, targets, relevant, tau, slice(0, 1), two_way)
     (gradient,) = torch.autograd.grad(one, documents)
@@ -74,13 +73,13 @@ def test_another_querys_positive_gets_no_push(batch, two_way):
     assert gradient[2].abs().max() > 0
 
 
-def test_only_own_negatives_is_the_formula_over_them():
-    """From the plan to the loss: other queries' documents count nowhere, whatever they are to those."""
+def test_without_in_batch_negatives_the_loss_covers_the_querys_own_negatives_only():
+    """From the plan to the loss: other queries' documents do not count, neither their positives nor their negatives."""
     positives = [*([f"p{i}"] for i in range(5)), ["p5", "n50"]]
     rows = QueryRows([f"q{i}" for i in range(6)], ["t"] * 6, positives)
     mined = {f"q{i}": [f"n{i}0", f"n{i}1", f"p{(i + 1) % 6}", f"n{i}3"] for i in range(6)}
-    step = Phase(queries="train", batch_size=6, max_steps=1, learning_rate=1e-3)
-    [plan] = contrastive_plan(rows, step, 0, mined, per_query=3, in_batch=False)
+    phase = ContrastivePhase(queries="train", batch_size=6, max_steps=1, learning_rate=1e-3)
+    [plan] = contrastive_plan(rows, phase, 0, mined, per_query=3, in_batch=False)
     torch.manual_seed(1)
     ids = plan.query_ids + plan.document_ids
     vector = dict(zip(ids, F.normalize(torch.randn(len(ids), 8, dtype=torch.float64), dim=1), strict=True))
@@ -112,14 +111,13 @@ def test_half_precision_vectors_are_compared_in_fp32(batch):
 
 @pytest.mark.parametrize("two_way", [False, True])
 def test_matryoshka_is_the_mean_of_the_formula_over_shortened_vectors(batch, two_way):
-    """arXiv 2205.13147, eq. 1, with all weights one over their number; the whole dimension counts once."""
+    """arXiv 2205.13147, eq. 1, with equal weights that add up to one; the full dimension counts once."""
     queries, documents, targets, relevant, tau = batch
-    step = ContrastivePhase(queries="x", batch_size=4, learning_rate=1, matryoshka=(5, 3, 8))
+    phase = ContrastivePhase(queries="x", batch_size=4, learning_rate=1, matryoshka=(5, 3, 8), two_way=two_way)
     columns = [[i, j] for i in range(4) for j in range(6) if relevant[i, j]]
     arrays = {"targets": targets.numpy(), "relevant": np.array(columns)}
     plan = PlanStep(0, tuple("abcd"), tuple("abcdef"), arrays)
-    job = SimpleNamespace(step=step, two_way=two_way)
-    loss = _contrastive(plan, job)(queries, documents, tau, slice(0, 4))
+    loss = _contrastive(plan, phase)(queries, documents, tau, slice(0, 4))
     expected = 0
     for width in (3, 5, 8):
         short = [queries, documents]  # unit vectors already
@@ -127,7 +125,7 @@ def test_matryoshka_is_the_mean_of_the_formula_over_shortened_vectors(batch, two
             short = [side[:, :width] / side[:, :width].norm(dim=1, keepdim=True) for side in short]
         expected = expected + formula(*short, targets, relevant, tau, two_way) / 3
     torch.testing.assert_close(loss.double(), expected[0] if expected.ndim else expected, atol=1e-6, rtol=1e-5)
-    for given, wanted in zip(
+    for actual, wanted in zip(
         *(torch.autograd.grad(x.sum(), (queries, documents, tau)) for x in (loss, expected)), strict=True
     ):
-        torch.testing.assert_close(given, wanted, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(actual, wanted, atol=1e-6, rtol=1e-4)

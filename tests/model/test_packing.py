@@ -1,4 +1,4 @@
-"""Packed batches: as each item alone through stock transformers, and as one masked softmax over the whole row."""
+"""Packed batches equal each item alone in stock transformers, and one masked softmax over the whole row."""
 
 import io
 import itertools
@@ -13,6 +13,7 @@ from umarvel_ray.inference.cached_embedder import CachedEmbedder
 from umarvel_ray.items.pair_encoder import PairEncoder
 from umarvel_ray.model import packing
 from umarvel_ray.model.batch import collate, collate_pairs, token_buckets
+from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.lora import add_lora
 from umarvel_ray.model.packing import is_packed, packed_attention
@@ -32,7 +33,7 @@ ITEMS = [
     {"image": picture(0)},
     {"text": "yes"},
     {"image": [picture(1, 128, 64), picture(0)], "text": "both " * 9, "instruction": "find the same"},
-    {"video": [picture(2), picture(3), picture(4)], "text": "grey"},
+    {"video": [picture(2), picture(3), picture(4)], "text": "gray"},
 ]
 
 
@@ -42,12 +43,12 @@ def rows(heads: int, dtype: torch.dtype = torch.float64, device: str = "cpu", di
     return made.to(device, dtype).requires_grad_()
 
 
-def limits(device: str = "cpu") -> torch.Tensor:
+def bounds(device: str = "cpu") -> torch.Tensor:
     return torch.tensor([0, 5, 6, 13, 16], dtype=torch.int32, device=device)
 
 
-def by_one_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
-    """The formula: a softmax over the row with every other item masked out."""
+def masked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
+    """The formula: a softmax over the whole row, with other items masked out."""
     item = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
     seen = item[:, None] == item
     if causal:
@@ -61,29 +62,29 @@ def by_one_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cau
 def test_attention_stays_within_an_item(causal):
     query, key, value = rows(4), rows(2), rows(2)
     upstream = rows(4).detach()
-    output = packed_attention(query, key, value, limits(), max(LENGTHS), causal, 0.3)
-    truth = by_one_mask(query, key, value, causal)
+    output = packed_attention(query, key, value, bounds(), max(LENGTHS), causal, 0.3)
+    truth = masked_attention(query, key, value, causal)
     torch.testing.assert_close(output, truth)
     found, expected = (torch.autograd.grad((o * upstream).sum(), (query, key, value)) for o in (output, truth))
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_kernel_is_asked_as_torch_has_it(causal, monkeypatch):
-    """Without a GPU the kernel runs on tensors that have shapes only: its arguments, outputs and gradients fit."""
+def test_the_kernel_accepts_our_arguments(causal, monkeypatch):
+    """Without a GPU, the kernel runs on meta tensors, which checks its arguments and the shapes of its results."""
     monkeypatch.setattr(packing, "_has_kernel", lambda query: True)
     query, key, value = (rows(heads, torch.bfloat16, "meta") for heads in (4, 2, 2))
-    output = packed_attention(query, key, value, limits("meta"), max(LENGTHS), causal)
+    output = packed_attention(query, key, value, bounds("meta"), max(LENGTHS), causal)
     assert output.shape == query.shape
     output.sum().backward()
     assert key.grad.shape == key.shape
 
 
-def test_queries_and_keys_follow_the_values_precision():
+def test_queries_and_keys_are_cast_to_the_values_dtype():
     query, key, value = (rows(heads, torch.float32).transpose(0, 1)[None] for heads in (4, 2, 2))
-    output, _ = packing.attention_forward(None, query, key, value.bfloat16(), None, 0.3, False, limits(), max(LENGTHS))
+    output, _ = packing.attention_forward(None, query, key, value.bfloat16(), None, 0.3, False, bounds(), max(LENGTHS))
     assert output.dtype == torch.bfloat16
-    expected = by_one_mask(*(tensor[0].transpose(0, 1) for tensor in (query, key, value)), False)
+    expected = masked_attention(*(tensor[0].transpose(0, 1) for tensor in (query, key, value)), False)
     torch.testing.assert_close(output[0].float(), expected, atol=3e-2, rtol=3e-2)
 
 
@@ -92,8 +93,8 @@ def test_queries_and_keys_follow_the_values_precision():
 def test_the_kernel_computes_the_same(causal, dimension):
     arguments = [rows(heads, torch.bfloat16, "cuda", dimension) for heads in (4, 2, 2)]
     truth = [tensor.detach().double().cpu().requires_grad_() for tensor in arguments]
-    output = packed_attention(*arguments, limits("cuda"), max(LENGTHS), causal, 0.3)
-    expected = by_one_mask(*truth, causal)
+    output = packed_attention(*arguments, bounds("cuda"), max(LENGTHS), causal, 0.3)
+    expected = masked_attention(*truth, causal)
     torch.testing.assert_close(output.double().cpu(), expected, atol=2e-2, rtol=2e-2)
     output.sum().backward()
     expected.sum().backward()
@@ -122,8 +123,8 @@ def adapter_gradients(embedder: Embedder, vectors: torch.Tensor) -> dict[str, to
 @pytest.mark.parametrize(
     ("attention", "pooling"), [("bidirectional", "mean"), ("bidirectional", "last"), ("causal", "mean")]
 )
-def test_packed_as_alone_in_stock_transformers(family_base, attention, pooling):
-    """Rule 1 for text, pictures and videos, with DeepStack where the family has it; vectors and adapters' gradients."""
+def test_packed_items_equal_items_alone_in_stock_transformers(family_base, attention, pooling):
+    """Vectors and adapter gradients of text, pictures and videos, with DeepStack if the family has it."""
     embedder = adapted(family_base, attention, pooling)
     encoded = [embedder.encoder.encode(item, "query") for item in ITEMS]
     forms = [embedder.model(collate(encoded, packed=packed)) for packed in (True, False)]
@@ -136,7 +137,7 @@ def test_packed_as_alone_in_stock_transformers(family_base, attention, pooling):
     embedder.model.backbone.set_attn_implementation("eager")
     alone = torch.cat([embedder.model(collate([item])) for item in encoded])
     cosines = alone @ alone.T - 2 * torch.eye(len(alone))
-    assert cosines.max() < 0.999, "the items must differ, or this test says nothing"
+    assert cosines.max() < 0.999, "the items must differ for this test to mean anything"
     expected = adapter_gradients(embedder, alone)
     assert all(gradient.abs().max() > 1e-3 for gradient in expected.values())
     for vectors, found in zip(forms, gradients, strict=True):
@@ -144,7 +145,7 @@ def test_packed_as_alone_in_stock_transformers(family_base, attention, pooling):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_picture_does_not_depend_on_its_companions(family_base):
+def test_a_picture_does_not_depend_on_the_others(family_base):
     embedder = Embedder.from_pretrained(family_base, settings=ModelSettings(**PICTURES))
     model, encoder = embedder.model, embedder.encoder
     pictures = [shown for item in ITEMS for shown in encoder.encode(item, "query").pictures]
@@ -156,7 +157,7 @@ def test_a_picture_does_not_depend_on_its_companions(family_base):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_pairs_packed_as_alone(tiny_base):
+def test_packed_pairs_equal_pairs_alone(tiny_base):
     settings = ModelSettings(**PICTURES)
     encoder = PairEncoder.from_pretrained(tiny_base, settings, 64)
     model = RerankerModel.from_pretrained(tiny_base, settings)
@@ -168,8 +169,8 @@ def test_pairs_packed_as_alone(tiny_base):
     assert len(set(alone.tolist())) == len(pairs)
 
 
-def test_embedders_pack_where_it_pays(tiny_base, monkeypatch):
-    """As on a GPU: the library's embedder and the bulk one, whose cache holds features without pixels."""
+def test_embedders_pack_on_a_gpu(tiny_base, monkeypatch):
+    """Simulated on a CPU: the library's embedder and the bulk one, whose cache holds features without pixels."""
     settings = ModelSettings(**PICTURES)
     expected = Embedder.from_pretrained(tiny_base, settings=settings).encode_query(ITEMS)
     monkeypatch.setattr("umarvel_ray.model.embedder.is_packed", lambda choice, device: True)
@@ -177,7 +178,7 @@ def test_embedders_pack_where_it_pays(tiny_base, monkeypatch):
     for budget in (1, 100, 10_000):
         np.testing.assert_allclose(embedder.encode_query(ITEMS, token_budget=budget), expected, atol=1e-5, rtol=0)
     bulk = CachedEmbedder("cpu", "float32", 100, threads=1, cache_bytes=2**20)
-    bulk.load(tiny_base, settings)
+    bulk.load(CheckpointRef.of(tiny_base, settings))
     png = io.BytesIO()
     picture(0).save(png, "PNG")
     rows = [{"id": "a", "text": ITEMS[0]["text"]}, {"id": "b", "text": None, "image": png.getvalue()}]
@@ -187,7 +188,7 @@ def test_embedders_pack_where_it_pays(tiny_base, monkeypatch):
         np.testing.assert_allclose(vectors, wanted, atol=1e-5, rtol=0)
 
 
-def test_packed_buckets_waste_nothing():
+def test_packed_buckets_are_as_full_as_possible():
     lengths = np.random.default_rng(0).integers(1, 200, 300).tolist()
     for budget in (1, 500, 5000):
         buckets = token_buckets(lengths, budget, packed=True)
@@ -199,13 +200,13 @@ def test_packed_buckets_waste_nothing():
     assert token_buckets([], 10, packed=True) == []
 
 
-def test_what_is_packed_follows_the_device():
+def test_auto_packs_on_gpus_only():
     assert [is_packed("auto", device) for device in ("cpu", "cuda", "cuda:1")] == [False, True, True]
     assert is_packed(True, "cpu")
     assert not is_packed(False, "cuda")
 
 
-def test_an_item_that_is_not_finite_spoils_no_other(tiny_base):
+def test_an_item_that_is_not_finite_does_not_affect_the_others(tiny_base):
     embedder = Embedder.from_pretrained(tiny_base, settings=ModelSettings(**PICTURES))
     batch = collate([embedder.encoder.encode(item, "query") for item in ITEMS[:4]], packed=True)
     features = {shown.key: torch.full((int(np.prod(shown.grid)) // 4, 32), torch.nan) for shown in batch.pictures}

@@ -38,7 +38,7 @@ QUERIES = [
     {"image": picture(1), "text": "in another style", "instruction": "Retrieve the same thing"},
 ]
 DOCUMENTS = [
-    {"text": "Harbour lights at dusk."},
+    {"text": "Harbor lights at dusk."},
     {"image": picture(2)},
     {"image": picture(3, 64, 128), "text": "A green tree and a white house"},
     {"text": "A small blue bird. " * 12},
@@ -77,7 +77,7 @@ def stock_p_yes(path, encoder, query, document, positions="mrope") -> float:
     return (logits[yes].exp() / (logits[yes].exp() + logits[no].exp())).item()
 
 
-def test_prompt_is_the_templates_conversation(tiny_base):
+def test_the_prompt_is_the_templates_conversation(tiny_base):
     encoder = PairEncoder.from_pretrained(tiny_base, SETTINGS, 64)
     pair = encoder.encode(QUERIES[2], {"image": picture(3), "text": "a white house"}, answer=True)
     pads = "<|image_pad|>" * 16
@@ -88,10 +88,10 @@ def test_prompt_is_the_templates_conversation(tiny_base):
     )
     tokenizer = encoder.items.tokenizer
     assert tokenizer.decode(pair.input_ids) == expected
-    labelled = pair.labels >= 0
-    assert tokenizer.decode(pair.labels[labelled]) == "Yes<|im_end|>"
-    assert labelled[-2:].all()
-    np.testing.assert_array_equal(pair.labels[labelled], pair.input_ids[labelled])
+    has_label = pair.labels >= 0
+    assert tokenizer.decode(pair.labels[has_label]) == "Yes<|im_end|>"
+    assert has_label[-2:].all()
+    np.testing.assert_array_equal(pair.labels[has_label], pair.input_ids[has_label])
     assert tokenizer.decode(encoder.encode("fox", "snow", answer=False).input_ids).endswith("assistant\nNo<|im_end|>")
 
 
@@ -111,7 +111,7 @@ def test_shared_query_scores_equal_each_pair_alone(tiny_base, positions, budget)
     reranker = make_reranker(tiny_base, SETTINGS.model_copy(update={"positions": positions}))
     for query in QUERIES:
         expected = [stock_p_yes(tiny_base, reranker.encoder, query, document, positions) for document in DOCUMENTS]
-        assert np.ptp(expected) > 1e-2  # the model tells candidates apart
+        assert np.ptp(expected) > 1e-2  # the model scores the candidates differently
         scores = reranker.score(query, DOCUMENTS, token_budget=budget)
         assert scores.dtype == np.float32
         np.testing.assert_allclose(scores, expected, atol=1e-5)
@@ -119,7 +119,7 @@ def test_shared_query_scores_equal_each_pair_alone(tiny_base, positions, budget)
 
 
 def test_every_family_scores_as_its_stock_model(family_base):
-    """DeepStack and videos behind a query that was read before."""
+    """DeepStack and videos after a cached query."""
     settings = SETTINGS.model_copy(update={"max_pixels": 4096})
     reranker = make_reranker(family_base, settings)
     documents = [*DOCUMENTS[:3], {"video": [picture(seed, 48, 32) for seed in (7, 8)], "text": "boats"}]
@@ -128,7 +128,7 @@ def test_every_family_scores_as_its_stock_model(family_base):
     np.testing.assert_allclose(reranker.score(QUERIES[2], documents), expected, atol=1e-5)
 
 
-def test_the_query_is_read_once_and_each_picture_once(tiny_base):
+def test_the_query_runs_once_and_each_picture_once(tiny_base):
     reranker = make_reranker(tiny_base)
     core, tokens, patches = reranker.model.backbone.model, [], []
     core.language_model.register_forward_pre_hook(
@@ -146,12 +146,62 @@ def test_the_query_is_read_once_and_each_picture_once(tiny_base):
 
 
 def test_no_candidates_no_scores(tiny_base):
-    assert make_reranker(tiny_base).score("a red fox", []).shape == (0,)
+    reranker = make_reranker(tiny_base)
+    assert reranker.score("a red fox", []).shape == reranker.predict([]).shape == (0,)
+    assert reranker.rank("a red fox", []) == []
+
+
+def test_rank_sorts_by_score_as_sentence_transformers_does(tiny_base):
+    reranker = make_reranker(tiny_base)
+    scores = reranker.score(QUERIES[0], DOCUMENTS)
+    ranked = reranker.rank(QUERIES[0], DOCUMENTS)
+    assert [hit["corpus_id"] for hit in ranked] == np.argsort(-scores, kind="stable").tolist()
+    assert [hit["score"] for hit in ranked] == sorted(scores.tolist(), reverse=True)
+    assert all(hit.keys() == {"corpus_id", "score"} for hit in ranked)
+    assert all(type(hit["corpus_id"]) is int and type(hit["score"]) is float for hit in ranked)
+    assert reranker.rank(QUERIES[0], DOCUMENTS, top_k=2) == ranked[:2]
+    assert reranker.rank(QUERIES[0], DOCUMENTS, top_k=99) == ranked
+    shown = reranker.rank(QUERIES[0], DOCUMENTS, top_k=3, return_documents=True)
+    assert all(hit["text"] is DOCUMENTS[hit["corpus_id"]] for hit in shown)
+    with pytest.raises(UserError, match="top_k is 0; give 1 or more"):
+        reranker.rank(QUERIES[0], DOCUMENTS, top_k=0)
+
+
+def test_equal_scores_keep_their_order(tiny_base):
+    ranked = make_reranker(tiny_base).rank("a red fox", ["boats", "snow", "boats", "boats"])
+    assert [hit["corpus_id"] for hit in ranked if hit["corpus_id"] != 1] == [0, 2, 3]
+
+
+def test_a_prompt_is_the_instruction_of_a_query_without_one(tiny_base):
+    reranker = make_reranker(tiny_base)
+    own, prompt = QUERIES[0], QUERIES[0]["instruction"]
+    expected = reranker.rank(own, DOCUMENTS)
+    assert reranker.rank(own["text"], DOCUMENTS, prompt=prompt) == expected
+    assert reranker.rank(own, DOCUMENTS, prompt="Find something else.") == expected
+    assert reranker.rank(own["text"], DOCUMENTS) != expected
+
+
+def test_pairs_are_scored_as_their_queries_alone(tiny_base):
+    reranker = make_reranker(tiny_base)
+    pairs = [(QUERIES[0], document) for document in DOCUMENTS[:3]]
+    pairs += [("boats", DOCUMENTS[0]), ["boats", DOCUMENTS[1]], (QUERIES[2], DOCUMENTS[0]), (QUERIES[0], DOCUMENTS[3])]
+    scores = reranker.predict(pairs)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, [reranker.score(query, [item])[0] for query, item in pairs], atol=1e-5)
+    single = reranker.predict(pairs[4])
+    assert np.ndim(single) == 0
+    assert single == pytest.approx(scores[4], abs=1e-5)
+    expected = reranker.score({"text": "boats", "instruction": "Find it."}, [DOCUMENTS[0]])[0]
+    assert reranker.predict(pairs[3], prompt="Find it.") == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(UserError, match="pair 1: nothing to embed"):
+        reranker.predict([("boats", "snow"), ("boats", "")])
+    with pytest.raises(UserError, match="pair 1: nothing to embed"):
+        reranker.predict([("boats", "snow"), ("", "snow")])
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_loss_is_the_cross_entropy_of_the_answer_and_the_end(tiny_base, tmp_path, cached):
-    # Saved once, the checkpoint holds the three added tokens that the loss's vocabulary counts.
+    # Once saved, the checkpoint has the three added tokens, which the vocabulary of the loss includes.
     path = tmp_path / "base"
     save_checkpoint(RerankerModel.from_pretrained(tiny_base, SETTINGS), path, SETTINGS, {})
     encoder = PairEncoder.from_pretrained(path, SETTINGS, 64)
@@ -193,6 +243,7 @@ def test_training_teaches_yes_and_no_and_the_checkpoint_keeps_it(tiny_base, tmp_
     merge_lora(model)
     save_checkpoint(model, tmp_path / "reranker", SETTINGS.for_reranker(64), {"phase": "reranker"})
     after = Reranker.from_pretrained(tmp_path / "reranker")
+    assert after.device.type == "cpu"
     assert after.encoder.max_text_tokens == 64
     loaded = np.stack([after.score(query, DOCUMENTS[:3]) for query in QUERIES])
     np.testing.assert_allclose(loaded, scores, atol=1e-4)
@@ -223,9 +274,9 @@ def test_started_from_a_bidirectional_embedder_it_is_causal(tiny_base, tmp_path)
     np.testing.assert_allclose(reranker.score(QUERIES[0], DOCUMENTS), expected, atol=1e-5)
 
 
-def test_other_checkpoints_are_refused(tiny_base, tmp_path):
+def test_checkpoints_of_other_phases_are_refused(tiny_base, tmp_path):
     save_checkpoint(EmbeddingModel.from_pretrained(tiny_base, SETTINGS), tmp_path / "text", SETTINGS, {"phase": "text"})
-    with pytest.raises(UserError, match="stage is 'text', not 'reranker'"):
+    with pytest.raises(UserError, match="phase is 'text', not 'reranker'"):
         Reranker.from_pretrained(tmp_path / "text")
     with pytest.raises(UserError, match=r"umarvel\.json: not found"):
         Reranker.from_pretrained(tiny_base)
@@ -253,17 +304,21 @@ def test_long_texts_are_cut(tiny_base):
         ({"instruction": "Find it."}, "snow", "pair: nothing to embed"),
         ("fox", {"text": "snow", "instruction": "Find it."}, "pair: a document carries no instruction"),
         ("fox", {"image": b"not a picture"}, "pair"),
-        ("fox", {"video": "film.mp4"}, "pair: video film.mp4 not found"),  # never read without its frames (T27)
+        (
+            "fox",
+            {"video": "film.mp4"},
+            "pair: video film.mp4 not found",
+        ),  # never scored without its frames (docs/method.md#video-reranking)
     ],
 )
-def test_bad_items_are_one_clear_line(tiny_base, query, document, message):
+def test_a_bad_item_gives_one_clear_line(tiny_base, query, document, message):
     encoder = PairEncoder.from_pretrained(tiny_base, SETTINGS, 64)
     with pytest.raises(UserError, match=message) as error:
         encoder.encode(query, document)
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_that_confuses_yes_and_no_is_refused(tiny_base):
+def test_a_tokenizer_without_separate_yes_and_no_is_refused(tiny_base):
     words = Tokenizer(models.WordLevel({"?": 0, "<emb>": 1}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(

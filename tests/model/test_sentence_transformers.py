@@ -1,6 +1,6 @@
 """A checkpoint in sentence-transformers: the same vectors, in a process that cannot import umarvel_ray.
 
-Items, settings and pictures are such that every setting moves a vector; one process opens all directories.
+Items, settings and pictures are chosen so that every setting changes a vector; one process opens all directories.
 """
 
 import json
@@ -36,7 +36,7 @@ CASES = {
     "qwen3_vl without DeepStack": {"deepstack": False, "positions": "sequential"},
     "small pictures": {"min_pixels": 256, "max_pixels": 1024, "video_frames": 3, "max_video_pixels": 2048},
 }
-TOLD = "Find an image that matches the caption"
+INSTRUCTION = "Find an image that matches the caption"
 
 PROGRAM = """
 import json, sys
@@ -44,7 +44,7 @@ for name in ("umarvel_ray", "torchvision"):
     sys.modules[name] = None
 import numpy as np
 from sentence_transformers import SentenceTransformer
-given = json.load(open("given.json"))
+inputs = json.load(open("inputs.json"))
 
 def refusal(call):
     try:
@@ -53,32 +53,32 @@ def refusal(call):
         return f"{type(error).__name__}: {error}"
 
 found = {}
-for folder in given["folders"]:
+for folder in inputs["folders"]:
     model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
-    found[f"{folder}/query"] = model.encode_query(given["queries"], batch_size=3)
-    found[f"{folder}/document"] = model.encode_document(given["documents"], batch_size=3)
-    found[f"{folder}/prompt"] = model.encode_query(given["plain"], prompt=given["told"])
+    found[f"{folder}/query"] = model.encode_query(inputs["queries"], batch_size=3)
+    found[f"{folder}/document"] = model.encode_document(inputs["documents"], batch_size=3)
+    found[f"{folder}/prompt"] = model.encode_query(inputs["plain"], prompt=inputs["instruction"])
 found["truncated"] = SentenceTransformer(folder, trust_remote_code=True, device="cpu", truncate_dim=7).encode_query(
-    given["queries"], normalize_embeddings=True)
+    inputs["queries"], normalize_embeddings=True)
 model.save("resaved")
 again = SentenceTransformer("resaved", trust_remote_code=True, device="cpu")
-found["resaved"] = again.encode_query(given["queries"])
+found["resaved"] = again.encode_query(inputs["queries"])
 found["similarity"] = model.similarity(found[f"{folder}/query"], found[f"{folder}/document"])
 found["frames"] = model.encode_document([{"video": np.load("frames.npy")}])
 np.savez("found.npz", **found)
 json.dump({
-    "document": refusal(lambda: model.encode_document(["a"], prompt="told")),
-    "nothing": refusal(lambda: model.encode_query([{"instruction": "told"}])),
-    "key": refusal(lambda: model.encode_query([{"text": "a", "colour": "red"}])),
+    "document": refusal(lambda: model.encode_document(["a"], prompt="find it")),
+    "nothing": refusal(lambda: model.encode_query([{"instruction": "find it"}])),
+    "key": refusal(lambda: model.encode_query([{"text": "a", "color": "red"}])),
     "picture": refusal(lambda: model.encode_document([{"image": "none.png"}])),
     "video": refusal(lambda: model.encode_document([{"video": "none.mp4"}])),
-    "no PyAV": sys.modules.update(av=None) or refusal(lambda: model.encode_document([given["plain"][-1]])),
+    "no PyAV": sys.modules.update(av=None) or refusal(lambda: model.encode_document([inputs["plain"][-1]])),
 }, open("refused.json", "w"))
 """
 
 
 def draw(folder) -> dict[str, str]:
-    """A film, and pictures that are not plain RGB: transparent, lying on their side, 16-bit grey; and a plain one."""
+    """A film, a plain picture, and pictures that are not plain RGB: transparent, rotated by EXIF, 16-bit gray."""
     noise = Image.effect_noise((90, 60), 80)
     clear = noise.convert("RGB")
     clear.putalpha(Image.linear_gradient("L").resize(noise.size))
@@ -96,7 +96,7 @@ def draw(folder) -> dict[str, str]:
 
 
 def items(pictures: dict[str, str]) -> dict[str, list]:
-    said = {"instruction": TOLD}
+    instruction = {"instruction": INSTRUCTION}
     plain = [
         "a red fox\r crosses",
         pictures["plain"],
@@ -114,23 +114,23 @@ def items(pictures: dict[str, str]) -> dict[str, list]:
                 "image": pictures["deep"],
                 "text": "a",
             },
-            "Harbour lights at dusk. " * 12,
+            "Harbor lights at dusk. " * 12,
         ],
         "queries": [
-            {"text": "a red fox"} | said,
+            {"text": "a red fox"} | instruction,
             {"text": "a red fox"},
-            {"image": pictures["plain"]} | said,
+            {"image": pictures["plain"]} | instruction,
             {"image": pictures["clear"], "text": "two boats?", "instruction": "the <instruction_end> end " * 9},
             {"image": pictures["turned"], "text": ""},
-            {"video": pictures["film"], "text": "boats"} | said,
-            {"text": "Harbour lights at dusk. " * 12, "image": None} | said,
+            {"video": pictures["film"], "text": "boats"} | instruction,
+            {"text": "Harbor lights at dusk. " * 12, "image": None} | instruction,
         ],
     }
 
 
 @pytest.fixture(scope="module")
 def opened(tiny_base, tmp_path_factory):
-    """What sentence-transformers makes of one checkpoint per case."""
+    """The embeddings that sentence-transformers computes with one checkpoint per case."""
     folder = tmp_path_factory.mktemp("sentence-transformers")
     bases = {family: make_tiny_base(folder / f"base-{family}", family=family) for family in ("qwen2_5_vl", "qwen3_vl")}
     for name, changes in CASES.items():
@@ -139,56 +139,56 @@ def opened(tiny_base, tmp_path_factory):
         base = bases.get(name.split()[0], tiny_base)
         model = EmbeddingModel.from_pretrained(base, settings, dtype)
         save_checkpoint(model, folder / name, settings, {"phase": "text"})
-    given = items(draw(folder))
-    (folder / "given.json").write_text(json.dumps(given | {"folders": list(CASES), "told": TOLD}))
+    inputs = items(draw(folder))
+    (folder / "inputs.json").write_text(json.dumps(inputs | {"folders": list(CASES), "instruction": INSTRUCTION}))
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, given, dict(np.load(folder / "found.npz"))
+    return folder, inputs, dict(np.load(folder / "found.npz"))
 
 
-def as_item(given):
-    """What sentence-transformers takes for a picture or a video, a bare path, is text to the Embedder."""
-    kind = {".png": "image", ".mp4": "video"}.get(given[-4:] if isinstance(given, str) else "")
-    return {kind: given} if kind else given
+def as_item(value):
+    """A bare path is a picture or a video to sentence-transformers, but text to the Embedder."""
+    kind = {".png": "image", ".mp4": "video"}.get(value[-4:] if isinstance(value, str) else "")
+    return {kind: value} if kind else value
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_vectors_are_the_same(opened, case):
-    folder, given, found = opened
+    folder, inputs, found = opened
     embedder = Embedder.from_pretrained(folder / case)
-    documents = [as_item(item) for item in given["documents"]]
-    told = [{"text": item} if isinstance(item, str) else item for item in map(as_item, given["plain"])]
+    documents = [as_item(item) for item in inputs["documents"]]
+    plain = [{"text": item} if isinstance(item, str) else item for item in map(as_item, inputs["plain"])]
     expected = {
-        "query": embedder.encode_query(given["queries"]),
+        "query": embedder.encode_query(inputs["queries"]),
         "document": embedder.encode_document(documents),
-        "prompt": embedder.encode_query([item | {"instruction": TOLD} for item in told]),
+        "prompt": embedder.encode_query(plain, prompt=INSTRUCTION),
     }
     for side, vectors in expected.items():
         assert np.abs(found[f"{case}/{side}"] - vectors).max() < 1e-5, side
 
 
-def test_every_setting_moves_the_vectors(opened):
-    """Else the test above would pass by indifference."""
+def test_every_setting_changes_the_vectors(opened):
+    """Otherwise the test above would pass without testing anything."""
     _, _, found = opened
     for case in list(CASES)[1:]:
-        moved = max(np.abs(found[f"{case}/{s}"] - found[f"as the paper/{s}"]).max() for s in ("query", "document"))
-        assert moved > 1e-3, case
+        change = max(np.abs(found[f"{case}/{s}"] - found[f"as the paper/{s}"]).max() for s in ("query", "document"))
+        assert change > 1e-3, case
     query = found["as the paper/query"]
     assert np.abs(query[0] - query[1]).max() > 1e-3  # with and without instruction
 
 
 def test_truncated_vectors_are_the_same(opened):
-    folder, given, found = opened
+    folder, inputs, found = opened
     short = Embedder.from_pretrained(folder / list(CASES)[-1], truncate_dim=7)
-    assert found["truncated"].shape == (len(given["queries"]), 7)
-    assert np.abs(found["truncated"] - short.encode_query(given["queries"])).max() < 1e-5
+    assert found["truncated"].shape == (len(inputs["queries"]), 7)
+    assert np.abs(found["truncated"] - short.encode_query(inputs["queries"])).max() < 1e-5
 
 
 def test_frames_may_come_as_an_array(opened):
-    """As mteb and others hand them to sentence-transformers."""
+    """As mteb and others pass them to sentence-transformers."""
     folder, _, found = opened
     frames = [Image.fromarray(frame.transpose(1, 2, 0)) for frame in np.load(folder / "frames.npy")]
     expected = Embedder.from_pretrained(folder / list(CASES)[-1]).encode_document([{"video": frames}])
@@ -207,7 +207,7 @@ def test_bad_input_is_refused(opened):
     refused = json.loads((opened[0] / "refused.json").read_text())
     assert refused["document"] == "ValueError: a document carries no instruction; put it on the query"
     assert refused["nothing"] == "ValueError: nothing to embed; give a text, an image or a video"
-    assert refused["key"].startswith("ValueError: unknown key 'colour'")
+    assert refused["key"].startswith("ValueError: unknown key 'color'")
     assert refused["picture"].startswith("FileNotFoundError")
     assert refused["video"].startswith("FileNotFoundError")
     assert refused["no PyAV"].startswith("ImportError: a video file needs PyAV: pip install av")

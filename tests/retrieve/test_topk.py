@@ -1,4 +1,4 @@
-"""Exact top-k against brute force (rule 7)."""
+"""Exact top-k against brute force."""
 
 import numpy as np
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""One exactness kit: the training core on gloo processes without Ray, against plain PyTorch written here."""
+"""The exactness kit: the training core on gloo processes without Ray, and plain PyTorch to compare it with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEP = ContrastivePhase(queries="x", batch_size=6, learning_rate=1e-3, clip_norm
                        lora=Lora(r=4, alpha=8, dropout=0.0))  # fmt: skip
 BOUNDS = (np.log(0.01), np.log(1.0))
 STEPS = 3
-BUDGET = 120  # several chunks on every rank, not equally many
+BUDGET = 120  # several chunks per rank, not the same number on each
 
 
 def picture(seed: int) -> bytes:
@@ -43,10 +43,10 @@ def picture(seed: int) -> bytes:
 
 @cache
 def batches(base: Path, apart: bool) -> list[tuple[list, list, torch.Tensor, torch.Tensor]]:
-    """Per step: encoded queries (N=6) and documents (M=9), targets, relevance with shared positives; uneven lengths.
+    """Per step: encoded queries (N = 6) and documents (M = 9) of uneven lengths, targets (N,) and relevant (N, M).
 
-    `apart`: the first half of each side is text alone and the second half pictures, which puts a rank without pictures
-    beside ranks full of them; otherwise they are mixed.
+    Some positives are shared between queries. `apart`: the first half of each side is text only and the second half
+    pictures, so that one rank has no pictures; otherwise they are mixed.
     """
     encoder = ItemEncoder.from_pretrained(base, SETTINGS)
     made = []
@@ -78,7 +78,7 @@ def tempered(base: Path, dtype: str = "float32", lora: Lora = STEP.lora) -> Temp
     model = EmbeddingModel.from_pretrained(base, SETTINGS, dtype, temperature=0.07)
     add_lora(model, lora, seed=3)
     hold_in_fp32(model)
-    # The B matrices start at zero, where half of the gradient vanishes: move them so that everything counts.
+    # The B matrices start at zero, where half of the gradient vanishes; random values make all of it count.
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -88,9 +88,9 @@ def tempered(base: Path, dtype: str = "float32", lora: Lora = STEP.lora) -> Temp
 
 
 def plain_run(base: Path, two_way: bool = False, dtype: str = "float32", apart: bool = False) -> dict:
-    """The truth: one process, one graph, the loss as a loop over the formula, torch's own AdamW and clipping.
+    """Ground truth: one process, one graph, the loss as a loop over the formula, torch's own AdamW and clipping.
 
-    In bfloat16 the forward pass alone is: fp32 parameters under torch's autocast, fp32 similarities and loss.
+    With bfloat16, only the forward pass uses it: fp32 parameters under torch's autocast, fp32 similarities and loss.
     """
     module = tempered(base, dtype)
     model = module.embedder
@@ -146,7 +146,7 @@ def _rank(rank: int, world: int, port: int, work: Callable[..., None], args: tup
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # threads that DeepSpeed leaves behind abort an orderly exit now and then
+    os._exit(0)  # threads that DeepSpeed leaves behind sometimes abort a normal exit
 
 
 def _cases(rank: int, world: int, cases: list[dict], out: str) -> None:
@@ -172,7 +172,7 @@ def _case(
     stop: int = STEPS,
     poisoned: bool = False,
 ) -> dict:
-    """One run of `stop - start` steps. `poisoned`: the last rank's loss is finite, its gradient is not a number."""
+    """One run of `stop - start` steps. `poisoned`: the last rank's loss is finite but its gradient is NaN."""
     module = tempered(base, dtype, Lora(r=4, alpha=8, dropout=dropout)).train()
     if state:
         load_trainable(module, state)
@@ -191,12 +191,12 @@ def _case(
             return loss + (q * 0).sum().sqrt() if poisoned and rank == world - 1 else loss
 
         start_step(engine, STEP.learning_rate)
-        mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
-        yours = slice(rank * 9 // world, (rank + 1) * 9 // world)
+        query_rows = slice(rank * 6 // world, (rank + 1) * 6 // world)
+        document_rows = slice(rank * 9 // world, (rank + 1) * 9 // world)
         loss, _ = embedding_step(
             engine,
-            queries[mine],
-            documents[yours],
+            queries[query_rows],
+            documents[document_rows],
             loss_of,
             Passes(BUDGET, cached, packed),
             visual_of,

@@ -1,4 +1,4 @@
-"""`python -m tests.support.faulty` is `umarvel`, but in its first job the loss is once NaN and one rank once out of memory."""
+"""`umarvel` with faults in its first phase: the loss is NaN once, and one rank runs out of memory once."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ NAN_AT, MEMORY_AT = 3, 5
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """In place of Ray Train's entry point; each worker leaves a file behind for what has gone wrong already."""
+    """Replaces Ray Train's entry point; each worker leaves a file behind for every fault that has happened."""
     import torch.distributed as dist
 
     from umarvel_ray.train import loop
 
-    whole_step = loop.run_step
+    real_step = loop.run_step
 
-    def once(job, what: str) -> bool:
-        mark = Path(job.folder) / f"{what}-{dist.get_rank()}"
+    def first_time(spec, fault: str) -> bool:
+        mark = Path(spec.folder) / f"{fault}-{dist.get_rank()}"
         new = not mark.exists()
         mark.touch()
         return new
 
-    def run_step(engine, job, batch, *rest):
-        first_job, step = job.name == "text", batch.plan.step
-        if first_job and step == MEMORY_AT and dist.get_rank() == 1 and once(job, "memory"):
+    def run_step(engine, spec, batch, *rest):
+        first_phase, step = spec.name == "text", batch.plan.step
+        if first_phase and step == MEMORY_AT and dist.get_rank() == 1 and first_time(spec, "memory"):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-        loss, *others = whole_step(engine, job, batch, *rest)
-        return float("nan") if first_job and step == NAN_AT and once(job, "nan") else loss, *others
+        loss, *others = real_step(engine, spec, batch, *rest)
+        return float("nan") if first_phase and step == NAN_AT and first_time(spec, "nan") else loss, *others
 
     loop.run_step = run_step
     loop.train_worker(config)

@@ -1,4 +1,4 @@
-"""What DeepSpeed holds per ZeRO stage, by the storages of all tensors that are alive; for tests/test_estimate.py."""
+"""The memory that DeepSpeed uses per ZeRO stage, from the storages of all live tensors; for tests/estimate."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CASES = ((0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "
 
 
 def weigh(rank: int, world: int, base: str, out: str) -> None:
-    """After a backward pass of each case: parameters that train, that do not, the tower's, and all storages' bytes."""
+    """After a backward pass of each case: counts of trainable, frozen and tower parameters, and all storages' bytes."""
     items = [item for item in batches(base, False)[0][1] if not item.pictures]
     found = {}
     for zero, dtype in CASES:
         gc.collect()
-        gc.freeze()  # what is here already does not count, and is not looked at again
+        gc.freeze()  # what exists already does not count and is not scanned again
         module = tempered(base, dtype, Lora(r=64, alpha=8, dropout=0.0)).train()
         tower = FrozenTower(module.embedder.backbone, module.embedder.scale, "cpu")
         sizes = [(p.requires_grad, p.numel()) for p in module.parameters()]
@@ -29,7 +29,7 @@ def weigh(rank: int, world: int, base: str, out: str) -> None:
         vectors, tau = engine(collate(items), {})
         engine.backward(vectors.sum() + tau.sum())
         del vectors, tau
-        counts = [sum(n for trains, n in sizes if trains == wanted) for wanted in (True, False)]
+        counts = [sum(n for trains, n in sizes if trains == trainable) for trainable in (True, False)]
         found[zero, dtype] = [*counts, sum(p.numel() for p in tower._visual.parameters()), _storages()]
         engine.destroy()
         del engine, module, tower

@@ -1,4 +1,4 @@
-"""The shipped base: it is what its documents say, opens with stock transformers, and knows what pictures show."""
+"""The shipped base: as documented, opens with stock transformers, and knows what pictures show."""
 
 import io
 import random
@@ -16,10 +16,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import umarvel_ray.demo
 from tests.support.with_torchvision import run_with_torchvision
 from tools.demo.corpus import read_corpus
-from tools.demo.drawing import patches_of
 from tools.demo.fast_tower import Tower
-from tools.demo.judging import NEAR, Judging
+from tools.demo.pair_sampler import NEAR, PairSampler
 from tools.demo.reading import Reader
+from tools.demo.views import patches_of
 from umarvel_ray.data.tables import item_of
 from umarvel_ray.model.batch import collate
 from umarvel_ray.model.embedding_model import EmbeddingModel
@@ -44,7 +44,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def captioned():
-    """Training pictures with a short description: [(PIL picture, text)], all of different concepts."""
+    """Training pictures with a short description: [(PIL picture, text)], each of another concept."""
     documents = {r["id"]: r for r in pq.read_table(DEMO / "data/documents.parquet").to_pylist()}
     pairs, concepts = [], set()
     for row in pq.read_table(DEMO / "data/train.parquet").to_pylist():
@@ -97,7 +97,7 @@ def test_chat_template_adds_no_system_prompt(tokenizer):
 
 @torch.no_grad()
 def test_captions_fit_their_own_picture_better(model, tokenizer, captioned):
-    """The loss of a training picture's description is lower beside that picture than beside another concept's."""
+    """The loss of a training picture's description is lower with that picture than with another concept's."""
     processor = Qwen2VLImageProcessorPil.from_pretrained(BASE)
     pictures = processor(images=[picture for picture, _ in captioned], return_tensors="pt")
     assert pictures["image_grid_thw"].tolist() == [[1, 8, 8]] * len(captioned)
@@ -106,20 +106,20 @@ def test_captions_fit_their_own_picture_better(model, tokenizer, captioned):
     image_id = model.config.image_token_id
 
     def losses(tokens):
-        found = []
+        values = []
         for (_, text), shown in zip(captioned, tokens, strict=True):
             prompt = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 16
             prompt += "<|vision_end|>What is this?<|im_end|>\n<|im_start|>assistant\n"
-            asked = tokenizer(prompt, add_special_tokens=False).input_ids
-            told = tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids
-            ids = torch.tensor([asked + told])
+            prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+            answer_ids = tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids
+            ids = torch.tensor([prompt_ids + answer_ids])
             embedded = model.get_input_embeddings()(ids).masked_scatter((ids == image_id)[..., None], shown)
             positions, _ = model.model.get_rope_index(
                 ids, mm_token_type_ids=(ids == image_id).int(), image_grid_thw=pictures["image_grid_thw"][:1]
             )
-            logits = model(inputs_embeds=embedded, position_ids=positions).logits[0, len(asked) - 1 : -1]
-            found.append(F.cross_entropy(logits, torch.tensor(told)).item())
-        return np.array(found)
+            logits = model(inputs_embeds=embedded, position_ids=positions).logits[0, len(prompt_ids) - 1 : -1]
+            values.append(F.cross_entropy(logits, torch.tensor(answer_ids)).item())
+        return np.array(values)
 
     own, other = losses(seen), losses(seen.roll(len(captioned) // 2, 0))
     assert own.mean() < other.mean() - 0.2
@@ -128,7 +128,7 @@ def test_captions_fit_their_own_picture_better(model, tokenizer, captioned):
 
 @torch.no_grad()
 def test_pretraining_sees_what_the_library_sees(model, captioned):
-    """The batched tower and patches of pretraining against transformers' own, picture by picture."""
+    """The batched tower and patches of pretraining against transformers' own, one picture at a time."""
     pictures = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture, _ in captioned[:3]])
     patches = patches_of(torch.from_numpy(pictures))
     expected = Qwen2VLImageProcessorPil.from_pretrained(BASE)(
@@ -141,31 +141,31 @@ def test_pretraining_sees_what_the_library_sees(model, captioned):
 
 
 @pytest.fixture(scope="module")
-def judging():
-    return Judging(DEMO / "data", "validation", read_corpus(DEMO / "data", "validation"), BASE, {})
+def sampler():
+    return PairSampler(DEMO / "data", "validation", read_corpus(DEMO / "data", "validation"), BASE, {})
 
 
 @pytest.fixture
 def rows(monkeypatch):
-    """(query, document, answers) of every pair that is drawn."""
-    drawn, judged = [], Judging._judged
+    """(query, document, answers) of every pair that was drawn."""
+    drawn, judged = [], PairSampler._judged
 
     def remember(self, query, document, answers):
         drawn.append((query, self.documents[document], answers))
         return judged(self, query, document, answers)
 
-    monkeypatch.setattr(Judging, "_judged", remember)
+    monkeypatch.setattr(PairSampler, "_judged", remember)
     return drawn
 
 
-def test_wrong_documents_do_not_answer_and_half_are_near_the_right_one(judging, rows):
-    texts = {row["text"] for row in judging.documents.values() if row["text"]}
-    texts |= {text for own in judging.corpus.texts for text in own}
+def test_negatives_do_not_answer_and_half_resemble_the_positive(sampler, rows):
+    texts = {row["text"] for row in sampler.documents.values() if row["text"]}
+    texts |= {text for own in sampler.corpus.texts for text in own}
     generator = np.random.default_rng(0)
     meanings = {
         text: F.normalize(torch.from_numpy(generator.standard_normal(384)).float(), dim=0) for text in sorted(texts)
     }
-    near = Judging(DEMO / "data", "validation", judging.corpus, BASE, meanings)
+    near = PairSampler(DEMO / "data", "validation", sampler.corpus, BASE, meanings)
     near.draw(400, 3, random.Random(0))
     assert len(rows) == 1600
     pool = near.pools["wiki_task1"]
@@ -188,27 +188,27 @@ def test_wrong_documents_do_not_answer_and_half_are_near_the_right_one(judging, 
 
 
 @torch.no_grad()
-def test_pretraining_judges_pairs_as_the_reranker_scores_them(model, tokenizer, judging, rows):
-    judged = judging.draw(8, 1, random.Random(0))
+def test_pretraining_judges_pairs_as_the_reranker_scores_them(model, tokenizer, sampler, rows):
+    judged = sampler.draw(8, 1, random.Random(0))
     assert [one.answers for one in judged] == [True, False] * 8
     assert {len(one.pictures) for one in judged} == {0, 1, 2}
-    scores, losses = Reader(model, tokenizer).judge(judged, judging.corpus, judging.encoder.yes_no)
-    reranker = Reranker(RerankerModel.from_pretrained(BASE, judging.encoder.items.settings), judging.encoder)
+    scores, losses = Reader(model, tokenizer).judge(judged, sampler.corpus, sampler.encoder.yes_no)
+    reranker = Reranker(RerankerModel.from_pretrained(BASE, sampler.encoder.items.settings), sampler.encoder)
     expected = [reranker.score(item_of(query), [item_of(document)])[0] for query, document, _ in rows]
     np.testing.assert_allclose(scores.sigmoid(), expected, atol=1e-5)
     told = torch.tensor([one.answers for one in judged])
     likely = torch.where(told, scores.sigmoid(), 1 - scores.sigmoid())
-    assert (losses.exp() * likely >= 1 - 1e-5).all()  # Yes and No share what the other words leave
+    assert (losses.exp() * likely >= 1 - 1e-5).all()  # Yes and No share what the other tokens leave
 
 
 @torch.no_grad()
-def test_pretraining_reads_items_as_the_embedder_does(model, tokenizer, judging):
-    """Below the last layer, where it is taught their meaning."""
-    rows = [row for row in judging.queries if row["image"] is not None and row["text"]][:3]
-    encoder, reader = judging.encoder.items, Reader(model, tokenizer)
+def test_pretraining_reads_items_as_the_embedder_does(model, tokenizer, sampler):
+    """Below the last layer, where their meaning is taught."""
+    rows = [row for row in sampler.queries if row["image"] is not None and row["text"]][:3]
+    encoder, reader = sampler.encoder.items, Reader(model, tokenizer)
     items = [encoder.encode(item_of(row), "query") for row in rows]
-    shown = [judging.corpus.number[row["image"]] for row in rows]
-    _, tokens = reader.tower(patches_of(torch.from_numpy(judging.corpus.pictures[shown])))
+    shown = [sampler.corpus.number[row["image"]] for row in rows]
+    _, tokens = reader.tower(patches_of(torch.from_numpy(sampler.corpus.pictures[shown])))
     embedder = EmbeddingModel.from_pretrained(BASE, encoder.settings).eval()
     below = []
     embedder.backbone.model.language_model.layers[-1].register_forward_pre_hook(

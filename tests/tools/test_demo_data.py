@@ -1,4 +1,4 @@
-"""The shipped demo data: complete, consistent, and free of any held-out concept in any training row."""
+"""The shipped demo data: complete, consistent, and without held-out concepts in training rows."""
 
 import csv
 import hashlib
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import umarvel_ray.demo
-from tools.demo.concepts import Phrases, find_leaks, group, normalise
+from tools.demo.concepts import Phrases, find_leaks, group, normalize
 from tools.demo.sources import concept_key, cut
 from tools.demo.sources import pixel_hash as hash_of_pixels
 from tools.demo.tasks import DATASET_IDS, MODALITIES, dataset_and_task
@@ -71,7 +71,7 @@ def test_no_training_row_names_or_shows_a_held_out_concept(train_rows, held_out_
 
 def test_no_training_text_contains_a_held_out_name_by_plain_substring_search(train_rows, held_out_names):
     texts = {row.get(column) for row in train_rows for column in ("text", "instruction", "concept")} - {None}
-    everything = "|".join(f" {normalise(text)} " for text in sorted(texts))
+    everything = "|".join(f" {normalize(text)} " for text in sorted(texts))
     assert [name for name in held_out_names if f" {name} " in everything] == []
 
 
@@ -84,7 +84,7 @@ def test_no_training_pixels_equal_held_out_pixels_by_plain_comparison(train_rows
     assert pixels(train_rows).isdisjoint(pixels(held_out + queries["validation"] + queries["test"]))
 
 
-def test_the_leak_checker_complains_about_a_planted_leak(train_rows, queries, held_out_names, held_out_pixels):
+def test_the_leak_checker_finds_a_planted_leak(train_rows, queries, held_out_names, held_out_pixels):
     names = Phrases(held_out_names)
     name = max(held_out_names, key=len)
     shown = next(row["image"] for row in queries["test"] if row["image"])
@@ -113,10 +113,10 @@ def test_held_out_names_cover_the_labels_in_held_out_texts(documents, queries, h
         row["text"] for name in ("validation", "test") for row in queries[name] if row["task"] == "keywords_task1"
     ]
     assert len(labels) > 300
-    assert {label for label in labels if normalise(label) not in held_out_names} == set()
+    assert {label for label in labels if normalize(label) not in held_out_names} == set()
 
 
-def test_a_concept_lies_in_one_split(documents, queries):
+def test_a_concept_is_in_one_split(documents, queries):
     splits = defaultdict(set)
     for row in documents.values():
         splits[row["concept"]].add(row["split"])
@@ -151,12 +151,12 @@ def test_pools_hold_their_split_s_documents_and_training_distractors(documents, 
 def test_query_ids_are_unique_and_evaluation_stays_small(queries):
     ids = [row["id"] for rows in queries.values() for row in rows]
     assert len(ids) == len(set(ids))
-    for name, most in (("test", 150), ("validation", 60)):
+    for name, limit in (("test", 150), ("validation", 60)):
         per_task = defaultdict(int)
         for row in queries[name]:
             per_task[row["task"]] += 1
         assert set(per_task) == {row["task"] for row in queries["train"]}
-        assert max(per_task.values()) <= most
+        assert max(per_task.values()) <= limit
         assert min(per_task.values()) >= 30
 
 
@@ -210,20 +210,20 @@ def test_instructions_follow_mbeir_s_layout_and_are_the_ones_used(queries):
     assert {row["instruction"] for name in ("text_pairs", "image_pairs") for row in queries[name]} == {None}
 
 
-def test_qrels_say_what_the_queries_say(queries):
+def test_qrels_match_the_queries(queries):
     for split in ("validation", "test"):
-        said, asked = defaultdict(set), defaultdict(set)
+        qrels, expected = defaultdict(set), defaultdict(set)
         for path in (DATA / "qrels").glob(f"*_{split}_qrels.txt"):
             for line in path.read_text().splitlines():
                 query, zero, document, relevance, task = line.split()
                 assert (zero, relevance) == ("0", "1")
-                said[query, int(task)].add(document)
+                qrels[query, int(task)].add(document)
         for row in queries[split]:
-            asked[row["id"], dataset_and_task(row["task"])[1]].update(row["positive_ids"])
-        assert said == asked
+            expected[row["id"], dataset_and_task(row["task"])[1]].update(row["positive_ids"])
+        assert qrels == expected
 
 
-def test_the_manifest_is_the_files(documents, queries):
+def test_the_manifest_matches_the_files(documents, queries):
     manifest = json.loads((DATA / "manifest.json").read_text())
     files = {str(p.relative_to(DATA)): p for p in DATA.rglob("*") if p.is_file() and p.name != "manifest.json"}
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()} == {
@@ -233,11 +233,11 @@ def test_the_manifest_is_the_files(documents, queries):
     for name, rows in queries.items():
         assert sum(manifest["counts"]["queries"][name].values()) == len(rows)
     assert sum(path.stat().st_size for path in files.values()) < 18e6
-    assert all(source["licence"] for source in manifest["sources"])
+    assert all(source["license"] for source in manifest["sources"])
 
 
-def test_normalise_and_phrases_match_whole_words_only():
-    assert normalise("São Tomé & Príncipe’s “Flag_1”") == "sao tome and principe s flag 1"
+def test_normalize_and_phrases_match_whole_words_only():
+    assert normalize("São Tomé & Príncipe’s “Flag_1”") == "sao tome and principe s flag 1"
     phrases = Phrases(["red fox", "ant"])
     assert phrases.found_in("A Red-Fox and an elephant") == {"red fox"}
     assert phrases.found_in("An ant!") == {"ant"}
@@ -253,10 +253,10 @@ def test_group_joins_what_is_linked_through_others():
 @pytest.mark.parametrize(
     ("code", "key"),
     [
-        ("1f9d1-1f3ff-200d-1f680", ("P-1f680", "person")),  # astronaut is no rocket
+        ("1f9d1-1f3ff-200d-1f680", ("P-1f680", "person")),  # an astronaut is not a rocket
         ("1f469-200d-1f680", ("P-1f680", "woman")),
         ("1f3c4-1f3fb-200d-2642", ("1f3c4", "man")),
-        ("1f3f0", ("1f3f0", "person")),  # a castle: 1f3f0 is no skin tone
+        ("1f3f0", ("1f3f0", "person")),  # a castle: 1f3f0 is not a skin tone
         ("2640", ("2640", "person")),
         ("1f468-200d-1f469-200d-1f467", ("P-P-1f467", None)),
     ],

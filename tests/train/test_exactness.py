@@ -1,4 +1,4 @@
-"""Rules 4, 5 and 6 of every backbone family: ranks, ZeRO, caching and precision change nothing, nor does a resume."""
+"""For every backbone family: ranks, ZeRO, caching and precision change nothing, nor does a resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FACTORS = {
     "apart": (False, True),
     "packed": (False, True),
 }
-# Every two values of every two factors meet in at least one of these (3 families × 4 stages: no fewer will do).
+# A pairwise cover: any two values of two factors occur together (3 families × 4 ZeRO stages: no smaller one exists).
 COVER = [
     ("qwen2_5_vl", 1, 0, True, True, True, "bfloat16", False, False),
     ("qwen2_5_vl", 1, 2, False, False, False, "float32", False, False),
@@ -40,7 +40,7 @@ COVER = [
     ("qwen2_vl", 2, 3, False, False, False, "bfloat16", True, False),
     ("qwen3_vl", 2, 2, False, True, True, "float32", True, True),
 ]
-# Stopped after `stop` steps and resumed by two ranks again, with dropout.
+# Stopped after `stop` steps and resumed by two ranks, with dropout.
 RESUMED = [
     {"family": "qwen2_vl", "zero": 0, "dtype": "float32", "stop": 1},
     {"family": "qwen2_5_vl", "zero": 1, "dtype": "bfloat16", "stop": 2},
@@ -61,7 +61,7 @@ def bases(tiny_base, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def run(bases, tmp_path_factory):
-    """`run(ranks, *lists of cases)` → a list of results for each, from one group of processes."""
+    """`run(ranks, *lists of cases)` → a list of results for each list, from one group of processes."""
 
     def run(ranks: int, *lists: list[dict]) -> list[list[dict]]:
         cases = [placed(case, bases) for cases in lists for case in cases]
@@ -87,7 +87,7 @@ def one_rank(run, two_ranks):
 
 @pytest.fixture(scope="module")
 def resumed(run, two_ranks, one_rank):
-    """Two ranks in fresh processes go on with what two ranks, and one rank, had done."""
+    """Two ranks in fresh processes resume from what two ranks, or one rank, left off at."""
     same = [
         {**case, **rest(half, case["stop"]), "stop": STEPS, "dropout": 0.1}
         for case, half in zip(RESUMED, two_ranks["half"], strict=True)
@@ -121,17 +121,17 @@ def rest(half: dict, start: int) -> dict:
 
 
 def placed(case: dict, bases: dict[str, Path]) -> dict:
-    """A case as the kit takes it: a directory for the family, the number of ranks left out."""
+    """A case as the exactness kit takes it: with the family's directory and without the number of ranks."""
     return {"base": bases[case["family"]]} | {k: v for k, v in case.items() if k not in ("family", "ranks")}
 
 
 def check(result: dict, expected: dict, dtype: str = "float32", start: int = 0) -> None:
-    """In fp32 to rounding. In bfloat16 a padded batch rounds otherwise than an item alone, 0.4 % a number.
+    """Equal up to rounding in fp32. In bfloat16, a padded batch rounds differently from an item alone, 0.4 % a number.
 
-    That is 1 % of the gradient here and 0.3 % of the first loss, half of what is allowed. Adam then makes whole steps
-    of the rounding of gradients near zero: later losses part by up to 0.8 % (two ranks, ZeRO 3), as plain PyTorch in
-    bfloat16 parts from itself in fp32. log τ is compared to a tenth of its step, where bfloat16 would round it to a
-    multiple of 0.0156.
+    That is 1 % of the gradient here and 0.3 % of the first loss, half of what is allowed. Adam then turns the rounding
+    of near-zero gradients into full-size updates: later losses differ by up to 0.8 % (two ranks, ZeRO-3), as much as
+    plain PyTorch in bfloat16 differs from fp32. log τ is compared to a tenth of its change per step; bfloat16 would
+    round it to a multiple of 0.0156.
     """
     exact = dtype == "float32"
     norm, moment, tau = (1e-5, 1e-4, 1e-6) if exact else (0.02, 0.05, 1e-4)
@@ -144,7 +144,7 @@ def check(result: dict, expected: dict, dtype: str = "float32", start: int = 0) 
     names = [name for name in expected["state"] if name.startswith("exp_avg.")]
     found, wanted = (torch.cat([run["state"][name].flatten() for name in names]) for run in (result, expected))
     assert (found - wanted).norm() < moment * wanted.norm()
-    if exact:  # in bfloat16 Adam makes whole steps of the rounding of gradients near zero
+    if exact:  # in bfloat16, Adam turns the rounding of near-zero gradients into full-size updates
         for name in (name for name in expected["state"] if name.startswith("param.")):
             torch.testing.assert_close(result["state"][name], expected["state"][name], atol=2e-5, rtol=1e-4)
 
@@ -164,14 +164,14 @@ def test_ranks_caching_zero_and_precision_change_nothing(row, truth, request):
 
 
 @pytest.mark.parametrize("number", range(len(RESUMED)))
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(number, two_ranks, resumed):
-    whole, again = two_ranks["whole"][number], resumed["same"][number]
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, two_ranks, resumed):
+    whole, rejoined = two_ranks["whole"][number], resumed["same"][number]
     for key in ("losses", "norms", "log_temperatures"):
         assert len(whole[key]) == STEPS
-        assert again[key] == whole[key][RESUMED[number]["stop"] :]
-    assert again["state"].keys() == whole["state"].keys()
+        assert rejoined[key] == whole[key][RESUMED[number]["stop"] :]
+    assert rejoined["state"].keys() == whole["state"].keys()
     for name, expected in whole["state"].items():
-        assert torch.equal(again["state"][name], expected), name
+        assert torch.equal(rejoined["state"][name], expected), name
 
 
 @pytest.mark.parametrize("number", range(len(MOVED)))
@@ -181,7 +181,7 @@ def test_a_run_resumes_on_another_number_of_ranks(number, ranks, truth, request)
 
 
 @pytest.mark.parametrize("number", range(len(POISONED)))
-def test_a_gradient_that_is_not_a_number_on_one_rank_is_seen_by_the_other(number, two_ranks):
+def test_a_nan_gradient_on_one_rank_is_seen_by_the_other(number, two_ranks):
     result = two_ranks["poisoned"][number]
     assert math.isfinite(result["losses"][0])
     assert math.isnan(result["norms"][0])
@@ -190,13 +190,13 @@ def test_a_gradient_that_is_not_a_number_on_one_rank_is_seen_by_the_other(number
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("family", FACTORS["family"])
-def test_the_whole_matrix(family, ranks, run, truth):
+def test_the_full_matrix(family, ranks, run, truth):
     others = [values for name, values in FACTORS.items() if name not in ("family", "ranks")]
     cases = [dict(zip(FACTORS, (family, ranks, *row), strict=True)) for row in product(*others)]
     failed = []
     for case, result in zip(cases, run(ranks, cases)[0], strict=True):
         try:
             check(result, truth(case), case["dtype"])
-        except AssertionError as error:  # the rest of the matrix is worth an hour: say all that is wrong with it
+        except AssertionError as error:  # the matrix takes an hour: report every failure
             failed.append(f"{case}: {error}")
     assert not failed, "\n".join(failed)

@@ -1,4 +1,4 @@
-"""Steps that fail: found, told in one line that names the step and the keys, and logged with the step's items."""
+"""Failed steps: detected, reported in one line that names the step and the keys, logged with the step's items."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from umarvel_ray.data.plan import PlanStep, read_plan, write_plan
-from umarvel_ray.recipe import Compute, ContrastivePhase, ModelSettings, Temperature
+from umarvel_ray.recipe import Compute, ContrastivePhase, ModelSettings
 from umarvel_ray.runs import read_step_log
 from umarvel_ray.train.failures import (
     StepError,
     check_finite,
     describe,
-    memory_watched,
+    explain_out_of_memory,
     record_failure,
 )
 from umarvel_ray.train.phases import PhaseSpec
@@ -30,72 +30,80 @@ ALLOCATORS = [
 
 
 @pytest.fixture
-def job(tmp_path):
+def spec(tmp_path):
     folder = tmp_path / "train" / "text"
     arrays = {"targets": np.zeros(2, np.int32), "relevant": np.zeros((0, 2), np.int32)}
     plan = [PlanStep(n, [f"q{n}a", f"q{n}b"], [f"d{n}"], arrays) for n in range(3)]
     write_plan(plan, folder / "plan.parquet")
-    step = ContrastivePhase(queries="x", batch_size=2, learning_rate=1e-3)
     return PhaseSpec(
-        "text", "contrastive", step, Temperature(), False, "parent", str(tmp_path / "text"), str(folder),
-        ModelSettings(), Compute(token_budget=100), 0, {},
-    )  # fmt: skip
+        name="text",
+        phase=ContrastivePhase(queries="x", batch_size=2, learning_rate=1e-3),
+        parent="parent",
+        output=str(tmp_path / "text"),
+        folder=str(folder),
+        settings=ModelSettings(),
+        compute=Compute(token_budget=100),
+        seed=0,
+        provenance={},
+    )
 
 
-def test_a_number_that_is_not_finite_names_step_and_items():
+def test_a_non_finite_number_names_step_and_items():
     plan = PlanStep(7, ["a", "b", "c", "d"], ["e"], {})
     check_finite("text", plan, 1.0, 2.0)
-    for loss, norm, what in ((float("nan"), 1.0, "loss is nan"), (1.0, float("inf"), "gradient norm is inf")):
-        with pytest.raises(StepError, match=f"^text: {what} at step 7 \\(queries a, b, c, …\\); lower learning_rate"):
+    for loss, norm, message in ((float("nan"), 1.0, "loss is nan"), (1.0, float("inf"), "gradient norm is inf")):
+        with pytest.raises(
+            StepError, match=f"^text: {message} at step 7 \\(queries a, b, c, …\\); lower learning_rate"
+        ):
             check_finite("text", plan, loss, norm)
 
 
 # Under a budget of 100, padded: 60, then 40 + 40, then 30 and 20; the fullest holds 80 tokens. Packed: 60 + 40 first.
-@pytest.mark.parametrize(("packed", "most"), [(False, "80 padded"), (True, "100 packed")])
+@pytest.mark.parametrize(("packed", "fullest"), [(False, "80 padded"), (True, "100 packed")])
 @pytest.mark.parametrize("error", ALLOCATORS, ids=lambda error: type(error).__name__)
-def test_a_rank_out_of_memory_names_what_to_lower(error, packed, most, job):
-    with pytest.raises(StepError) as raised, memory_watched(job, 2, 1, [30, 40, 60, 20, 40], packed):
+def test_a_rank_out_of_memory_names_what_to_lower(error, packed, fullest, spec):
+    with pytest.raises(StepError) as raised, explain_out_of_memory(spec, 2, 1, [30, 40, 60, 20, 40], packed):
         raise error
-    said = str(raised.value)
-    assert said.startswith(
-        f"text: rank 1 is out of memory at step 2, with up to {most} tokens in a chunk and 60 in an item; lower"
+    message = str(raised.value)
+    assert message.startswith(
+        f"text: rank 1 is out of memory at step 2, with up to {fullest} tokens in a chunk and 60 in an item; lower"
     )
-    assert "compute.token_budget (100)" in said
-    assert "model.max_pixels" in said
-    assert "\n" not in said
+    assert "compute.token_budget (100)" in message
+    assert "model.max_pixels" in message
+    assert "\n" not in message
 
 
-def test_the_loop_stops_before_it_logs_a_number_that_is_not_finite(job, monkeypatch):
-    """The loop's own lines; its model, engine and stream are stand-ins (test_resume has all of it, in `test-all`)."""
+def test_the_loop_stops_before_it_logs_a_non_finite_number(spec, monkeypatch):
+    """The loop itself, with a fake model, engine and stream; test_resume runs the real ones in `make test-all`."""
     from umarvel_ray.train import loop
 
-    batches = [SimpleNamespace(plan=step, lengths=[1]) for step in read_plan(job.plan_path)]
+    batches = [SimpleNamespace(plan=step, lengths=[1]) for step in read_plan(spec.plan_path)]
     results = iter([(0.5, 0.05, 9), (float("nan"), 0.05, 9)])
     optimizer = SimpleNamespace(param_groups=[{"lr": 1e-3}])
     engine = SimpleNamespace(train=lambda: None, optimizer=optimizer, device="cpu")
-    stand_ins = {
+    fakes = {
         "dist": SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1),
         "make_engine": lambda *_: engine,
         "open_stream": lambda *_: iter(batches),
         "run_step": lambda *_: next(results),
         "take_step": lambda _: 1.0,
     }
-    stand_ins |= dict.fromkeys(("build_module", "model_of", "_visual_of", "start_step"), lambda *_, **__: None)
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(loop, name, stand_in)
+    fakes |= dict.fromkeys(("build_module", "model_of", "_visual_of", "start_step"), lambda *_, **__: None)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(loop, name, fake)
     with pytest.raises(StepError, match=r"text: loss is nan at step 1 \(queries q1a, q1b"):
-        loop._run(job, None, 1, 1.0, 0, None)
-    assert [row["step"] for row in read_step_log(job.log_path)] == [0]
+        loop._train_phase(spec, None, 1, 1.0, loop.TrainState())
+    assert [row["step"] for row in read_step_log(spec.log_path)] == [0]
 
 
-def test_other_errors_pass_as_they_are(job):
-    with pytest.raises(RuntimeError, match="shapes differ"), memory_watched(job, 0, 0, [1], False):
+def test_other_errors_pass_unchanged(spec):
+    with pytest.raises(RuntimeError, match="shapes differ"), explain_out_of_memory(spec, 0, 0, [1], False):
         raise RuntimeError("shapes differ")
 
 
-def test_a_step_that_failed_speaks_before_the_ranks_that_lost_it():
+def test_a_step_error_takes_precedence_over_lost_connections():
     lost = Exception("Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer [127.0.0.1]\n")
-    own = UserExceptionWithTraceback(StepError("text: loss is nan"), "Traceback …")  # what Ray Train hands over
+    own = UserExceptionWithTraceback(StepError("text: loss is nan"), "Traceback …")  # as Ray Train passes it
     assert describe({0: lost, 1: StepError("text: loss is nan")}) == "text: loss is nan"
     assert describe({0: lost, 1: own}) == "text: loss is nan"
     assert describe({0: lost, 2: Exception("The actor died: SIGKILL")}) == "rank 2: The actor died: SIGKILL"
@@ -104,17 +112,17 @@ def test_a_step_that_failed_speaks_before_the_ranks_that_lost_it():
 
 
 @pytest.mark.parametrize(("logged", "step"), [([], 0), ([0], 1), ([0, 1], 2)])
-def test_failures_are_logged_with_the_step_under_way_and_its_items(logged, step, job):
-    job.log_path.write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in logged))
-    record_failure([job], {1: RuntimeError("killed")})
-    record_failure([job], {0: RuntimeError("again"), 1: RuntimeError("other")})
-    first, second = read_step_log(job.failures_path)
+def test_failures_are_logged_with_the_current_step_and_its_items(logged, step, spec):
+    spec.log_path.write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in logged))
+    record_failure([spec], {1: RuntimeError("killed")})
+    record_failure([spec], {0: RuntimeError("again"), 1: RuntimeError("other")})
+    first, second = read_step_log(spec.failures_path)
     items = {"query_ids": [f"q{step}a", f"q{step}b"], "document_ids": [f"d{step}"]}
     assert first == {"step": step, "ranks": [1], "error": "rank 1: killed"} | items
     assert second["ranks"] == [0, 1]
 
 
-def test_a_failure_after_the_last_step_names_no_items(job):
-    job.log_path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(3)))
-    record_failure([job], {0: OSError("disk")})
-    assert read_step_log(job.failures_path)[0]["query_ids"] == []
+def test_a_failure_after_the_last_step_names_no_items(spec):
+    spec.log_path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(3)))
+    record_failure([spec], {0: OSError("disk")})
+    assert read_step_log(spec.failures_path)[0]["query_ids"] == []

@@ -1,4 +1,4 @@
-"""A running job meets a full disk: one clear last line, the right status. (Ctrl-C: see test_resume.)"""
+"""The disk fills up under a running job: one clear last line and the right exit status. For Ctrl-C see test_resume."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ import pytest
 from tests.conftest import REPO
 
 pytestmark = pytest.mark.timeout(1200)  # start-up is minutes when the machine is busy
-STEPS = ("stage1.text", "stage1.image_text", "stage1.instruction")
+PHASES = ("stage1.text", "stage1.image_text", "stage1.instruction")
 
 
 def start_stage1(base: Path, output: Path, *overrides: str) -> subprocess.Popen:
-    """Stage 1 of the demo's data on a tiny base, as a process group of its own, as a shell would start it."""
-    small = [f"{step}.batch_size=8" for step in STEPS]
+    """Stage 1 with the demo's data and a tiny base, in its own process group, as a shell would start it."""
+    small = [f"{phase}.batch_size=8" for phase in PHASES]
     return subprocess.Popen(
-        [Path(sys.executable).parent / "umarvel", "stage1", f"base={base}", f"output={output}", *small, *overrides],
+        [
+            Path(sys.executable).parent / "umarvel",
+            "train-stage1",
+            f"base={base}",
+            f"output={output}",
+            *small,
+            *overrides,
+        ],
         cwd=REPO,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         stdout=subprocess.PIPE,
@@ -31,7 +38,7 @@ def start_stage1(base: Path, output: Path, *overrides: str) -> subprocess.Popen:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a disk of one megabyte, where this user may mount one; stage 1 of the tiny base writes about two."""
+    """A folder on a disk of 1 MB, if this user may mount one; stage 1 of the tiny base writes about 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False).returncode:
@@ -41,13 +48,13 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_ends_a_running_job_in_one_line(tiny_base, tmp_path, small_disk):
-    steps = [f"{step}.max_steps=1" for step in STEPS]
+    steps = [f"{phase}.max_steps=1" for phase in PHASES]
     process = start_stage1(tiny_base, small_disk / "run", *steps, "cluster.max_failures=0")
     try:
-        said, _ = process.communicate(timeout=900)
+        output, _ = process.communicate(timeout=900)
     finally:
         process.kill()
-    assert "No space left on device" in said.splitlines()[-1]
-    assert said.splitlines()[-1].startswith("umarvel: ")
-    assert "Traceback" not in said
+    assert "No space left on device" in output.splitlines()[-1]
+    assert output.splitlines()[-1].startswith("umarvel: ")
+    assert "Traceback" not in output
     assert process.returncode == 2

@@ -1,4 +1,4 @@
-"""Rule 8 in training: a bad picture never stops a run, and never disappears without a reason."""
+"""A bad picture never stops a run, and is never dropped without a recorded reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from umarvel_ray.recipe import Data
 from umarvel_ray.train.quarantine import without_unusable
 
 
-def broken(folder, table, column, rows, value):
+def corrupt(folder, table, column, rows, value):
+    """Set a column of some rows to `value`; returns their ids."""
     path = folder / f"{table}.parquet"
     whole = pq.read_table(path)
     values = whole[column].to_pylist()
@@ -26,6 +27,7 @@ def broken(folder, table, column, rows, value):
 
 
 def with_image(folder, table, count):
+    """The first `count` rows that have an image."""
     return [row for row, image in enumerate(pq.read_table(folder / f"{table}.parquet")["image"].to_pylist()) if image][
         :count
     ]
@@ -33,10 +35,10 @@ def with_image(folder, table, count):
 
 def test_bad_rows_are_set_aside_with_their_reason(ray_cluster, tmp_path):
     folder = make_mini_data(tmp_path / "data")
-    bad_queries = broken(folder, "train", "image", with_image(folder, "train", 2), b"not a picture")
+    bad_queries = corrupt(folder, "train", "image", with_image(folder, "train", 2), b"not a picture")
     alone = next(row for row in pq.read_table(folder / "train.parquet").to_pylist() if row["task"] == "emoji_task3")
     documents = pq.read_table(folder / "documents.parquet")["id"].to_pylist()
-    (bad_document,) = broken(folder, "documents", "text", [documents.index(alone["positive_ids"][0])], None)
+    (bad_document,) = corrupt(folder, "documents", "text", [documents.index(alone["positive_ids"][0])], None)
     dataset = open_dataset(Data(root=str(folder)))
     before = dataset.queries("train")
     clean = without_unusable(dataset, "train", tmp_path / "quarantine")
@@ -58,6 +60,6 @@ def test_bad_rows_are_set_aside_with_their_reason(ray_cluster, tmp_path):
 def test_nothing_left_is_an_error(ray_cluster, tmp_path):
     folder = make_mini_data(tmp_path / "data")
     count = pq.read_metadata(folder / "text_pairs.parquet").num_rows
-    broken(folder, "text_pairs", "text", range(count), None)
+    corrupt(folder, "text_pairs", "text", range(count), None)
     with pytest.raises(UserError, match="no usable query in 'text_pairs'"):
         without_unusable(open_dataset(Data(root=str(folder))), "text_pairs", tmp_path / "quarantine")

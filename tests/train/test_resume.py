@@ -1,6 +1,6 @@
-"""Rule 5 through Ray Train: a worker killed, a Ctrl-C, the driver killed; every logged loss stays the same.
+"""A resumed run through Ray Train: a worker killed, Ctrl-C, the driver killed; every logged loss stays the same.
 
-Starting takes longer than training here, so one run meets all three, each at a random step.
+Starting takes longer than training here, so one run goes through all three, each at a random step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def command(tiny_base, tmp_path_factory):
     small += [f"stage1.{name}.batch_size=8" for name in STEPS]
     small += [f"stage1.{name}.checkpoint_every=2" for name in STEPS]
     small += ["stage1.instruction.homogeneous=0", "stage1.text.lora.dropout=0.1"]
-    return [Path(sys.executable).parent / "umarvel", "stage1", f"base={tiny_base}", f"data.root={data}", *small]
+    return [Path(sys.executable).parent / "umarvel", "train-stage1", f"base={tiny_base}", f"data.root={data}", *small]
 
 
 def start(command: list, output: Path, **more) -> subprocess.Popen:
@@ -50,8 +50,8 @@ def losses(output: Path) -> dict[str, list[tuple[int, float, float]]]:
     }
 
 
-def wait_for_step(output: Path, job: str, step: int, process: subprocess.Popen) -> None:
-    log = output / "train" / job / "log.jsonl"
+def wait_for_step(output: Path, phase: str, step: int, process: subprocess.Popen) -> None:
+    log = output / "train" / phase / "log.jsonl"
     while not log.exists() or log.read_text().count("\n") <= step:
         assert process.poll() is None
         time.sleep(0.05)
@@ -68,9 +68,9 @@ def undisturbed(command, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def disturbed(command, tmp_path_factory):
-    """The same run, with a worker killed in its first job, Ctrl-C in its second and its driver killed in its third."""
+    """The run with a worker killed in the first phase, Ctrl-C in the second and the driver killed in the third."""
     output = tmp_path_factory.mktemp("disturbed")
-    with (output / "said.txt").open("w") as file:
+    with (output / "output.txt").open("w") as file:
         process = start(command, output, stdout=file, stderr=subprocess.STDOUT)
         wait_for_step(output, "text", random.randrange(2, 8), process)
         workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in p.name()]
@@ -78,7 +78,7 @@ def disturbed(command, tmp_path_factory):
         random.choice(workers).send_signal(signal.SIGKILL)
         wait_for_step(output, "image-text", random.randrange(1, 4), process)
         families = [psutil.Process(process.pid).children(recursive=True)]
-        os.killpg(process.pid, signal.SIGINT)  # what a terminal does: the whole foreground group gets it
+        os.killpg(process.pid, signal.SIGINT)  # to the whole foreground process group, as a terminal does
         status = process.wait()
     _, left = psutil.wait_procs(families[0], timeout=60)
     assert not left
@@ -108,14 +108,14 @@ def test_a_killed_worker_is_logged_with_its_step_and_items(disturbed):
 
 def test_ctrl_c_ends_a_running_job_in_one_line(disturbed):
     output, status = disturbed
-    said = (output / "said.txt").read_text()
-    assert said.splitlines()[-1].startswith("umarvel: interrupted")
-    assert "Traceback" not in said
+    printed = (output / "output.txt").read_text()
+    assert printed.splitlines()[-1].startswith("umarvel: interrupted")
+    assert "Traceback" not in printed
     assert status == 130
 
 
 @pytest.mark.slow
-def test_steps_that_fail_once_are_tried_again_and_change_no_loss(command, undisturbed, tmp_path):
+def test_steps_that_fail_once_are_retried_and_change_no_loss(command, undisturbed, tmp_path):
     assert start([sys.executable, "-m", "tests.support.faulty", *command[1:]], tmp_path).wait() == 0
     assert losses(tmp_path) == undisturbed
     first, second = map(json.loads, (tmp_path / "train" / "text" / "failures.jsonl").read_text().splitlines())
@@ -126,9 +126,9 @@ def test_steps_that_fail_once_are_tried_again_and_change_no_loss(command, undist
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_workers(command, tmp_path):
-    """Rule 4 through Ray Train, and rule 5's other half: two workers, then one, are two workers all the way."""
-    exact = [*command, "stage1.text.lora.dropout=0.0"]  # masks are drawn per rank
+def test_a_run_resumes_with_another_number_of_workers(command, tmp_path):
+    """Through Ray Train: two workers, then one after a resume, give what two workers give throughout."""
+    exact = [*command, "stage1.text.lora.dropout=0.0"]  # dropout masks are drawn per rank
     assert start(exact, tmp_path / "whole").wait() == 0
     process = start(exact, tmp_path / "moved")
     wait_for_step(tmp_path / "moved", "text", random.randrange(3, 8), process)
@@ -142,7 +142,7 @@ def test_a_run_goes_on_with_another_number_of_workers(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(command, tmp_path):
+def test_a_non_finite_loss_ends_the_run_in_one_line(command, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     changes = ["stage1.text.learning_rate=1.0e+30", "cluster.max_failures=0", f"output={tmp_path}"]
     ended = subprocess.run([*command, *changes], cwd=REPO, env=env, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Full fine-tuning, projector and tower: ranks, ZeRO stages and the gradient cache change nothing, on every family."""
+"""Language model, projector and tower: ranks, ZeRO and the gradient cache change nothing, for every family."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OTHERS = {"qwen2_5_vl": {"trained": "all", "zero": 1, "budget": 200}, "qwen3_vl"
 HALF = {"trained": "all", "zero": 1, "stop": 1}
 
 
-def step_of(trained: str) -> ContrastivePhase:
+def phase_of(trained: str) -> ContrastivePhase:
     language_model, vision, rates = SETS[trained]
     return ContrastivePhase(
         queries="x", batch_size=6, learning_rate=1e-3, warmup_ratio=0.0, clip_norm=0.5, weight_decay=0.1, adam_eps=1e-4,
@@ -61,14 +61,14 @@ def step_of(trained: str) -> ContrastivePhase:
     )  # fmt: skip
 
 
-def build(base: Path, step: ContrastivePhase) -> TemperedEmbedder:
+def build(base: Path, phase: ContrastivePhase) -> TemperedEmbedder:
     model = EmbeddingModel.from_pretrained(base, SETTINGS, torch.float32, temperature=0.07)
-    make_trainable(model, step, seed=3)
+    make_trainable(model, phase, seed=3)
     return TemperedEmbedder(model, BOUNDS).train()
 
 
 def part(name: str) -> str | None:
-    """What a parameter belongs to, by transformers' names; None for the token tables."""
+    """The part a parameter belongs to by its name in transformers; None for the token tables."""
     if "visual." in name:
         return "projector" if "visual.merger" in name or "deepstack_merger" in name else "vision"
     if "embed_tokens" in name or "lm_head" in name:
@@ -77,9 +77,9 @@ def part(name: str) -> str | None:
 
 
 def plain_run(base: Path, trained: str) -> dict:
-    """The truth: one process, item by item in one graph, torch's AdamW with a group for every single parameter."""
+    """Ground truth: one process, one graph over single items, torch's AdamW with a group for every parameter."""
     language_model, vision, rates = SETS[trained]
-    module = build(base, step_of(trained)).eval()
+    module = build(base, phase_of(trained)).eval()
     model = module.embedder
     chosen = {"temperature", "language"} | {"frozen": set(), "projector": {"projector"}, "full": {*RATES}}[vision]
     parameters = {
@@ -123,18 +123,18 @@ def _cases(rank: int, world: int, cases: list[dict], out: str) -> None:
 
 
 def _case(rank, world, base, trained, zero, budget=400, cached=True, stop=STEPS, start=0, state=None) -> dict:
-    step = step_of(trained)
-    module = build(base, step)
+    phase = phase_of(trained)
+    module = build(base, phase)
     if state:
         load_trainable(module, state)
-    engine = make_engine(module, step, Compute(zero_stage=zero, dtype="float32"))
+    engine = make_engine(module, phase, Compute(zero_stage=zero, dtype="float32"))
     if state:
         restore(engine, state, start)
     losses = []
     for number, (queries, documents, targets, relevant) in enumerate(batches(base, apart=False)[:stop]):
         if number < start:
             continue
-        # Pictures first: of two ranks the second has none.
+        # Pictures first, so that the second of two ranks has none.
         queries, targets, relevant = (
             [queries[i] for i in PICTURES_FIRST],
             targets[PICTURES_FIRST],
@@ -144,10 +144,12 @@ def _case(rank, world, base, trained, zero, budget=400, cached=True, stop=STEPS,
         def loss_of(q, d, tau, rows, targets=targets, relevant=relevant):
             return info_nce(q, d, targets, relevant, tau, rows)
 
-        start_step(engine, learning_rate(step, number, STEPS))
-        mine, yours = (slice(rank * n // world, (rank + 1) * n // world) for n in (6, 9))
+        start_step(engine, learning_rate(phase, number, STEPS))
+        query_rows, document_rows = (slice(rank * n // world, (rank + 1) * n // world) for n in (6, 9))
         passes = Passes(budget, cached)
-        loss, _ = embedding_step(engine, queries[mine], documents[yours], loss_of, passes, lambda _: None, seed=number)
+        loss, _ = embedding_step(
+            engine, queries[query_rows], documents[document_rows], loss_of, passes, lambda _: None, seed=number
+        )
         take_step(engine)
         losses.append(loss)
     captured = capture(engine)
@@ -188,19 +190,19 @@ def assert_same(result: dict, truth: dict) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_two_ranks_are_plain_torch(number, two_ranks, truth):
-    """Rank 1 has no picture, so the tower's gradients meet only because it reads blank ones."""
+def test_two_ranks_equal_plain_torch(number, two_ranks, truth):
+    """Rank 1 has no pictures, so its tower takes part in reducing the gradients only thanks to blank pictures."""
     case = CASES[number]
     assert_same(two_ranks["cases"][number], truth[case["trained"]])
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_the_other_families_too(family, bases, two_ranks):
+def test_other_families_equal_plain_torch(family, bases, two_ranks):
     case = OTHERS[family]
     assert_same(two_ranks["others"][family], plain_run(bases[family], case["trained"]))
 
 
-def test_one_rank_goes_on_where_two_stopped(bases, two_ranks, truth, tmp_path):
+def test_one_rank_resumes_where_two_stopped(bases, two_ranks, truth, tmp_path):
     resumed = {**HALF, "base": bases["qwen2_vl"], "stop": STEPS, "start": 1, "state": two_ranks["half"]["state"]}
     whole = {"base": bases["qwen2_vl"], "trained": "all", "zero": 1}
     spawn(1, _cases, [whole, resumed], str(tmp_path / "out.pt"))
@@ -208,8 +210,8 @@ def test_one_rank_goes_on_where_two_stopped(bases, two_ranks, truth, tmp_path):
         assert_same(result, truth["all"])
 
 
-def test_adapters_go_on_from_ours_and_from_pefts(tiny_base, tmp_path):
-    """The vectors of a model that peft itself adapted, whether peft saved the adapter or we did."""
+def test_adapters_start_from_ours_and_from_pefts(tiny_base, tmp_path):
+    """Same vectors as a model adapted by PEFT itself, whether PEFT saved the adapter or we did."""
     encoder = ItemEncoder.from_pretrained(tiny_base, SETTINGS)
     batch = collate([encoder.encode(text, "query") for text in ("a red fox", "two boats")])
     torch.manual_seed(0)
@@ -231,13 +233,13 @@ def test_adapters_go_on_from_ours_and_from_pefts(tiny_base, tmp_path):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ("rank", "made with r: 4, alpha: 8; set lora to these"),
+        ("rank", "made with r: 4, alpha: 8; set lora.r and lora.alpha to these"),
         ("variant", "made with use_dora, which is not supported"),
-        ("config", "no PEFT adapter that can be read"),
+        ("config", "not a readable PEFT adapter"),
         ("names", "'base_model.model.elsewhere' fits no layer of this model"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_one_line(change, line, tiny_base, tmp_path):
+def test_an_adapter_that_does_not_fit_is_a_one_line_error(change, line, tiny_base, tmp_path):
     model = EmbeddingModel.from_pretrained(tiny_base, SETTINGS)
     add_lora(model, LORA, seed=0)
     save_adapter(model, LORA, tmp_path)
@@ -253,32 +255,31 @@ def test_an_adapter_that_does_not_fit_is_one_line(change, line, tiny_base, tmp_p
         add_lora(EmbeddingModel.from_pretrained(tiny_base, SETTINGS), lora, seed=0)
 
 
-def test_four_bits_need_bitsandbytes(tiny_base, monkeypatch):
+def test_quantization_needs_bitsandbytes(tiny_base, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"qlora needs bitsandbytes; pip install 'umarvel-ray\[qlora\]'"):
         load_backbone(tiny_base, SETTINGS, quantized=True)
 
 
-def job_of(base: Path, folder: Path, step: ContrastivePhase) -> PhaseSpec:
+def spec_of(base: Path, folder: Path, phase: ContrastivePhase) -> PhaseSpec:
     return PhaseSpec(
-        name="text", kind="contrastive", step=step, temperature=step.temperature, two_way=False, parent=str(base),
-        output=str(folder / "checkpoints" / "text"), folder=str(folder), settings=SETTINGS,
-        engine=Compute(dtype="float32"), seed=3, provenance={},
+        name="text", phase=phase, parent=str(base), output=str(folder / "checkpoints" / "text"), folder=str(folder),
+        settings=SETTINGS, compute=Compute(dtype="float32"), seed=3, provenance={},
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(("language_model", "vision"), [("qlora", "frozen"), ("full", "projector")])
-def test_the_checkpoint_is_the_whole_parent_with_what_was_trained(language_model, vision, tiny_base, tmp_path):
-    """4-bit copies leave no trace: the parent's own weights plus B·A. Needs no bitsandbytes: nothing is quantized."""
-    step = ContrastivePhase(
+def test_the_checkpoint_is_the_parent_plus_what_was_trained(language_model, vision, tiny_base, tmp_path):
+    """With qlora, too: the parent's full-precision weights plus B·A. Saving quantizes nothing, so no bitsandbytes."""
+    phase = ContrastivePhase(
         queries="x", batch_size=2, learning_rate=1e-3, language_model=language_model, vision=vision, lora=LORA
     )
-    job = job_of(tiny_base, tmp_path, step)
+    spec = spec_of(tiny_base, tmp_path, phase)
     generator = torch.Generator().manual_seed(1)
-    trained = {n: p for n, p in build_module(job).named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in build_module(spec).named_parameters() if p.requires_grad}
     state = {f"param.{n}": torch.randn(p.shape, generator=generator) for n, p in trained.items()}
-    save_merged(job, state, {})
-    paths = (tiny_base, Path(job.output))
+    save_merged(spec, state, {})
+    paths = (tiny_base, Path(spec.output))
     base, saved = (AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in paths)
     assert (tmp_path / "checkpoints/adapters/text").exists() == (language_model == "qlora")
     changed = set()
@@ -293,8 +294,8 @@ def test_the_checkpoint_is_the_whole_parent_with_what_was_trained(language_model
     assert changed == {"language"} | ({"projector"} if vision == "projector" else set())
 
 
-def test_four_bit_weights_are_read_as_their_dequantized_values(tmp_path):
-    """Of the language model alone; adapters get the gradients of a plain model that holds the dequantized weights."""
+def test_four_bit_weights_act_as_their_dequantized_values(tmp_path):
+    """Only in the language model; adapters get the same gradients as in a plain model with the dequantized weights."""
     quantized = pytest.importorskip("bitsandbytes.functional")
     base = make_tiny_base(tmp_path, hidden=64)
     four, plain = (EmbeddingModel.from_pretrained(base, SETTINGS, quantized=bits) for bits in (True, False))

@@ -1,9 +1,8 @@
-"""The demo's tiny base: a real Qwen2-VL configuration, tokenizer, image processor and chat template, one HF directory.
+"""The demo's tiny base: a real Qwen2-VL configuration, tokenizer, image processor and chat template in one directory.
 
-Sizes are chosen so that the bf16 weights stay under 15 MB: a 64x64 picture is 8x8 patches, merged 2x2 into 16
-language tokens. The tokenizer is an uncased unigram model over a part of BERT's word pieces (a word is the same piece
-whatever punctuation precedes it) with UTF-8 byte fallback, so no text is lost and a teacher can give each piece a
-meaning.
+The sizes keep the bf16 weights under 15 MB: a 64x64 picture is 8x8 patches, merged 2x2 into 16 language tokens. The
+tokenizer is an uncased unigram model over part of BERT's word pieces (a word is the same piece whatever punctuation
+precedes it) with UTF-8 byte fallback, so no text is lost and a teacher can give each piece a vector.
 """
 
 import copy
@@ -20,7 +19,7 @@ CONTROL_TOKENS = [
     PAD, "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
     "<emb>", "<instruction_start>", "<instruction_end>",
 ]  # fmt: skip
-UNKNOWN = "<unk>"  # the unigram model wants one; byte fallback means no text ever yields it
+UNKNOWN = "<unk>"  # required by the unigram model; with byte fallback no text produces it
 TYPOGRAPHY = {"[‐‑‒–—―−]": "-", "[‘’‚′]": "'", "[“”„″]": '"', "▁": "_"}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, as in Qwen2-VL
 
@@ -37,8 +36,11 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(pieces: list[tuple[str, float]]) -> PreTrainedTokenizerFast:
-    """`pieces` are (piece, log probability), word starts marked with a leading "▁"; ids follow this order:
-    control tokens, unknown, the 256 bytes, the pieces."""
+    """The ids are in this order: control tokens, unknown, the 256 bytes, the pieces.
+
+    Args:
+        pieces: (piece, log probability), with a leading "▁" at word starts.
+    """
     lowest = min(score for _, score in pieces)
     names = CONTROL_TOKENS + [UNKNOWN] + [f"<0x{byte:02X}>" for byte in range(256)]
     vocabulary = [(name, lowest - 20.0) for name in names] + pieces
@@ -70,7 +72,7 @@ def build_tokenizer(pieces: list[tuple[str, float]]) -> PreTrainedTokenizerFast:
 
 
 def build_config(vocabulary_size: int) -> Qwen2VLConfig:
-    """The configuration; ids of the control tokens are their positions in CONTROL_TOKENS."""
+    """The configuration; a control token's id is its position in CONTROL_TOKENS."""
     token_id = CONTROL_TOKENS.index
     return Qwen2VLConfig(
         text_config={
@@ -106,8 +108,10 @@ def build_config(vocabulary_size: int) -> Qwen2VLConfig:
 
 
 def save_processor(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write tokenizer, chat template and the two preprocessor files. These are plain JSON because the classes
-    that would write them need torchvision, which the product does not."""
+    """Write the tokenizer, the chat template and the two preprocessor files.
+
+    The latter are written as plain JSON, because the classes that would write them need torchvision.
+    """
     tokenizer.save_pretrained(folder)
     pixels = {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE}
     shared = {
@@ -131,7 +135,7 @@ def save_processor(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def save_base(model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the whole HF directory with bf16 weights; `folder` must not be in use (the caller swaps it in)."""
+    """Write the Hugging Face directory with bf16 weights; `folder` must not be in use."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).bfloat16().save_pretrained(folder)
     save_processor(tokenizer, folder)

@@ -1,8 +1,8 @@
 """Build the demo data from public packages: `python -m tools.demo.build_data --sources DIR [--out DIR]`.
 
-Reads the records (sources.py), joins them into concepts and splits those (world.py, concepts.py), makes each task's
-rows (rows.py, tasks.py), then writes documents, queries, pools, prompts and qrels (see docs/demo-data.md).
-Same package versions in, same bytes out: every choice comes from a string-seeded generator.
+Reads the records (sources.py), joins them into concepts and splits these (world.py, concepts.py), makes each task's
+rows (rows.py, tasks.py), and writes documents, queries, pools, prompts and qrels (see docs/demo-data.md). The same
+package versions give the same bytes: every random choice comes from a generator seeded with a string.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from tools.demo import sources as src
 from tools.demo.rows import SPLITS, Tables, clipart_rows, emoji_rows, flag_rows, wiki_rows
 from tools.demo.tasks import DATASET_IDS, MODALITIES, PROMPTS, dataset_and_task
 from tools.demo.world import World
+from umarvel_ray import demo
 from umarvel_ray.errors import UserError
 
 DOCUMENT_SCHEMA = pa.schema(
@@ -45,7 +46,7 @@ CONCEPT_SCHEMA = pa.schema([("concept", pa.string()), ("split", pa.string()), ("
 
 def write_table(rows: list[dict], schema: pa.Schema, path: Path) -> None:
     table = pa.Table.from_pylist(rows, schema=schema)
-    # A dictionary page as large as the column stores a repeated picture once.
+    # With a dictionary page as large as the column, a repeated picture is stored once.
     pq.write_table(
         table,
         path,
@@ -124,8 +125,8 @@ def build(sources: Path, out: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sources", type=Path, required=True, help="folder for the packages; filled when empty")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--sources", type=Path, required=True, help="folder for the packages, downloaded if missing")
+    parser.add_argument("--out", type=Path, default=demo.DATA, help="folder to write the tables to")
     arguments = parser.parse_args()
     try:
         manifest = build(arguments.sources, arguments.out)

@@ -1,6 +1,6 @@
-"""Concepts: one thing under all its names and pictures, and the rule that keeps held-out concepts out of training.
+"""Concepts: a thing with all its names and pictures, and the rule that keeps held-out concepts out of training.
 
-A concept is a connected component: items that share a normalised name, an emoji key or a picture's pixels belong
+A concept is a connected component: records that share a normalized name, an emoji key or a picture's pixels belong
 together, and a whole component goes to one split. A name of a validation or test concept must not occur as a
 whole-word phrase in any training text, nor the pixels of one of its pictures in any training row (`find_leaks`).
 """
@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, no accents, punctuation to single spaces, '&' to 'and'."""
     text = unicodedata.normalize("NFKD", text.replace("&", " and ")).casefold()
     text = "".join(c for c in text if not unicodedata.combining(c))
@@ -19,7 +19,7 @@ def normalise(text: str) -> str:
 
 
 class Phrases:
-    """A set of normalised phrases that can be looked up in a text, whole words only."""
+    """A set of normalized phrases to find in a text, as whole words."""
 
     def __init__(self, phrases: Iterable[str]):
         self.by_first_word: dict[str, set[tuple[str, ...]]] = defaultdict(set)
@@ -28,7 +28,7 @@ class Phrases:
             self.by_first_word[words[0]].add(words)
 
     def found_in(self, text: str) -> set[str]:
-        words = tuple(normalise(text).split())
+        words = tuple(normalize(text).split())
         return {
             " ".join(phrase)
             for start, word in enumerate(words)
@@ -38,7 +38,7 @@ class Phrases:
 
 
 def group(links: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Union-find over (node, node) links: node -> its component's smallest node."""
+    """Union-find over (node, node) links: node -> the smallest node of its component."""
     parent: dict[str, str] = {}
 
     def root(node: str) -> str:
@@ -55,7 +55,12 @@ def group(links: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def mentions(texts: Iterable[tuple[str, str]], names: dict[str, set[str]]) -> dict[str, int]:
-    """How many texts of other concepts name each concept. `texts` are (concept, text), `names` concept -> phrases."""
+    """How many texts of other concepts name each concept.
+
+    Args:
+        texts: (concept, text).
+        names: concept -> phrases.
+    """
     owners = defaultdict(set)
     for concept, phrases in names.items():
         for phrase in phrases:
@@ -71,7 +76,7 @@ def mentions(texts: Iterable[tuple[str, str]], names: dict[str, set[str]]) -> di
 def find_leaks(
     rows: Iterable[dict], held_out: Phrases, held_out_pixels: set[str], pixel_hash: Callable[[bytes], str]
 ) -> Iterator[tuple[str, str]]:
-    """(row id, what leaks) for every row whose text, instruction or concept names a held-out concept or shows it.
+    """(row id, reason) for every row that names a held-out concept in text, instruction or concept, or shows it.
 
     Rows are dicts with `id`, `text`, `image`, `concept` and, for queries, `instruction`; values may be None.
     """

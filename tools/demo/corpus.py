@@ -1,5 +1,5 @@
-"""What the demo's base may be pretrained on: the training split of the demo data, as pictures with their texts,
-descriptive passages, and (prompt, answer) conversations made from the training queries.
+"""What the demo's base is pretrained on: the training split of the demo data as pictures with their texts, descriptive
+passages, and (prompt, answer) turns made from the training queries.
 """
 
 import io
@@ -16,7 +16,7 @@ from tools.demo.base_model import SIDE
 
 @dataclass(frozen=True)
 class Turn:
-    """One question with its answer; `picture` is a row of `Corpus.pictures`, or None."""
+    """A prompt with its answer; `picture` is a row of `Corpus.pictures`, or None."""
 
     prompt: str
     picture: int | None
@@ -25,9 +25,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Corpus:
-    """pictures: uint8 (n, 3, 64, 64), all different; per picture its concept and the texts that describe it (maybe
-    none); pairs: (text, passage) that belong together; turns: conversations; number: a picture's row, by its
-    file's bytes."""
+    """One split as training material.
+
+    Attributes:
+        pictures: uint8 (n, 3, 64, 64), all different.
+        concepts: of each picture.
+        texts: descriptions of each picture, possibly none.
+        pairs: (text, passage) that belong together.
+        number: a picture's row by its file's bytes.
+    """
 
     pictures: np.ndarray
     concepts: list[str]
@@ -38,7 +44,7 @@ class Corpus:
 
     @property
     def passages(self) -> list[str]:
-        """Every text that occurs, once, in a fixed order."""
+        """Every distinct text, in a fixed order."""
         described = [text for texts in self.texts for text in texts]
         return sorted({*described, *(text for pair in self.pairs for text in pair)})
 
@@ -75,7 +81,7 @@ def read_corpus(folder: Path, split: str) -> Corpus:
                 prompt = " ".join(filter(None, [query["instruction"], query["text"]]))
                 turns.append(Turn(prompt, seen, document["text"]))
     described = [sorted(texts[i]) for i in range(len(number))]
-    for query in queries:  # a picture with a change asked for: say what the changed picture shows
+    for query in queries:  # a picture with a requested change: the answer is what the changed picture shows
         if query["image"] is not None and query["text"]:
             for document in (by_id[i] for i in query["positive_ids"] if i in by_id):
                 shown = number.get(document["image"])

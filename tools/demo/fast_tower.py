@@ -1,4 +1,4 @@
-"""Qwen2-VL's vision tower over many equal pictures in one batched pass."""
+"""Qwen2-VL's vision tower over many pictures of equal size in one batched pass."""
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,21 @@ GRID = torch.tensor([[1, 8, 8]])  # patches of a 64x64 picture
 
 
 class Tower:
-    """The vision tower over equal pictures in one batched pass (the library's own walks picture by picture)."""
+    """The vision tower on a batch of 64x64 pictures; transformers' own loops over pictures."""
 
     def __init__(self, visual: nn.Module) -> None:
         self.visual = visual
-        caught = {}
+        captured = {}
         hook = visual.blocks[0].register_forward_pre_hook(
-            lambda _, args, kwargs: caught.update(kwargs), with_kwargs=True
+            lambda _, args, kwargs: captured.update(kwargs), with_kwargs=True
         )
         with torch.no_grad():
             visual(torch.zeros(64, 3 * TEMPORAL * PATCH**2), grid_thw=GRID)
         hook.remove()
-        self.cos, self.sin = (t[:, None, :] for t in caught["position_embeddings"])
+        self.cos, self.sin = (t[:, None, :] for t in captured["position_embeddings"])
 
     def __call__(self, patches: Tensor) -> Tensor:
-        """(n, 64, patch_dim) → the patches before the last block (n, 64, width) and the tokens (n, 16, HIDDEN)."""
+        """(n, 64, patch_dim) → patches before the last block (n, 64, width) and visual tokens (n, 16, HIDDEN)."""
         n, visual = len(patches), self.visual
         x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
         for block in visual.blocks:

@@ -1,4 +1,4 @@
-"""Muon: momentum made orthogonal, the quickest optimiser for a small budget of steps (Jordan et al. 2024)."""
+"""Muon, an optimizer with orthogonalized momentum, fast for a small number of steps (Jordan et al. 2024)."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by five Newton-Schulz steps (Jordan et al. 2024), in fp32; update RMS as AdamW's."""
+    """Momentum orthogonalized by five Newton-Schulz iterations in fp32; updates have AdamW's RMS."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})

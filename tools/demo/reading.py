@@ -1,4 +1,4 @@
-"""How the base is run while it is made: batched passes over items, pairs to judge and questions to answer."""
+"""Batched forward passes of pretraining: items to embed, pairs to judge and questions to answer."""
 
 from dataclasses import replace
 
@@ -10,9 +10,9 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2VLForCondit
 
 from tools.demo.base_model import CONTROL_TOKENS
 from tools.demo.corpus import Corpus, Turn
-from tools.demo.drawing import patches_of
 from tools.demo.fast_tower import Tower
-from tools.demo.judging import Judged, after, common_start
+from tools.demo.pair_sampler import JudgedPair, common_prefix_length, without_prefix
+from tools.demo.views import patches_of
 from umarvel_ray.items.encoder import EncodedItem
 from umarvel_ray.items.positions import Span, rotary_positions
 from umarvel_ray.model.batch import collate, collate_pairs
@@ -20,11 +20,11 @@ from umarvel_ray.model.pooling import pool
 from umarvel_ray.model.reranker import ReadQuery
 
 IMAGE = CONTROL_TOKENS.index("<|image_pad|>")
-MAX_TOKENS = 64  # of a prompt, of an answer, of a text
+MAX_TOKENS = 64  # of a prompt, an answer or a text
 
 
 class Reader:
-    """The model with its tower in one batched pass. Visual tokens are (n, 16, HIDDEN), one row for each picture."""
+    """The model with a batched vision tower. Visual tokens are (n, 16, HIDDEN), one row per picture."""
 
     def __init__(self, model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -42,17 +42,17 @@ class Reader:
         rows, answers = [], []
         for turn in turns:
             shown = [name("<|vision_start|>"), *[IMAGE] * 16, name("<|vision_end|>")] if tokens is not None else []
-            asked = [name("<|im_start|>"), *self.tokens("user"), *shown, *self.tokens(turn.prompt)[:MAX_TOKENS]]
-            asked += [name("<|im_end|>"), name("<|im_start|>"), *self.tokens("assistant")]
+            prompt = [name("<|im_start|>"), *self.tokens("user"), *shown, *self.tokens(turn.prompt)[:MAX_TOKENS]]
+            prompt += [name("<|im_end|>"), name("<|im_start|>"), *self.tokens("assistant")]
             answer = [*self.tokens(turn.answer)[:MAX_TOKENS], name("<|im_end|>")]
-            rows.append(asked + answer)
-            answers.append((len(asked), len(answer)))
+            rows.append(prompt + answer)
+            answers.append((len(prompt), len(answer)))
         ids, mask = pad(rows)
         positions = torch.zeros(3, *ids.shape, dtype=torch.long)
         for i, row in enumerate(rows):
             spans = [Span((1, 4, 4))] if tokens is not None else []
-            walked = rotary_positions(np.array(row) == IMAGE, spans, "mrope")
-            positions[:, i, : len(row)] = torch.from_numpy(walked.astype(np.int64))
+            row_positions = rotary_positions(np.array(row) == IMAGE, spans, "mrope")
+            positions[:, i, : len(row)] = torch.from_numpy(row_positions.astype(np.int64))
         hidden = self.model.model.language_model(
             inputs_embeds=self._embedded(ids, tokens),
             attention_mask=mask.long(),
@@ -68,15 +68,16 @@ class Reader:
         sums = torch.zeros(len(turns)).index_add(0, rows_of, loss)
         return sums / torch.tensor([size for _, size in answers])
 
-    def judge(self, judged: list[Judged], corpus: Corpus, yes_no: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """For each pair the logit of Yes over No, and the next-token loss of the right answer. The tower gets no
-        gradient; the beginning that all prompts share is read once.
+    def judge(self, judged: list[JudgedPair], corpus: Corpus, yes_no: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """For each pair the logit of Yes minus that of No, and the next-token loss of the correct answer.
+
+        The tower gets no gradient. The prefix that all prompts share is computed once.
 
         Args:
-            yes_no: the two answers' tokens.
+            yes_no: token ids of the two answers.
         """
         rows = [one.pair for one in judged]
-        start = common_start(rows)
+        start = common_prefix_length(rows)
         shown = sorted({picture for one in judged for picture in one.pictures})
         with torch.no_grad():
             tokens = self.tower(patches_of(torch.from_numpy(corpus.pictures[shown])))[1] if shown else None
@@ -86,7 +87,7 @@ class Reader:
         opening = torch.from_numpy(rows[0].input_ids[None, :start]).long()
         language(inputs_embeds=self._embedded(opening, None), past_key_values=shared)
         read = ReadQuery(tuple((layer.keys, layer.values) for layer in shared.layers), start, start)
-        batch = collate_pairs([after(row, start) for row in rows])
+        batch = collate_pairs([without_prefix(row, start) for row in rows])
         seen = torch.stack([tokens[place[picture]] for one in judged for picture in one.pictures]) if shown else None
         hidden = language(
             inputs_embeds=self._embedded(batch.input_ids, seen),
@@ -100,20 +101,23 @@ class Reader:
         return logits[:, yes] - logits[:, no], F.cross_entropy(logits, answers, reduction="none")
 
     def items(self, items: list[EncodedItem], tokens: Tensor | None) -> Tensor:
-        """The language model's reading of items on full attention, below its last layer, pooled as the embedder pools:
-        (n, HIDDEN). `tokens` are their pictures'."""
+        """Items read with full attention below the last layer, pooled as in the embedder: (n, HIDDEN).
+
+        Args:
+            tokens: visual tokens of the items' pictures.
+        """
         batch = collate([replace(item, pictures=()) for item in items])
         hidden = self._below_last(batch.input_ids, tokens, batch.attention_mask.bool(), batch.positions)
         return pool(hidden, batch.pool_mask)
 
     def texts(self, texts: list[str]) -> Tensor:
-        """The same for bare texts, outside the template: (n, HIDDEN)."""
+        """The same for plain texts, without the template: (n, HIDDEN)."""
         ids, mask = pad([self.tokens(text)[:MAX_TOKENS] for text in texts])
         positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
         return pool(self._below_last(ids, None, mask, positions), mask)
 
     def _below_last(self, ids: Tensor, tokens: Tensor | None, mask: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states on full attention: the last layer is left to generation, meaning is read below it."""
+        """Hidden states with full attention. The last layer is left to generation; meaning is read below it."""
         n, length = mask.shape
         return self.model.model.language_model(
             inputs_embeds=self._embedded(ids, tokens),

@@ -1,10 +1,10 @@
-"""Concepts to rows: the documents, queries and local pools of each of the demo's tasks."""
+"""From concepts to rows: the documents, queries and local pools of the demo's tasks."""
 
 import hashlib
 from collections import defaultdict
 
 from tools.demo import sources as src
-from tools.demo.concepts import find_leaks, normalise
+from tools.demo.concepts import find_leaks, normalize
 from tools.demo.tasks import (
     DATASET_IDS,
     DESCRIPTION_QUESTIONS,
@@ -24,7 +24,7 @@ SPLITS = ("train", "validation", "test")
 POOL_SIZE = 500
 MAX_QUERIES = {"test": 150, "validation": 60}
 TEXT_PAIRS = 11_000
-# Same name, other thing: the picture of one would ask for the article of the other.
+# Articles that share their name with the picture of something else.
 OTHER_SENSE = {
     "Cricket",
     "Peanuts",
@@ -49,7 +49,7 @@ OTHER_SENSE = {
 
 
 class Tables:
-    """Collects documents, queries and pool membership; a training row that would leak is refused here."""
+    """Collects documents, queries and pool membership, and refuses training rows that would leak."""
 
     def __init__(self, world: World):
         self.world = world
@@ -87,7 +87,7 @@ class Tables:
         picture: src.Picture | None = None,
         tasks: tuple[str, ...] = (),
     ) -> str | None:
-        """Add a document (once) and put it into the pools of `tasks`; its id, or None if refused."""
+        """Add a document once, put it into the pools of `tasks`; its id, or None if it was refused."""
         split = self.world.split[concept]
         key = (source, text, picture and picture.pixels, split)
         if key not in self.documents:
@@ -110,7 +110,7 @@ class Tables:
         picture: src.Picture | None = None,
         pairs: str | None = None,
     ) -> None:
-        """Add a query to its split's file, or to the file `pairs` (training concepts only, no instruction)."""
+        """Add a query to its split's table, or to the table `pairs` (training concepts only, no instruction)."""
         positives = list(dict.fromkeys(p for p in positives if p))
         split = self.world.split[concept]
         source, number = dataset_and_task(task)
@@ -124,7 +124,7 @@ class Tables:
             self.queries[pairs or split].append(row | {"task": task, "positive_ids": positives})
 
     def finish(self) -> None:
-        """Cap and order the queries, number them, give instructions, and drop repeated ones."""
+        """Drop repeated queries, then order, cap and number them and add instructions."""
         for name, rows in self.queries.items():
             unique = {(r["task"], r["text"], r["image"], tuple(sorted(r["positive_ids"]))): r for r in rows}
             rows = list(unique.values())
@@ -148,14 +148,14 @@ class Tables:
             self.queries[name] = rows
 
     def pools(self) -> list[dict]:
-        """Training: all of a task's documents. Held-out: that split's documents filled up with training ones."""
+        """Training: all documents of a task. Held-out splits: their own documents, filled up with training ones."""
         pools = []
         for task in PROMPTS:
             train = self.members[task, "train"]
             pools.append({"task": task, "split": "train", "document_ids": train})
             for split in ("validation", "test"):
                 own = self.members[task, split]
-                # Tasks that share documents share distractors, which keeps the global pool small.
+                # Tasks that share documents share distractors too, which keeps the global pool small.
                 order = sorted(train, key=lambda d: hashlib.sha256(f"{split}:{d}".encode()).hexdigest())
                 pools.append(
                     {"task": task, "split": split, "document_ids": own + order[: max(0, POOL_SIZE - len(own))]}
@@ -173,7 +173,7 @@ def emoji_rows(t: Tables) -> None:
         if e.is_flag:
             continue
         concept = w.concept_of[f"emoji:{e.code}"]
-        tags = [tag for tag in e.tags if normalise(tag) != normalise(e.label)]
+        tags = [tag for tag in e.tags if normalize(tag) != normalize(e.label)]
         described = f"{e.label}: {', '.join(tags[:8])}" if tags else e.label
         text = t.document("emoji", concept, text=e.label and described, tasks=("emoji_task3",)) if e.label else None
         pictures = {
@@ -182,11 +182,11 @@ def emoji_rows(t: Tables) -> None:
         }
         toned = {key: t.document("emoji", concept, picture=p, tasks=("emoji_task7",)) for key, p in e.toned.items()}
         choice = rng("emoji", e.code)
-        style = choice.choice(src.STYLES)  # one artist's picture asks, so that query pictures stay few
+        style = choice.choice(src.STYLES)  # only one artist's picture is a query, which keeps query pictures few
         everyone = list(pictures.values())
-        some = choice.sample(tags, min(3, len(tags)))
+        sampled_tags = choice.sample(tags, min(3, len(tags)))
         if e.label:
-            t.query("emoji_task0", concept, everyone, text=", ".join([e.label, *some]))
+            t.query("emoji_task0", concept, everyone, text=", ".join([e.label, *sampled_tags]))
             if w.split[concept] == "train":
                 t.query("emoji_task0", concept, everyone, text=e.label)
             captions = [e.label, described, ", ".join([e.label, *choice.sample(tags, min(2, len(tags)))])]
@@ -205,7 +205,7 @@ def emoji_rows(t: Tables) -> None:
 def edits(
     t: Tables, e: src.Emoji, concept: str, style: str, pictures: dict, toned: dict, genders: dict, choice
 ) -> None:
-    """Task 7: the same artist's picture with another skin tone or gender; the same emoji by another artist."""
+    """Task 7: the same emoji by another artist, or the same artist's with another skin tone or gender."""
     other = choice.choice([s for s in src.STYLES if s != style])
     t.query(
         "emoji_task7", concept, [pictures[other]], text=choice.choice(STYLE_EDITS[other]), picture=e.pictures[style]
@@ -227,10 +227,10 @@ def edits(
 
 
 def keywords(t: Tables, e: src.Emoji, concept: str) -> None:
-    """Task 1: label -> the keywords people gave, less the words of the label itself where three others remain."""
-    label_words = set(normalise(e.label).split())
-    words = [k for k in dict.fromkeys(e.keywords) if normalise(k) and normalise(k) != normalise(e.label)]
-    words = [k for k in words if not set(normalise(k).split()) <= label_words]
+    """Task 1: label -> human keywords without the label's own words, if at least three remain."""
+    label_words = set(normalize(e.label).split())
+    words = [k for k in dict.fromkeys(e.keywords) if normalize(k) and normalize(k) != normalize(e.label)]
+    words = [k for k in words if not set(normalize(k).split()) <= label_words]
     if not e.label or len(words) < 3:
         return
     document = t.document("keywords", concept, text=", ".join(words[:10]), tasks=("keywords_task1",))
@@ -240,10 +240,10 @@ def keywords(t: Tables, e: src.Emoji, concept: str) -> None:
 
 def wiki_rows(t: Tables) -> None:
     w = t.world
-    said = defaultdict(int)
+    uses = defaultdict(int)
     for a in w.articles:
-        said[normalise(a.description)] += 1
-        said[normalise(f"{a.description} {a.topic}")] += 1
+        uses[normalize(a.description)] += 1
+        uses[normalize(f"{a.description} {a.topic}")] += 1
     pictures_of = article_pictures(w)
     for i, a in enumerate(w.articles):
         concept = w.concept_of[f"article:{i}"]
@@ -251,11 +251,11 @@ def wiki_rows(t: Tables) -> None:
             continue
         text = t.document("wiki", concept, text=a.extract, tasks=("wiki_task1", "wiki_task6"))
         described = None
-        if len(normalise(a.description).split()) >= 3:
+        if len(normalize(a.description).split()) >= 3:
             with_topic = f"{a.description} ({a.topic})"
-            if said[normalise(a.description)] == 1:
+            if uses[normalize(a.description)] == 1:
                 described = a.description
-            elif a.topic != "Uncategorized" and said[normalise(with_topic)] == 1:
+            elif a.topic != "Uncategorized" and uses[normalize(with_topic)] == 1:
                 described = with_topic
         t.query("wiki_task1", concept, [text], text=described)
         t.query("wiki_task1", concept, [text], text=described or a.title, pairs="text_pairs")
@@ -267,7 +267,7 @@ def wiki_rows(t: Tables) -> None:
 
 
 def article_pictures(w: World) -> dict[str, list[tuple[src.Picture, str]]]:
-    """concept -> its (picture, noun)s, for concepts with exactly one article. Flags stand for a country alone."""
+    """concept -> [(picture, noun)], for concepts with exactly one article. Flags only represent countries."""
     found = defaultdict(list)
     for concept, nodes in w.members.items():
         articles = [w.articles[int(node.split(":")[1])] for node in nodes if node.startswith("article:")]
@@ -296,10 +296,10 @@ def pictured_article(
     described: str | None,
     pictures: list[tuple[src.Picture, str]],
 ) -> None:
-    """Tasks 2, 6, 8. The picture that asks task 8 has no document of its own: every picture + extract is an answer."""
+    """Tasks 2, 6 and 8. Task 8's query picture has no document, because every picture + extract would answer it."""
     choice = rng("wiki", a.title)
-    asking, noun = choice.choice(pictures)
-    shown = [p for p, _ in pictures if len(pictures) == 1 or p.pixels != asking.pixels][:3]
+    query_picture, noun = choice.choice(pictures)
+    shown = [p for p, _ in pictures if len(pictures) == 1 or p.pixels != query_picture.pixels][:3]
     documents = [
         t.document("wiki", concept, text=a.extract, picture=p, tasks=("wiki_task2", "wiki_task8")) for p in shown
     ]
@@ -308,8 +308,10 @@ def pictured_article(
             t.query("wiki_task2", concept, documents, text=question.format(described))
     for picture, its_noun in choice.sample(pictures, min(2, len(pictures))):
         t.query("wiki_task6", concept, [text], text=choice.choice(PICTURE_QUESTIONS).format(its_noun), picture=picture)
-    if asking.pixels not in {p.pixels for p in shown}:
-        t.query("wiki_task8", concept, documents, text=choice.choice(PICTURE_QUESTIONS).format(noun), picture=asking)
+    if query_picture.pixels not in {p.pixels for p in shown}:
+        t.query(
+            "wiki_task8", concept, documents, text=choice.choice(PICTURE_QUESTIONS).format(noun), picture=query_picture
+        )
 
 
 def clipart_rows(t: Tables) -> None:
@@ -317,13 +319,13 @@ def clipart_rows(t: Tables) -> None:
     same_title = defaultdict(list)
     for i, c in enumerate(w.clipart):
         if c.title:
-            same_title[normalise(c.title)].append((i, c))
+            same_title[normalize(c.title)].append((i, c))
     for name, clips in same_title.items():
         concept = w.concept_of[f"clipart:{clips[0][0]}"]
         pictures = [t.document("clipart", concept, picture=c.picture, tasks=("clipart_task0",)) for _, c in clips]
         described = {}
         for i, c in clips:
-            words = [k for k in c.keywords if normalise(k) != name]
+            words = [k for k in c.keywords if normalize(k) != name]
             described[i] = f"{c.title}: {', '.join(words[:6])}" if words else c.title
         texts = [t.document("clipart", concept, text=d, tasks=("clipart_task3",)) for d in described.values()]
         for i, c in clips:
@@ -336,20 +338,20 @@ def clipart_rows(t: Tables) -> None:
 
 
 def flag_rows(t: Tables) -> None:
-    """Flags that an artist draws alike for several places (France and its territories) are left out: which place such
-    a picture stands for cannot be told."""
+    """Flags that an artist draws identically for several places (France and its territories) are left out, because such
+    a picture does not identify the place."""
     w = t.world
     by_concept = defaultdict(list)
     for e in w.emoji:
         if e.is_flag:
             by_concept[w.concept_of[f"emoji:{e.code}"]].append(e)
-    for concept, (e, *alike) in by_concept.items():
-        if alike:
+    for concept, (e, *same_flag) in by_concept.items():
+        if same_flag:
             continue
         pictures = [*e.pictures.values(), *([w.flags[e.code]] if e.code in w.flags else [])]
         documents = {p.pixels: t.document("flags", concept, picture=p, tasks=("flags_task4",)) for p in pictures}
-        asking = pictures if w.split[concept] != "train" else rng("flag", concept).sample(pictures, 2)
-        for picture in asking:
+        query_pictures = pictures if w.split[concept] != "train" else rng("flag", concept).sample(pictures, 2)
+        for picture in query_pictures:
             t.query(
                 "flags_task4",
                 concept,

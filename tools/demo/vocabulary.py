@@ -1,4 +1,4 @@
-"""The base's words: a part of the text teacher's word pieces, each with the teacher's reading of it."""
+"""The base's vocabulary: part of the text teacher's word pieces, each with the teacher's vector of it."""
 
 import math
 import re
@@ -16,11 +16,11 @@ VOCABULARY = 12_300
 
 
 def choose_pieces(teacher: TextTeacher, corpus: Corpus) -> tuple[list[tuple[str, float]], list[int]]:
-    """A part of the teacher's word pieces: (piece, log probability) with "▁" at word starts, and their teacher ids.
+    """Part of the teacher's word pieces: (piece, log probability) with "▁" at word starts, and their teacher ids.
 
-    Kept: all ASCII characters; the words most used in the training texts; the most used English words (the teacher's
-    ids are in order of frequency); words whose meaning is near a picture's description; the endings and middles that
-    spell the words left out.
+    Kept are all ASCII characters; the most frequent words of the training texts; the most frequent English words (the
+    teacher's ids are in order of frequency); words whose meaning is close to a picture's description; and the
+    continuations that spell the other words.
     """
     pieces = teacher.pieces()
     ids = {piece: i for i, piece in enumerate(pieces)}
@@ -55,7 +55,7 @@ def choose_pieces(teacher: TextTeacher, corpus: Corpus) -> tuple[list[tuple[str,
 
 
 def _spell(word: str, kept: set[str], ids: dict[str, int]) -> list[str]:
-    """Continuations, as long as possible, that finish `word` after its longest kept beginning."""
+    """The longest continuations that complete `word` after its longest kept prefix."""
     start = next(n for n in range(len(word), 0, -1) if word[:n] in kept)
     parts = []
     while start < len(word):
@@ -66,8 +66,11 @@ def _spell(word: str, kept: set[str], ids: dict[str, int]) -> list[str]:
 
 
 def embed_vocabulary(teacher: TextTeacher, piece_ids: list[int], logprobs: list[float]) -> tuple[Tensor, Tensor]:
-    """The teacher's reading of each piece in HIDDEN dimensions, longer for rarer pieces (SIF weights): (pieces,
-    HIDDEN); and the basis (HIDDEN, 384) that leads back to the teacher's space."""
+    """The teacher's vector of each piece, reduced to HIDDEN dimensions and longer for rarer pieces (SIF weights).
+
+    Returns:
+        Embeddings (pieces, HIDDEN), and the basis (HIDDEN, 384) that maps back to the teacher's space.
+    """
     meanings = teacher.embed_pieces(piece_ids)
     meanings = F.normalize(meanings - meanings.mean(0), dim=-1)
     basis = torch.linalg.svd(meanings, full_matrices=False).Vh[:HIDDEN]

@@ -1,4 +1,4 @@
-"""All records joined into concepts, each in one split; training texts that name a held-out concept are dropped."""
+"""All records, joined into concepts with one split each; training texts that name a held-out concept are dropped."""
 
 import hashlib
 import random
@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from tools.demo import sources as src
-from tools.demo.concepts import Phrases, group, mentions, normalise
+from tools.demo.concepts import Phrases, group, mentions, normalize
 from tools.demo.tasks import template_texts
 
 SHARES = {
@@ -16,7 +16,7 @@ SHARES = {
     "clipart": (0.06, 0.12),
     "article": (0.03, 0.04),
 }  # (validation, test), kinds in order of precedence
-MAX_MENTIONS = 4  # a concept that more texts of others name is not held out: too many would have to go
+MAX_MENTIONS = 4  # a concept named by more texts of others is not held out: too many would have to be dropped
 MAX_MEMBERS = 12
 
 
@@ -24,7 +24,7 @@ def rng(*parts) -> random.Random:
     return random.Random(":".join(map(str, parts)))
 
 
-def want_tone(code: str, tone: int, style: str) -> bool:
+def keep_tone(code: str, tone: int, style: str) -> bool:
     choice = rng("tone", code)
     return tone in choice.sample(range(1, 6), 2) and style in choice.sample(src.STYLES, 2)
 
@@ -33,7 +33,7 @@ class World:
     """All records, the concept each belongs to, and each concept's split and names."""
 
     def __init__(self, sources: Path):
-        self.emoji = src.read_emoji(sources, want_tone)
+        self.emoji = src.read_emoji(sources, keep_tone)
         self.articles = src.read_articles(sources)
         self.clipart = src.read_clipart(sources)
         self.flags = src.read_flags(sources)
@@ -44,7 +44,7 @@ class World:
         self._filter()
 
     def _join(self) -> None:
-        links, aliases = [], defaultdict(set)  # node -> names used for the leak rule
+        links, aliases = [], defaultdict(set)  # node -> names that must not leak
 
         def link(node: str, names: list[str], pictures: list[src.Picture]) -> None:
             links.append((node, node))
@@ -60,10 +60,10 @@ class World:
             link(f"flag:{code}", [], [picture])
             links.append((f"flag:{code}", f"emoji:{code}"))
         for i, a in enumerate(self.articles):
-            link(f"article:{i}", [normalise(a.title)], [])
-            aliases[f"article:{i}"].add(normalise(a.title.split(" (")[0]))
+            link(f"article:{i}", [normalize(a.title)], [])
+            aliases[f"article:{i}"].add(normalize(a.title.split(" (")[0]))
         for i, c in enumerate(self.clipart):
-            link(f"clipart:{i}", [normalise(c.title)], [c.picture])
+            link(f"clipart:{i}", [normalize(c.title)], [c.picture])
         component = group(links)
         self.concept_of = {node: component[node] for node in aliases}
         self.members = defaultdict(list)
@@ -72,7 +72,7 @@ class World:
         self.names = {c: set().union(*(aliases[n] for n in nodes)) for c, nodes in self.members.items()}
 
     def texts(self):
-        """(concept, text) of every human text a row may carry."""
+        """(concept, text) of every human text that a row may contain."""
         for e in self.emoji:
             concept = self.concept_of[f"emoji:{e.code}"]
             yield concept, e.label
@@ -122,7 +122,7 @@ class World:
         self.held_out = Phrases(set().union(*(self.names[c] for c in held_out)))
 
     def _filter(self) -> None:
-        """Training records lose the words that name a held-out concept; '' stands for a text that is lost whole."""
+        """Drop the words of training records that name a held-out concept; '' replaces a text dropped as a whole."""
 
         def clean(text: str) -> str:
             return "" if self.held_out.found_in(text) else text
@@ -152,7 +152,7 @@ class World:
         return self.split[self.concept_of[node]]
 
     def title(self, concept: str) -> str:
-        """The concept's shortest name that names nothing held out, unless it is held out itself."""
+        """The concept's shortest name; for a training concept, one that names nothing held out."""
         names = sorted(self.names[concept], key=lambda name: (len(name), name))
         if self.split[concept] == "train":
             names = [name for name in names if name and not self.held_out.found_in(name)]
@@ -160,15 +160,15 @@ class World:
 
 
 def emoji_names(e: src.Emoji) -> list[str]:
-    """Normalised names: the label; for flags the country too; for animals also without 'face'; for families, kisses
-    and couples the word before the colon, which joins all their members."""
-    names = [normalise(e.label)]
+    """Normalized names: the label; for flags also the country; for animals also without 'face'; for families, kisses
+    and couples also the word before the colon, which joins all of them."""
+    names = [normalize(e.label)]
     if e.is_flag:
-        country = normalise(e.label.removeprefix("flag: "))
+        country = normalize(e.label.removeprefix("flag: "))
         names += [country, country.replace("st ", "saint ", 1) if country.startswith("st ") else country]
     if e.subgroup.startswith("animal") or e.subgroup in ("monkey-face", "cat-face"):
         names.append(names[0].removesuffix(" face"))
     before, colon, _ = e.label.partition(":")
     if colon and before in ("family", "kiss", "couple with heart"):
-        names.append(normalise(before))
+        names.append(normalize(before))
     return list(dict.fromkeys(names))

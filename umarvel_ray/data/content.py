@@ -1,28 +1,30 @@
-"""Equality by content: of documents, of their pictures, of whole tables."""
+"""Keys and digests that are equal for equal content: of pictures, documents and whole tables."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import pyarrow as pa
 
 
 def picture_key(image: bytes | str | None) -> str | None:
-    """What tells two stored pictures apart: the digest of the bytes, or the path."""
+    """A stored picture's identity: the digest of its bytes, or its path."""
     return hashlib.sha1(image).hexdigest() if isinstance(image, bytes) else image
 
 
-def content_key(row: dict) -> tuple[str | None, str | None]:
+def content_key(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Equal for documents with the same text and the same picture."""
     return row.get("text"), picture_key(row.get("image"))
 
 
-def own_pictures(query: dict, gold: Set[str], documents_with: Mapping[str, Sequence[str]]) -> list[str]:
-    """Documents that show the query's own picture and are not its positives: finding them again answers nothing.
+def own_pictures(query: Mapping[str, Any], gold: Set[str], documents_with: Mapping[str, Sequence[str]]) -> list[str]:
+    """Documents that show the query's own picture but are not positives, and so are trivial matches.
 
     Args:
-        query: its row.
+        query: a row of a query table.
+        gold: ids of its positives.
         documents_with: document ids by picture key.
     """
     key = picture_key(query.get("image"))
@@ -30,7 +32,7 @@ def own_pictures(query: dict, gold: Set[str], documents_with: Mapping[str, Seque
 
 
 def digest_of_table(table: pa.Table) -> str:
-    """Equal for tables with the same columns and values, however they are chunked or sliced."""
+    """Equal for tables with the same columns and values, regardless of chunks and slices."""
     digest = hashlib.sha256(str(table.schema.remove_metadata()).encode())
     for batch in table.combine_chunks().to_batches(max_chunksize=65536):
         digest.update(batch.serialize())

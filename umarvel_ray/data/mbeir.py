@@ -1,12 +1,12 @@
-"""M-BEIR folders as they are published (UniIR; method section 6.1): JSONL queries and pools, qrels, instruction TSV.
+"""M-BEIR folders as published (UniIR, arXiv 2311.17136; docs/method.md#mbeir): JSONL queries and pools, qrels, prompts.
 
 - query/{union_train,train,val,test}/*.jsonl                 qid, query_txt, query_img_path, pos_cand_list, task_id …
 - cand_pool/{local,global}/*_cand_pool.jsonl                 did, txt, img_path, modality
 - qrels/{val,test}/{name of the query file}_qrels.txt        qid 0 did relevance [task]
 - instructions/query_instructions.tsv                        query modality, candidate modality, name, id, prompts …
 
-The pairs of stage 1's first two steps are not M-BEIR's; they come in its layout, as datasets 10 (nli) and 11 (cc3m):
-query/nli/*.jsonl, with the documents in cand_pool/global/mbeir_nli_cand_pool.jsonl (no split, so in no pool).
+The pairs of the text and image-text phases are not part of M-BEIR; they use its layout, as datasets 10 (nli) and 11
+(cc3m): query/nli/*.jsonl, with the documents in cand_pool/global/mbeir_nli_cand_pool.jsonl (no split, so in no pool).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.json as pj
@@ -70,13 +71,13 @@ Prompts = dict[tuple[int, str, str], list[str]]
 
 
 def read_mbeir(root: Path) -> tuple[pa.Table, pa.Table, Callable[[str], pa.Table]]:
-    """Documents, pools and a reader of query tables: "train", "validation", "test", or a folder below query/.
+    """Read documents, pools and a reader of query tables: "train", "validation", "test", or a folder below query/.
 
-    The instruction of a query is one of its task's prompts, chosen by a hash of the query id: the reference draws it
-    anew in each run (trap T5). Test positives are the qrels', where there are any.
+    The instruction of a query is one of its task's prompts, chosen by a hash of the query id; the reference draws one
+    at random in each run (docs/method.md#instruction-choice). Positives come from the qrels where these exist.
 
     Raises:
-        UserError: a folder or file is missing, or a line is not what M-BEIR's format says.
+        UserError: a folder or file is missing, or a line is not in M-BEIR's format.
     """
     files = sorted(root.glob("cand_pool/*/*.jsonl"))
     if not files:
@@ -89,7 +90,7 @@ def read_mbeir(root: Path) -> tuple[pa.Table, pa.Table, Callable[[str], pa.Table
 
 
 def query_files(root: Path, name: str) -> list[Path]:
-    """The files that hold the query table `name`; none where there is no such table."""
+    """The files of the query table `name`; empty if there is no such table."""
     found = (sorted((root / "query" / folder).glob("*.jsonl")) for folder in _folders(name))
     return next(filter(None, found), [])
 
@@ -120,20 +121,20 @@ def _pools(tables: dict[Path, pa.Table]) -> pa.Table:
     for file, table in tables.items():
         name = re.fullmatch(r"mbeir_(.+?)(?:_(train|val|test))?_cand_pool", file.stem)
         if not name:
-            raise UserError(f"{file}: a pool is called mbeir_DATASET_taskN[_SPLIT]_cand_pool.jsonl; rename it")
+            raise UserError(f"{file}: pools are named mbeir_DATASET_taskN[_SPLIT]_cand_pool.jsonl; rename the file")
         task, split = name.groups()
         if (task, split) == ("union", "train"):
             rows += _training_pools(table, file)
             continue
         if file.parent.name == "global" and split != "train":
-            continue  # the union pools of evaluation are the local ones together
+            continue  # evaluation's global pools are the unions of the local ones
         for part in [{"val": "validation"}.get(split, split)] if split else ["validation", "test"]:
             rows.append({"task": task, "split": part, "document_ids": table["did"].to_pylist()})
     return pa.Table.from_pylist(rows, pa.schema([("task", STRING), ("split", STRING), ("document_ids", STRINGS)]))
 
 
-def _training_pools(union: pa.Table, file: Path) -> list[dict]:
-    """Training's local pools, which M-BEIR does not publish: the task's dataset and modality (method section 3)."""
+def _training_pools(union: pa.Table, file: Path) -> list[dict[str, Any]]:
+    """Local pools for training, which M-BEIR does not publish: by a task's dataset and target modality."""
     ids = defaultdict(list)
     for did, modality in zip(union["did"].to_pylist(), union["modality"].to_pylist(), strict=True):
         ids[_dataset(did, file), modality].append(did)
@@ -151,13 +152,14 @@ def _queries(root: Path, name: str, prompts: Prompts, modality: dict[str, str]) 
     if not files:
         folder = root / "query" / _folders(name)[0]
         raise UserError(f"{folder}: no *.jsonl for the query table '{name}'; put its queries there")
-    rows, seen = [], Counter()
+    rows: list[dict[str, Any]] = []
+    seen: Counter[str] = Counter()
     for file in files:
         qrels = _read_qrels(root / "qrels" / file.parent.name / f"{file.stem}_qrels.txt")
         for line, row in enumerate(_read_jsonl(file, QUERY).to_pylist(), 1):
             where = f"{file}: line {line}"
             id_ = row["qid"]
-            if file.parent.name == "union_train":  # it repeats the queries of small datasets; each stays a row
+            if file.parent.name == "union_train":  # it repeats the queries of small datasets; each row is kept
                 seen[id_] += 1
                 id_ += f"#{seen[id_]}" if seen[id_] > 1 else ""
             positives = qrels.get(row["qid"], row["pos_cand_list"] or [])

@@ -1,9 +1,15 @@
-"""The batch plan: which queries meet which documents in which optimiser step.
+"""The batch plan: which queries and documents meet in each optimizer step.
 
-A plan is a pure function of (tables, phase, seed). It is the whole order of a training run, so a resumed run
-replays it from a step number (rule 5) and any number of ranks slices the same global batch (rule 4). Every distinct
-document of a step appears once; no two queries of a batch draw the same positive; every listed positive that is
-present is recorded so that the loss never punishes it (rule 6).
+A plan is a pure function of (tables, phase, seed). For contrastive phases:
+
+1. Each epoch permutes the queries and draws one positive for each.
+2. Queries are grouped: by task for the homogeneous share, together otherwise.
+3. Each group is cut into batches in which no two queries have the same positive.
+4. A batch becomes a `PlanStep`: its distinct documents, and columns that point into them.
+
+The plan is the whole order of a training run, so a resumed run continues it from a step number, and any number of ranks
+slices the same global batch. Every listed positive that is present in a step is recorded, so that the loss never treats
+it as a negative (docs/method.md#in-batch-false-negatives).
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +31,13 @@ from umarvel_ray.recipe import Phase, count_steps
 
 @dataclass(frozen=True)
 class PlanStep:
-    """One optimiser step over all ranks.
+    """One optimizer step over all ranks, with N queries and M documents.
 
-    `arrays` by kind of step, with N queries and M documents:
-      contrastive: `targets` (N,) column of each query's positive; `relevant` (R, 2) row and column of every positive;
-        `own` (S, 2) row and column of every query's own negatives, where no others count.
-      distil: `candidates` (N, K) columns, −1 where padded; `teacher` (N, K) fused scores.
-      rerank: `answers` (N,) 1 for yes; queries and documents are aligned pairs, N = M.
+    `arrays` holds, by kind of phase:
+      contrastive: `targets` int32 (N,), column of each query's positive; `relevant` int32 (R, 2), row and column of
+        every positive; `own` int32 (S, 2), row and column of each query's own negatives if no others count.
+      distill: `candidates` int32 (N, K), columns, −1 for padding; `teacher` float32 (N, K), fused scores.
+      rerank: `answers` int32 (N,), 1 for yes; queries and documents are aligned pairs, N = M.
     """
 
     step: int
@@ -64,15 +71,18 @@ def contrastive_plan(
     per_query: int = 0,
     in_batch: bool = True,
 ) -> list[PlanStep]:
-    """InfoNCE batches; `negatives` adds up to `per_query` mined documents to each query's batch.
+    """Plan InfoNCE batches.
 
     Args:
-        in_batch: whether the documents of the other queries of a batch are negatives too.
+        negatives: mined documents by query id.
+        per_query: how many of them to add per query.
+        in_batch: whether the documents of a batch's other queries are negatives too.
 
     Raises:
-        UserError: fewer queries with distinct positives than one batch needs.
+        UserError: too few queries with distinct positives to fill one batch.
     """
     plan = []
+    # 4. Point from queries to columns of the batch's distinct documents.
     for number, rows in enumerate(_batches(queries, phase, seed)):
         drawn = [row.positive for row in rows]
         mined = [list((negatives or {}).get(queries.ids[row.index], ()))[:per_query] for row in rows]
@@ -96,7 +106,7 @@ def distillation_plan(
     phase: Phase,
     seed: int,
 ) -> list[PlanStep]:
-    """Batches of queries with their own top-k candidates and fused teacher scores (method section 5)."""
+    """Plan batches of queries with their own top-k candidates and teacher scores (docs/method.md#distillation)."""
     plan = []
     width = max(len(c) for c in candidates)
     order = _epochs(len(query_ids), seed)
@@ -116,20 +126,25 @@ def distillation_plan(
 def continue_hard_plan(
     queries: QueryRows, candidates: Mapping[str, Sequence[str]], phase: Phase, seed: int
 ) -> list[PlanStep]:
-    """Distillation's control: InfoNCE batches in which a query's own candidates are its only negatives.
+    """Plan the control for distillation: InfoNCE batches in which a query's own candidates are its only negatives.
 
-    The method's section 5: one positive each; positives among the candidates are taken out.
+    As in the paper's control (docs/method.md#distillation): one positive per query; positives are removed from the
+    candidates.
     """
     negatives = {
         id_: [document for document in candidates.get(id_, ()) if document not in positives]
         for id_, positives in zip(queries.ids, queries.positives, strict=True)
     }
-    most = max(map(len, negatives.values()))
-    return contrastive_plan(queries, phase, seed, negatives, most, in_batch=False)
+    per_query = max(map(len, negatives.values()))
+    return contrastive_plan(queries, phase, seed, negatives, per_query, in_batch=False)
 
 
 def rerank_plan(queries: QueryRows, negatives: Mapping[str, Sequence[str]], phase: Phase, seed: int) -> list[PlanStep]:
-    """Pairs for the Yes/No reranker: for each query one positive and one mined negative (method section 4)."""
+    """Plan pairs for the reranker: one positive and one mined negative per query (docs/method.md#reranker).
+
+    Raises:
+        UserError: no query has a mined negative.
+    """
     usable = [i for i, q in enumerate(queries.ids) if negatives.get(q)]
     if not usable:
         raise UserError("no query has a mined negative; run mining first, or raise mining.depth or max_similarity")
@@ -139,16 +154,16 @@ def rerank_plan(queries: QueryRows, negatives: Mapping[str, Sequence[str]], phas
         rng = np.random.default_rng((seed, number))
         query_ids, document_ids, answers = [], [], []
         for i in (usable[next(order)] for _ in range(phase.batch_size)):
-            for pool, answer in ((queries.positives[i], 1), (negatives[queries.ids[i]], 0)):
+            for choices, answer in ((queries.positives[i], 1), (negatives[queries.ids[i]], 0)):
                 query_ids.append(queries.ids[i])
-                document_ids.append(pool[rng.integers(len(pool))])
+                document_ids.append(choices[int(rng.integers(len(choices)))])
                 answers.append(answer)
         plan.append(PlanStep(number, query_ids, document_ids, {"answers": np.array(answers, dtype=np.int32)}))
     return plan
 
 
 def rank_slice(n: int, rank: int, world: int) -> slice:
-    """The contiguous share of n rows that belongs to a rank; shares differ by at most one row."""
+    """A rank's contiguous share of n rows; shares differ by at most one row."""
     return slice(rank * n // world, (rank + 1) * n // world)
 
 
@@ -205,10 +220,12 @@ def _batches(queries: QueryRows, phase: Phase, seed: int) -> Iterator[list[_Draw
 
 
 def _epoch_batches(queries: QueryRows, phase: Phase, rng: np.random.Generator) -> list[list[_Drawn]]:
+    # 1. Permute the queries and draw one positive for each.
     drawn = [
         _Drawn(int(i), queries.positives[i][rng.integers(len(queries.positives[i]))])
         for i in rng.permutation(len(queries.ids))
     ]
+    # 2. Group: by task for the homogeneous share, together otherwise.
     groups: dict[str, list[_Drawn]] = {}
     used: Counter[str] = Counter()
     for row in drawn:
@@ -217,12 +234,13 @@ def _epoch_batches(queries: QueryRows, phase: Phase, rng: np.random.Generator) -
             continue
         alike = rng.random() < phase.homogeneous
         groups.setdefault(queries.tasks[row.index] if alike else "", []).append(row)
+    # 3. Cut each group into batches with distinct positives.
     batches = [batch for rows in groups.values() for batch in _distinct_batches(rows, phase.batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))] if phase.homogeneous else batches
 
 
 def _distinct_batches(rows: Sequence[_Drawn], size: int) -> Iterator[list[_Drawn]]:
-    """Full batches in order; a row whose positive is already in the batch waits for the next one."""
+    """Full batches in order; a row whose positive is already in the batch is held for the next one."""
     waiting: deque[_Drawn] = deque()
     fresh = iter(rows)
     while True:
@@ -249,7 +267,7 @@ def _epochs(n: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
-def _as_array(name: str, value: list) -> np.ndarray:
+def _as_array(name: str, value: list[Any]) -> np.ndarray:
     array = np.array(value, dtype=np.float32 if name == "teacher" else np.int32)
     return array.reshape(-1, 2) if name in ("relevant", "own") else array
 

@@ -1,4 +1,4 @@
-"""Repeatable samples of a query table and of the pools its queries are searched in."""
+"""Seeded samples of a query table and of the pools its queries are searched in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from umarvel_ray.data.tables import Dataset
 
 
 def sample_queries(queries: pa.Table, count: int | None, seed: int) -> pa.Table:
-    """`count` rows without repetition, in table order; all of them when `count` is None or reaches their number."""
+    """Sample `count` rows without replacement, in table order; all rows if `count` is None or at least their number."""
     if count is None or count >= queries.num_rows:
         return queries
     chosen = np.random.default_rng(seed).choice(queries.num_rows, count, replace=False)
@@ -18,7 +18,7 @@ def sample_queries(queries: pa.Table, count: int | None, seed: int) -> pa.Table:
 
 
 def with_sampled_pools(dataset: Dataset, split: str, count: int | None, seed: int) -> Dataset:
-    """The dataset with each pool of `split` cut to `count` documents and the positives of that split's queries."""
+    """The dataset with each pool of `split` reduced to `count` sampled documents plus its queries' positives."""
     if count is None:
         return dataset
     queries = dataset.queries(split).select(["task", "positive_ids"]).to_pylist()

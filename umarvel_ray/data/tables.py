@@ -1,8 +1,8 @@
-"""Documents, queries and pools as Arrow tables (DESIGN.md, words and shapes), whatever they are stored as.
+"""Documents, queries and pools as Arrow tables, whatever format they are stored in.
 
 A Parquet folder holds `documents.parquet` (id, text, image, modality, source …), `pools.parquet` (task, split,
 document_ids) and one `NAME.parquet` per query table (the document columns, instruction, positive_ids, task …). An image
-or a video (a column `video`, where there are any) is encoded bytes, or a path relative to the folder.
+or a video (optional column `video`) is encoded bytes, or a path relative to the folder.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ ITEM_COLUMNS = ("text", "image", "video", "instruction")
 
 
 def item_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The item in a row of a documents or queries table: its text, image, video and instruction, where they are."""
+    """The item in a row of a document or query table: whichever of text, image, video and instruction are set."""
     return {key: row[key] for key in ITEM_COLUMNS if row.get(key) is not None}
 
 
 class Dataset:
-    """One corpus with its query tables. Tables are read when first asked for.
+    """A corpus with its query tables, which are read on first use.
 
     Args:
-        root: named in errors.
-        documents, pools: tables with the columns above.
-        read_queries: a query table by name; raises UserError for a name it does not know.
+        root: the folder, for error messages.
+        documents, pools: tables with the columns listed above.
+        read_queries: reads a query table by name; raises UserError for an unknown name.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Dataset:
 
     @cached_property
     def row_of(self) -> dict[str, int]:
-        """Row number of each document id."""
+        """The row number of each document id."""
         return {name: row for row, name in enumerate(self.documents["id"].to_pylist())}
 
     def with_queries(self, name: str, table: pa.Table) -> Dataset:
         """The same corpus with the query table `name` replaced."""
         return Dataset(
-            self.root, self.documents, self.pools, lambda asked: table if asked == name else self.queries(asked)
+            self.root, self.documents, self.pools, lambda other: table if other == name else self.queries(other)
         )
 
     def with_pools(self, pools: pa.Table) -> Dataset:
@@ -65,11 +65,12 @@ class Dataset:
         return Dataset(self.root, self.documents, pools, self.queries)
 
     def tasks(self, split: str) -> list[str]:
-        """Tasks that have a pool in the split, in the order of the pools table."""
-        return self._pools_of(split)["task"].to_pylist()
+        """The tasks with a pool in the split, in the order of the pools table."""
+        tasks: list[str] = self._pools_of(split)["task"].to_pylist()
+        return tasks
 
     def pool(self, task: str, split: str) -> list[str]:
-        """Document ids of a task's own pool.
+        """The document ids of a task's own (local) pool.
 
         Raises:
             UserError: no such pool, or it is empty.
@@ -78,20 +79,21 @@ class Dataset:
         found = rows.filter(pc.equal(rows["task"], task))["document_ids"]
         if len(found) == 0:
             raise UserError(f"{self.root}: no pool for task '{task}' in split '{split}'; add it to the pools")
-        if not (ids := found[0].as_py()):
+        ids: list[str] = found[0].as_py()
+        if not ids:
             raise UserError(f"{self.root}: the pool of task '{task}', split '{split}', is empty; add its documents")
         return ids
 
     def global_pool(self, split: str) -> list[str]:
-        """The union of the split's pools, in their order, each document once."""
+        """The union of the split's pools, in their order, without duplicates."""
         return list(dict.fromkeys(name for task in self.tasks(split) for name in self.pool(task, split)))
 
     def validate(self, name: str) -> None:
-        """Check the query table `name`, and the pools of the split of that name, against the documents.
+        """Check the query table `name` and the pools of the split with that name against the documents.
 
         Raises:
-            UserError: the first duplicate id, query without a positive, positive or pool entry that names an unknown
-                document, or empty pool; with file and row.
+            UserError: a duplicate id, a query without positives, a positive or pool entry that names an unknown
+                document, or an empty pool; the message names the first one with file and row.
         """
         _check_unique(self.documents["id"], f"{self.root}: documents")
         queries = self.queries(name)
@@ -125,10 +127,10 @@ def folder_of(data: Data) -> Path:
 
 
 def open_dataset(data: Data) -> Dataset:
-    """Open what a recipe's `data` names.
+    """Open the data set that a recipe's `data` section names.
 
     Raises:
-        UserError: no such folder, a file or a column that is missing or damaged.
+        UserError: the folder does not exist, or a file or column is missing or unreadable.
     """
     root = folder_of(data)
     if not root.is_dir():
@@ -146,7 +148,7 @@ def open_dataset(data: Data) -> Dataset:
 def _read(root: Path, name: str, columns: tuple[str, ...]) -> pa.Table:
     path = root / f"{name}.parquet"
     if not path.is_file():
-        raise UserError(f"{path}: not found; write it or check data.root and the name of the table")
+        raise UserError(f"{path}: not found; create it, or check data.root and the table's name")
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:

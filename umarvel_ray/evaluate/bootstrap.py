@@ -1,4 +1,4 @@
-"""Is a difference in recall more than chance? A paired bootstrap over the queries."""
+"""Is a difference in recall more than chance? A paired bootstrap over queries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Interval(NamedTuple):
-    """A difference and where it lies with the asked confidence."""
+    """A difference of average recalls and the bounds of its confidence interval."""
 
     mean: float
     low: float
@@ -17,6 +17,7 @@ class Interval(NamedTuple):
 
     @property
     def holds_zero(self) -> bool:
+        """Whether the interval contains zero: the difference may be chance."""
         return self.low <= 0.0 <= self.high
 
 
@@ -29,17 +30,19 @@ def paired_interval(
 ) -> Interval:
     """Percentile bootstrap of the difference of two average recalls, ours − theirs.
 
-    Queries are drawn with replacement within each task, the same ones for both sides; as in the reported average every
-    task counts the same.
+    1. In each task, take the difference of the two scores of every query.
+    2. Resample the queries of each task with replacement; pairing keeps the same queries on both sides.
+    3. Average over tasks, which count equally, as in the reported average.
+    4. Take the quantiles of the resampled averages.
 
     Args:
-        ours, theirs: by task, (n,) what each query scored; the same queries in the same order on both sides.
+        ours, theirs: by task, the score of each query (n,); the same queries in the same order on both sides.
     """
     rng = np.random.default_rng(seed)
     observed, drawn = [], np.zeros(resamples)
     for task in ours:
-        difference = np.asarray(ours[task], dtype=float) - np.asarray(theirs[task], dtype=float)
+        difference = np.asarray(ours[task], dtype=float) - np.asarray(theirs[task], dtype=float)  # 1.
         observed.append(difference.mean())
-        drawn += difference[rng.integers(0, len(difference), (resamples, len(difference)))].mean(axis=1)
-    low, high = np.quantile(drawn / len(ours), [(1 - confidence) / 2, (1 + confidence) / 2])
+        drawn += difference[rng.integers(0, len(difference), (resamples, len(difference)))].mean(axis=1)  # 2.
+    low, high = np.quantile(drawn / len(ours), [(1 - confidence) / 2, (1 + confidence) / 2])  # 3. and 4.
     return Interval(float(np.mean(observed)), float(low), float(high))

@@ -1,4 +1,4 @@
-"""Line charts and bars as inline SVG. Colours are classes of the page's style sheet, so that dark mode reaches them."""
+"""Line and bar charts as inline SVG. Colors are classes of the page's style sheet, so dark mode applies to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from math import ceil, floor, log10
 
 @dataclass(frozen=True)
 class Line:
-    """One line: y by position on the x axis. `kind` is its CSS class: local, global, chance, raw or smooth."""
+    """One line: y values by position on the x axis. `kind` is its CSS class: local, global, chance, raw or smooth."""
 
     name: str
     values: Sequence[float]
@@ -18,14 +18,14 @@ class Line:
     dots: bool = False
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers from low to high, some `about` of them."""
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` round numbers between low and high."""
     if high <= low:
         return [low]
-    rough = (high - low) / about
+    rough = (high - low) / count
     unit = 10.0 ** floor(log10(rough))
-    step = unit * min((1, 2, 2.5, 5, 10), key=lambda factor: abs(unit * factor - rough))
-    return [i * step for i in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
+    spacing = unit * min((1, 2, 2.5, 5, 10), key=lambda factor: abs(unit * factor - rough))
+    return [i * spacing for i in range(ceil(low / spacing - 1e-9), floor(high / spacing + 1e-9) + 1)]
 
 
 def line_chart(
@@ -38,21 +38,22 @@ def line_chart(
     high: float | None = None,
     values: bool = False,
 ) -> str:
-    """An SVG with a y grid, one polyline per line and, with `values`, every dot's value written beside it.
+    """An SVG with a y grid and one polyline per line.
 
     Args:
-        title: read out by screen readers.
-        x_labels: one per position, "" for none; without them the axis is numbered from 0.
-        low, high: of the y axis; high defaults to just above the largest value.
+        title: for screen readers.
+        x_labels: one per position, "" for none; without any, positions are numbered from 0.
+        low, high: range of the y axis; high defaults to just above the largest value.
+        values: write each dot's value next to it.
     """
     left, right, top, bottom = 44, 16, 22 if values else 14, 10 if x_labels and not any(x_labels) else 26
-    inset = 40 if any(x_labels) else 0  # half a label
+    inset = 40 if any(x_labels) else 0  # room for half a label
     count = max(len(line.values) for line in lines)
     if high is None:
         high = max(max(line.values) for line in lines) * 1.08 or 1.0
 
-    def x(place: float) -> float:
-        return left + inset + (width - left - right - 2 * inset) * (place / (count - 1) if count > 1 else 0.5)
+    def x(position: float) -> float:
+        return left + inset + (width - left - right - 2 * inset) * (position / (count - 1) if count > 1 else 0.5)
 
     def y(value: float) -> float:
         return top + (height - top - bottom) * (1 - (min(value, high) - low) / ((high - low) or 1.0))
@@ -62,9 +63,9 @@ def line_chart(
         parts.append(f'<path class="grid" d="M{left} {y(tick):.1f}H{width - right}"/>')
         parts.append(f'<text class="tick" x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
     names = list(x_labels) or [f"{tick:g}" for tick in ticks(0, count - 1, 3)]
-    places = range(count) if x_labels else ticks(0, count - 1, 3)
-    for place, name in zip(places, names, strict=True):
-        parts.append(_text(x(place), height - 8, name, "tick"))
+    positions = range(count) if x_labels else ticks(0, count - 1, 3)
+    for position, name in zip(positions, names, strict=True):
+        parts.append(_text(x(position), height - 8, name, "tick"))
     for line in lines:
         points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(line.values))
         parts.append(f'<polyline class="line {line.kind}" points="{points}"/>')
@@ -98,7 +99,7 @@ def bar_chart(seconds: Mapping[str, float], title: str) -> str:
 
 
 def smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """Exponential moving average over about that share of the values, without its start-up bias."""
+    """Exponential moving average over about this share of the values, with bias correction at the start."""
     keep = 1 - 1 / max(1.0, share * len(values))
     average, weight, result = 0.0, 0.0, []
     for value in values:
@@ -108,6 +109,7 @@ def smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
 
 
 def duration(seconds: float) -> str:
+    """Seconds as text, for example "1 h 02 min" or "2 min 05 s"."""
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: Recall@k per task in local and global pools, by exact search (method section 6).
+"""Evaluate a checkpoint: Recall@k per task in local and global pools, by exact search (docs/method.md#evaluation).
 
 result = evaluate_checkpoint(embedders, dataset, recipe, ref, "text", run / "evaluation" / "text")
 base = evaluate_base(embedders, dataset, recipe, base, run / "evaluation" / "base")
@@ -20,7 +20,7 @@ from umarvel_ray.recipe import Recipe
 from umarvel_ray.retrieve.metrics import not_ranked, positives_of, score_ranking
 from umarvel_ray.retrieve.rank import embed_split, rank
 
-SHOWN = 10  # documents kept per query when no metric or reranker needs more
+MIN_DEPTH = 10  # documents kept per query even if no metric or reranker needs them
 
 
 def evaluate_checkpoint(
@@ -32,16 +32,17 @@ def evaluate_checkpoint(
     out_dir: str | Path,
     split: str | None = None,
 ) -> LadderResult:
-    """Embed the union of the split's pools and its queries once, rank both ways, score.
+    """Embed the split's queries and the union of its pools once, then rank and score in local and global pools.
 
-    A finished evaluation of the same files is read back; a half-done one goes on where it stopped.
+    A finished evaluation of the same inputs is read back; an interrupted one resumes.
 
     Args:
-        out_dir: gets the embeddings, the rankings and `result.json`.
-        split: recipe.evaluate.split when None.
+        name: of the result: the phase that made the checkpoint, or "base".
+        out_dir: where the embeddings, the rankings and `result.json` are written.
+        split: None for `recipe.evaluate.split`.
 
     Raises:
-        UserError: an empty or missing pool, an unreadable checkpoint, disk full.
+        UserError: an empty or missing pool, an unreadable checkpoint, or a full disk.
     """
     start, folder, split = time.monotonic(), Path(out_dir), split or recipe.evaluate.split
     identity = _digest(
@@ -56,7 +57,7 @@ def evaluate_checkpoint(
     if saved := load_result(folder, identity):
         return saved
     embedded = embed_split(embedders, dataset, split, ref, folder)
-    depth = max(recipe.evaluate.rerank_top, SHOWN, recipe.evaluate.k, *recipe.evaluate.k_of.values())
+    depth = max(recipe.evaluate.rerank_top, MIN_DEPTH, recipe.evaluate.k, *recipe.evaluate.k_of.values())
     drop = recipe.evaluate.drop_query_image
     rankings = {scope: rank(embedded, dataset, split, scope, depth, drop) for scope in SCOPES}
     save_rankings(folder, rankings)
@@ -77,7 +78,10 @@ def evaluate_checkpoint(
 def evaluate_base(
     embedders: EmbedderGroup, dataset: Dataset, recipe: Recipe, base: str | Path, out_dir: str | Path
 ) -> LadderResult:
-    """The untrained base at the better (average local recall) of its mean and last pooling; `notes` says which."""
+    """The untrained base with mean or last-token pooling, whichever has the better average local recall.
+
+    `notes["pooling"]` of the result names the choice.
+    """
     results = [
         evaluate_checkpoint(
             embedders,

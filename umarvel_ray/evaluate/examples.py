@@ -1,4 +1,4 @@
-"""Example queries for the report, chosen by rule, and their pictures, each stored once."""
+"""Example queries for the report, selected by fixed rules, and their pictures, each stored once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from umarvel_ray.items.images import BadImage, image_type, open_image
 from umarvel_ray.retrieve.metrics import hit_at_k, positives_of
 
 SHOWN = 5  # documents per query
-KEEP_BYTES = 6_000  # a stored picture up to this size is shown as it is
-THUMBNAIL = 128
-SHOWN_AS_IS = ("png", "jpeg", "webp", "gif")
-PICTURE_BUDGET = 3_000_000
+KEEP_BYTES = 6_000  # a picture up to this size is embedded unchanged
+THUMBNAIL = 128  # pixels: the longer side of a reduced picture
+KEEP_FORMATS = ("png", "jpeg", "webp", "gif")
+PICTURE_BUDGET = 3_000_000  # bytes of all data URIs
 
 
 class Pictures:
-    """Data URIs by number; the same picture gets the same number. Past PICTURE_BUDGET bytes no more are taken."""
+    """Numbered data URIs, one per distinct picture, up to PICTURE_BUDGET bytes in total."""
 
     def __init__(self) -> None:
         self._number: dict[str, int | None] = {}
@@ -31,9 +31,9 @@ class Pictures:
         self._bytes = 0
 
     def add(self, image: bytes | str | None) -> int | None:
-        """The picture's number; None when there is none, it cannot be read, or the budget is spent."""
+        """The picture's number; None if there is no picture, it cannot be read, or the budget is used up."""
         key = picture_key(image)
-        if key is None:
+        if image is None or key is None:
             return None
         if key not in self._number:
             self._number[key] = self._store(image)
@@ -54,7 +54,7 @@ class Pictures:
 
 @dataclass
 class Card:
-    """A query or document as shown: its text, its picture's number, whether it is relevant."""
+    """A query or document as shown in the report; `picture` is a number from `Pictures`, `hit` marks positives."""
 
     text: str | None
     picture: int | None
@@ -66,7 +66,7 @@ class Card:
 
 @dataclass
 class Example:
-    """One query, why it was chosen, and what each step retrieved first."""
+    """One query, why it was selected, and the first documents that each checkpoint of the ladder retrieved."""
 
     story: str
     query: Card
@@ -74,11 +74,15 @@ class Example:
 
 
 def choose(first: dict[str, float], last: dict[str, float]) -> list[tuple[str, str]]:
-    """(why, query id) of up to three queries: one that training fixed, one found all along, one still missed.
+    """Select up to three queries: one that training fixed, one found all along, and one still missed.
+
+    The first query that matches each rule is taken; if a rule has no match, other queries fill the gap.
 
     Args:
-        first, last: recall of each query at the first and at the last step; the first query in order that fits is
-            taken, and what is missing is filled with others.
+        first, last: recall of each query under the first and the last checkpoint.
+
+    Returns:
+        (why, query id) of each selected query.
     """
     rules = (
         ("Found after training", lambda id_: not first[id_] and last[id_]),
@@ -100,7 +104,7 @@ def choose(first: dict[str, float], last: dict[str, float]) -> list[tuple[str, s
 def examples(
     dataset: Dataset, split: str, results: Sequence[LadderResult], final: LadderResult, pictures: Pictures
 ) -> dict[str, list[Example]]:
-    """By task, example queries with the first documents of every step's local ranking."""
+    """By task, example queries with the first documents of every checkpoint's local ranking."""
     positives = positives_of(dataset, split)
     queries = {row["id"]: row for row in dataset.queries(split).to_pylist()}
     rankings = {result.name: _by_query(result.ranking("local")) for result in results}
@@ -108,8 +112,8 @@ def examples(
     for task, numbers in final.scores["local"].items():
         ids = [id_ for id_, row in rankings[final.name].items() if row["task"] == task]
 
-        def recall(step: str, ids=ids, k=int(numbers["k"])) -> dict[str, float]:
-            found = rankings[step]
+        def recall(name: str, ids: list[str] = ids, k: int = int(numbers["k"])) -> dict[str, float]:
+            found = rankings[name]
             return {id_: hit_at_k(found[id_]["document_ids"], positives[id_], k) for id_ in ids if id_ in found}
 
         for why, id_ in choose(recall(results[0].name), recall(final.name)):
@@ -140,10 +144,10 @@ def _card(row: dict, pictures: Pictures, hit: bool = False, score: float | None 
 
 
 def _small(image: bytes | str) -> tuple[str, bytes]:
-    """The picture's format and bytes, made smaller where it is large."""
+    """The picture's format and bytes, reduced to a thumbnail unless it is small already."""
     if isinstance(image, bytes) and len(image) <= KEEP_BYTES:
         kind = image_type(image)
-        if kind in SHOWN_AS_IS:
+        if kind in KEEP_FORMATS:
             return kind, image
     picture = open_image(image, "report")
     picture.thumbnail((THUMBNAIL, THUMBNAIL))

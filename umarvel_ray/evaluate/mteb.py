@@ -5,7 +5,7 @@
 
     mteb.evaluate(MtebEncoder("runs/demo/checkpoints/distillation"), mteb.get_tasks(tasks=["CIRRRetrieval"]))
 
-mteb is no dependency: importing this without it raises a UserError.
+mteb is an optional dependency: this module imports without it, and `MtebEncoder` then says what to install.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import CheckpointRef, read_provenance
 from umarvel_ray.model.embedder import Embedder
+from umarvel_ray.model.hub import model_folder
 
+MISSING: str | None = None  # the package that is not installed
 try:
     from datasets import Video
     from mteb.models import ModelMeta
@@ -28,20 +30,22 @@ try:
     from mteb.models.model_meta import ScoringFunction
     from mteb.types import PromptType
 except ModuleNotFoundError as error:
-    raise UserError(f"{error.name} is not installed; run: pip install 'umarvel-ray[mteb]'") from None
+    MISSING, AbsEncoder = error.name, object
 
 
 class MtebEncoder(AbsEncoder):
     """mteb's `EncoderProtocol` over an `Embedder`.
 
     Args:
-        model_name: a checkpoint.
-        revision: for mteb's cache; default: a digest of the weights and settings.
+        model_name: a checkpoint's directory or its id on the Hugging Face Hub.
+        revision: of the model on the Hub; for a directory, the name of this model in mteb's cache (by default a digest
+            of its weights and settings).
+        device: by default the best one (see `Embedder.from_pretrained`).
         dtype: of the weights in memory.
-        instructions: by task name, in place of mteb's own.
+        instructions: by task name, instead of mteb's own.
 
     Raises:
-        UserError: not a checkpoint; missing or truncated files.
+        UserError: mteb is not installed; not a checkpoint; missing or truncated files.
     """
 
     def __init__(
@@ -54,9 +58,12 @@ class MtebEncoder(AbsEncoder):
         instructions: Mapping[str, str] | None = None,
         **_: Any,
     ) -> None:
-        self.model = Embedder.from_pretrained(model_name, device or "cpu", dtype)
+        if MISSING:
+            raise UserError(f"{MISSING} is not installed; run: pip install 'umarvel-ray[mteb]'")
+        folder = model_folder(model_name, revision)
+        self.model = Embedder.from_pretrained(folder, device, dtype)
         self.prompts_dict = dict(instructions or {})
-        self.mteb_model_meta = _meta(Path(model_name), revision, self.model)
+        self.mteb_model_meta = _meta(folder, Path(model_name).name, revision, self.model)
 
     def encode(
         self, inputs: Iterable[Mapping[str, list]], *, task_metadata: Any, prompt_type: Any = None, **_: Any
@@ -69,15 +76,15 @@ class MtebEncoder(AbsEncoder):
         if prompt_type == PromptType.document:
             parts = [self.model.encode_document(_items(batch)) for batch in inputs]
         else:
-            told = self.get_task_instruction(task_metadata, prompt_type)
-            said = {"instruction": told} if isinstance(told, str) else {}  # mteb may hand on a dict of both sides
-            parts = [self.model.encode_query([item | said for item in _items(batch)]) for batch in inputs]
+            instruction = self.get_task_instruction(task_metadata, prompt_type)
+            prompt = instruction if isinstance(instruction, str) else None  # mteb may pass a dict of both sides
+            parts = [self.model.encode_query(_items(batch), prompt) for batch in inputs]
         return np.concatenate([np.empty((0, self.model.dimension), dtype=np.float32), *parts])
 
 
-def _undecoded(inputs: Iterable[Mapping[str, list]]) -> Iterable[Mapping[str, list]]:
-    """A loader whose videos stay as they are stored: the embedder decodes them, where mteb would need torchcodec."""
-    rows = getattr(inputs, "dataset", None)
+def _undecoded(inputs: Any) -> Iterable[Mapping[str, list]]:
+    """The loader with videos as they are stored: the embedder decodes them, for which mteb would need torchcodec."""
+    rows: Any = getattr(inputs, "dataset", None)
     if not isinstance(getattr(rows, "features", {}).get("video"), Video):
         return inputs
     rows = rows.cast_column("video", Video(decode=False))
@@ -85,20 +92,20 @@ def _undecoded(inputs: Iterable[Mapping[str, list]]) -> Iterable[Mapping[str, li
 
 
 def _items(batch: Mapping[str, list]) -> list[dict[str, Any]]:
-    """The rows of a batch as items; a row with nothing in it, which benchmarks have, as a blank."""
-    given = {key: batch[key] for key in ("text", "image", "video") if key in batch}
-    if "video" in given:
-        given["video"] = [stored and (stored["bytes"] or stored["path"]) for stored in given["video"]]
-    rows = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+    """The rows of a batch as items. Benchmarks have empty rows, which become a blank text."""
+    columns = {key: batch[key] for key in ("text", "image", "video") if key in batch}
+    if "video" in columns:
+        columns["video"] = [stored and (stored["bytes"] or stored["path"]) for stored in columns["video"]]
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return [row if any(row.values()) else {"text": " "} for row in rows]
 
 
-def _meta(path: Path, revision: str | None, model: Embedder) -> ModelMeta:
-    recipe = read_provenance(path).get("recipe") or {}
+def _meta(folder: Path, name: str, revision: str | None, model: Embedder) -> ModelMeta:
+    recipe = read_provenance(folder).get("recipe") or {}
     known = {
         "loader": MtebEncoder,
-        "name": f"umarvel-ray/{recipe.get('name', 'checkpoint')}-{path.name}",
-        "revision": revision or CheckpointRef.of(path).identity[:16],
+        "name": f"umarvel-ray/{recipe.get('name', 'checkpoint')}-{name}",
+        "revision": revision or CheckpointRef.of(folder).identity[:16],
         "n_parameters": sum(weights.numel() for weights in model.model.backbone.parameters()),
         "embed_dim": model.dimension,
         "max_tokens": model.encoder.settings.max_text_tokens,

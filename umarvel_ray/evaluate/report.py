@@ -1,4 +1,4 @@
-"""The report of a run: `metrics.json`, `table.md`, TREC run files and one self-contained `index.html`.
+"""The report of a run: `metrics.json`, `table.md`, TREC run files and a self-contained `index.html`.
 
 write_report(run, dataset, results)      # results in the order of the ladder
 """
@@ -13,7 +13,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
-from umarvel_ray.version import __version__
 from umarvel_ray.data.tables import Dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.evaluate.charts import Line, bar_chart, duration, line_chart, smooth
@@ -23,6 +22,7 @@ from umarvel_ray.evaluate.trec import write_run
 from umarvel_ray.files import write_json, write_text
 from umarvel_ray.recipe import dump_recipe
 from umarvel_ray.runs import Run, read_step_log
+from umarvel_ray.version import __version__
 
 TASK_SHAPES = {
     "0": "text → image",
@@ -41,8 +41,8 @@ def write_report(run: Run, dataset: Dataset, results: Sequence[LadderResult]) ->
     """Write all files of the report under `run.dir/report` and return the page's path.
 
     Args:
-        results: the ladder, base first; recall-then-rerank, when there, last. The single model whose rankings become
-            `run.trec` (local) and `run-global.trec`, and whose examples are shown, is the last before it.
+        results: the ladder, base first, and recall-then-rerank last if there is one. The last single model before it
+            provides `run.trec` (local pools), `run-global.trec` and the examples.
 
     Raises:
         UserError: the folder cannot be written.
@@ -64,8 +64,9 @@ def write_report(run: Run, dataset: Dataset, results: Sequence[LadderResult]) ->
 
 
 def metrics(results: Sequence[LadderResult]) -> dict[str, Any]:
-    """The ladder as numbers: recall by step, scope and task; beside it chance, k and the other metrics."""
+    """The content of `metrics.json`: recall by checkpoint, scope and task, with chance, k and the other metrics."""
     return {
+        # "step" holds the checkpoint's name: a published file format, so the key stays.
         "ladder": [{"step": result.name, "local": result.local, "global": result.global_} for result in results],
         "chance": {scope: results[-1].chance(scope) for scope in SCOPES},
         "k": {task: int(numbers["k"]) for task, numbers in results[-1].scores["local"].items()},
@@ -74,21 +75,22 @@ def metrics(results: Sequence[LadderResult]) -> dict[str, Any]:
 
 
 def table(results: Sequence[LadderResult], scopes: Sequence[str] = SCOPES, averages_only: bool = False) -> str:
-    """Markdown: one row per task, chance in the column beside the steps."""
+    """Markdown tables: one row per task, one column per checkpoint, chance next to them."""
     lines = []
     for scope in scopes:
-        chance, steps = results[-1].chance(scope), [_recalls(result, scope) for result in results]
+        chance, recalls = results[-1].chance(scope), [_recalls(result, scope) for result in results]
         lines += [f"### {scope.capitalize()} pools", ""] if not averages_only else []
         lines.append(f"| recall, {scope} | k | queries | chance | {' | '.join(result.name for result in results)} |")
         lines.append(f"|---|---:|---:|---:|{'---:|' * len(results)}")
         for task, numbers in results[-1].scores[scope].items():
             if not averages_only:
-                cells = [f"{step[task]:.3f}" for step in steps]
+                cells = [f"{recall[task]:.3f}" for recall in recalls]
                 lines.append(
                     f"| {task} | {numbers['k']:.0f} | {numbers['queries']:.0f} | {chance[task]:.3f} | "
                     f"{' | '.join(cells)} |"
                 )
-        cells = [f"**{step[AVERAGE]:.3f}**" if not averages_only else f"{step[AVERAGE]:.3f}" for step in steps]
+        bold = "" if averages_only else "**"
+        cells = [f"{bold}{recall[AVERAGE]:.3f}{bold}" for recall in recalls]
         queries = sum(numbers["queries"] for numbers in results[-1].scores[scope].values())
         lines += [f"| average | | {queries:.0f} | {chance[AVERAGE]:.3f} | {' | '.join(cells)} |", ""]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -108,7 +110,7 @@ def page(run: Run, dataset: Dataset, results: Sequence[LadderResult], final: Lad
         version=__version__,
         split=split,
         recipe=dump_recipe(run.recipe),
-        steps=[result.name for result in results],
+        ladder_names=[result.name for result in results],
         results=results,
         final=final,
         base=results[0],
@@ -131,7 +133,7 @@ def page(run: Run, dataset: Dataset, results: Sequence[LadderResult], final: Lad
 
 
 def scores_of(run: Run, phase: str) -> dict[str, Any] | None:
-    """A phase's recall for its model card: {"k", "chance", "local", "global"} by task; None where not measured."""
+    """A phase's recall for its model card: {"k", "chance", "local", "global"} by task; None if it was not evaluated."""
     path = run.dir / "report" / "metrics.json"
     report = json.loads(path.read_text()) if path.is_file() else {"ladder": []}
     for row in report["ladder"]:
@@ -150,16 +152,16 @@ def _ladder(results: Sequence[LadderResult], task: str, small: bool = False) -> 
         for scope in reversed(SCOPES)
     ]
     chance = [result.chance("local")[task] for result in results]
-    steps = [result.name for result in results]
-    title = f"Recall of {task} by step"
+    names = [result.name for result in results]
+    title = f"Recall of {task} after each phase"
     if small:
-        return line_chart([Line("chance", chance, "chance"), *lines], title, [""] * len(steps), 240, 104, 0, 1)
+        return line_chart([Line("chance", chance, "chance"), *lines], title, [""] * len(names), 240, 104, 0, 1)
     high = min(1.0, max(max(line.values) for line in lines) * 1.15 + 0.02)
-    return line_chart([Line("chance", chance, "chance"), *lines], title, steps, 760, 320, 0, high, values=True)
+    return line_chart([Line("chance", chance, "chance"), *lines], title, names, 760, 320, 0, high, values=True)
 
 
 def _curves(run: Run) -> list[dict[str, Any]]:
-    """Per training run with a log: its charts and what it took."""
+    """Per phase with a step log: its charts and a summary of time and throughput."""
     curves = []
     logs = sorted((run.dir / "train").glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime)
     for path in logs:
@@ -179,7 +181,9 @@ def _curves(run: Run) -> list[dict[str, Any]]:
         seconds = sum(line["seconds"] for line in log)
         waited = sum(line["wait_share"] * line["seconds"] for line in log) / seconds
         rate = sum(line["samples_per_s"] * line["seconds"] for line in log) / seconds
-        facts = f"{len(log)} steps · {duration(seconds)} · {rate:.0f} samples/s · {waited:.0%} of it waiting for data"
+        facts = (
+            f"{len(log)} steps · {duration(seconds)} · {rate:.0f} samples/s · {waited:.0%} of the time waiting for data"
+        )
         curves.append({"name": path.parent.name, "charts": charts, "facts": facts})
     return curves
 

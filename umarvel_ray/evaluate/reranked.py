@@ -1,4 +1,4 @@
-"""The last row of the ladder: the distilled embedder's candidates, reranked (U-MARVEL+).
+"""The last row of the ladder: the candidates of the distilled embedder, reranked (U-MARVEL+ in the paper).
 
 result = evaluate_reranked(rerankers, dataset, recipe, ref, test, validation, run / "evaluation" / "rerank")
 """
@@ -30,15 +30,15 @@ def evaluate_reranked(
     validation: LadderResult | None,
     out_dir: str | Path,
 ) -> LadderResult:
-    """Score the top candidates of every query with the reranker and fuse.
+    """Score the top candidates of every query with the reranker and fuse the scores (`retrieve/fusion.py`).
 
     Args:
         ref: the reranker's checkpoint.
-        test: the embedder's result on recipe.evaluate.split.
-        validation: its result on the validation split, for the weight; not used where the recipe fixes the weight.
+        test: the embedder's result on `recipe.evaluate.split`.
+        validation: its result on the validation split, required if `evaluate.rerank_weight` is "calibrate".
 
     Raises:
-        UserError: unreadable checkpoint, disk full.
+        UserError: an unreadable checkpoint, or a full disk.
     """
     start, folder, top = time.monotonic(), Path(out_dir), recipe.evaluate.rerank_top
     identity = f"{test.identity} {ref.identity} {recipe.evaluate.model_dump_json()}"
@@ -46,14 +46,17 @@ def evaluate_reranked(
         return saved
     split = recipe.evaluate.split
     answers = _answers(rerankers, dataset, split, test, ref, top, folder / "test-scores")
-    weights = dict.fromkeys(SCOPES, recipe.evaluate.rerank_weight)
-    if recipe.evaluate.rerank_weight == "calibrate":
+    weight = recipe.evaluate.rerank_weight
+    if weight == "calibrate":
+        assert validation is not None, "calibrating the weight needs the validation result"
         known = _answers(rerankers, dataset, VALIDATION, validation, ref, top, folder / "validation-scores")
         positives = positives_of(dataset, VALIDATION)
         weights = {
             scope: calibrate_weight(validation.ranking(scope), known, positives, recipe.evaluate, top)
             for scope in SCOPES
         }
+    else:
+        weights = dict.fromkeys(SCOPES, weight)
     rankings = {scope: fuse_rankings(test.ranking(scope), answers, weights[scope], top) for scope in SCOPES}
     save_rankings(folder, rankings)
     positives = positives_of(dataset, split)

@@ -1,4 +1,4 @@
-"""What one checkpoint of the ladder scored: numbers per task and scope, and the rankings they come from, on disk."""
+"""The result of one checkpoint of the ladder: metrics per task and scope, and the rankings behind them, on disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from umarvel_ray.files import atomic_path, write_json
 from umarvel_ray.retrieve.metrics import mean
+from umarvel_ray.retrieve.rank import Scope
 
-SCOPES = ("local", "global")
+SCOPES: tuple[Scope, ...] = ("local", "global")
 AVERAGE = "average"
 RERANKED = "recall+rerank"  # the ladder's last row
 
@@ -27,8 +28,9 @@ class LadderResult:
         name: the phase that made the checkpoint, "base", or `RERANKED`.
         scores: scope → task → {"recall", "ndcg@10", "mrr@10", "chance", "k", "queries"}; recall and chance are at k.
         folder: holds `ranking-local.parquet` and `ranking-global.parquet` (columns of retrieve.rank.RANKING).
-        notes: what else a reader should know, as {"pooling": "mean"} or {"weight local": 0.5}.
-        identity: digest of what was evaluated; equal identity, equal result.
+        identity: digest of what was evaluated; equal identities mean equal results.
+        seconds: wall time of the evaluation.
+        notes: further facts for the report, for example {"pooling": "mean"} or {"weight local": 0.5}.
     """
 
     name: str
@@ -40,18 +42,20 @@ class LadderResult:
 
     @property
     def local(self) -> dict[str, float]:
-        """Recall by task, and "average"."""
+        """Recall in local pools by task, and "average" over the tasks."""
         return self._with_average("local", "recall")
 
     @property
     def global_(self) -> dict[str, float]:
+        """Recall in the global pool by task, and "average" over the tasks."""
         return self._with_average("global", "recall")
 
     def chance(self, scope: str) -> dict[str, float]:
-        """What a random ranking would score, by task, and "average"."""
+        """The expected recall of a random ranking by task, and "average" over the tasks."""
         return self._with_average(scope, "chance")
 
     def ranking(self, scope: str) -> pa.Table:
+        """The saved ranking of a scope (columns of retrieve.rank.RANKING)."""
         return pq.read_table(self.folder / f"ranking-{scope}.parquet")
 
     def save(self) -> None:
@@ -63,13 +67,14 @@ class LadderResult:
 
 
 def load_result(folder: Path, identity: str) -> LadderResult | None:
-    """The result saved in a folder, if it is of this very evaluation."""
+    """The result saved in a folder; None if there is none, or if it belongs to another evaluation."""
     path = folder / "result.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
     return LadderResult(**saved | {"folder": folder}) if saved.get("identity") == identity else None
 
 
-def save_rankings(folder: Path, rankings: Mapping[str, pa.Table]) -> None:
+def save_rankings(folder: Path, rankings: Mapping[Scope, pa.Table]) -> None:
+    """Write `ranking-SCOPE.parquet` for each scope."""
     for scope, ranking in rankings.items():
         with atomic_path(folder / f"ranking-{scope}.parquet") as partial:
             pq.write_table(ranking, partial)

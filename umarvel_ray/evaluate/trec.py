@@ -1,4 +1,4 @@
-"""TREC run files: `query Q0 document rank score tag`, as trec_eval, ir_measures and pyserini read them."""
+"""TREC run files: lines of `query Q0 document rank score tag`, readable by trec_eval, ir_measures and pyserini."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from umarvel_ray.files import atomic_path
 
 
 def write_run(path: Path, rows: Iterable[tuple[str, Sequence[str], Sequence[float]]], tag: str) -> None:
-    """Write (query id, document ids best first, scores) rows; atomically.
+    """Write (query id, document ids best first, scores) rows atomically.
 
     Raises:
-        UserError: an id holds white space, which the format cannot carry.
+        UserError: an id is empty or contains white space, which the format cannot represent.
     """
     with atomic_path(path) as partial, partial.open("w", encoding="utf-8") as file:
         for query, documents, scores in rows:
             for rank, (document, score) in enumerate(zip(documents, scores, strict=True), start=1):
                 if len(query.split()) != 1 or len(document.split()) != 1:
-                    raise UserError(f"run file {path}: id {query!r} or {document!r} holds white space; rename it")
+                    raise UserError(
+                        f"run file {path}: id {query!r} or {document!r} is empty or contains white space; rename it"
+                    )
                 file.write(f"{query} Q0 {document} {rank} {score:.6f} {tag}\n")

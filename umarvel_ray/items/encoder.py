@@ -136,7 +136,7 @@ class ItemEncoder:
         return tuple(opened)
 
     def tokenize(self, rendered: str, pictures: Sequence[Picture]) -> np.ndarray:
-        """Token ids, int32 (L,), of a rendered conversation, each placeholder expanded to its picture's run of tokens."""
+        """Token ids, int32 (L,), of a rendered conversation; each picture's placeholder becomes its run of tokens."""
         if self.family.timestamps:  # each frame group is wrapped in tags of its own
             rendered = rendered.replace(f"{VISION_START}{VIDEO}{VISION_END}", VIDEO)
         head, *rest = re.split(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}", rendered)

@@ -66,8 +66,8 @@ class PairEncoder:
         self.items = items
         self.max_text_tokens = max_text_tokens
         self.answer_ids = {word: self._ids(word) for word in ("Yes", "No")}
-        empty = [{"role": "user", "content": []}, {"role": "assistant", "content": [text_part(EMB)]}]
-        rendered = render(items.tokenizer, empty)
+        turns = {"user": [], "assistant": [text_part(EMB)]}
+        rendered = render(items.tokenizer, [{"role": role, "content": parts} for role, parts in turns.items()])
         self.end_id = self._ids(rendered.split(EMB)[1])[0]
         if self.answer_ids["Yes"][0] == self.answer_ids["No"][0]:
             raise UserError("'Yes' and 'No' start with the same token in this tokenizer; use one that separates them")

@@ -1,8 +1,14 @@
-"""Which mined candidates may serve as negatives (method section 3; the paper's threshold, which its code lacks).
+"""Which mined candidates may serve as negatives (docs/method.md#mining-filters; the reference has no threshold).
 
-Each candidate gets one verdict, by the first rule that applies: it is `gold`; it has the `same content` as a gold
-document; it is `too similar` to the query (above `max_similarity`, fixed or calibrated on validation, or above the
-positive's similarity less a margin); else it is `kept`. Pure functions on ids and cosines.
+Each candidate gets one verdict, from the first rule that applies:
+
+1. `gold`: it is a positive of the query.
+2. `same content`: it has the same text and picture as a positive.
+3. `too similar`: its cosine to the query exceeds `max_similarity` (fixed, or calibrated on validation) or the
+   positive's cosine less a relative margin.
+4. `kept`: none of the above.
+
+Pure functions of ids and cosines.
 """
 
 from __future__ import annotations
@@ -24,23 +30,24 @@ def judge(
     margin: float | None = None,
     positive_score: float | None = None,
 ) -> list[str]:
-    """One verdict (the four above) per candidate.
+    """One verdict per candidate: GOLD, SAME_CONTENT, TOO_SIMILAR or KEPT.
 
     Args:
-        ids, scores, contents: the candidates, their cosines to the query and their content keys.
-        gold, gold_contents: the query's positives and their content keys.
-        margin: when set, candidates above positive_score × (1 − margin) are too similar.
+        ids, scores, contents: the candidates' ids, cosines to the query, and content keys.
+        gold, gold_contents: the ids and content keys of the query's positives.
+        margin: if set, candidates above positive_score × (1 − margin) are too similar.
+        positive_score: the cosine of the query's nearest positive; None disables the margin.
     """
     ceiling = max_similarity
     if margin is not None and positive_score is not None:
         ceiling = min(ceiling, positive_score * (1.0 - margin))
     verdicts = []
     for id_, score, content in zip(ids, scores, contents, strict=True):
-        if id_ in gold:
+        if id_ in gold:  # 1.
             verdicts.append(GOLD)
-        elif content in gold_contents:
+        elif content in gold_contents:  # 2.
             verdicts.append(SAME_CONTENT)
-        else:
+        else:  # 3. and 4.
             verdicts.append(TOO_SIMILAR if score > ceiling else KEPT)
     return verdicts
 
@@ -54,14 +61,23 @@ def choose_negatives(
     forbidden: Set[str],
     rng: np.random.Generator,
 ) -> list[str]:
-    """`count` distinct negatives: the best kept candidates from `min_rank` on, and a share drawn at random.
+    """Choose `count` distinct negatives: the best kept candidates, and a share drawn at random from the pool.
 
-    Where too few candidates were kept the rest is drawn at random too (the reference repeats the first one). Fewer than
-    `count` come back only when the pool itself has no more documents outside `forbidden`.
+    1. Take the best kept candidates, starting at `min_rank`.
+    2. Fill up with random documents of the pool, also where too few candidates were kept (the reference repeats the
+       first one instead, docs/method.md#too-few-negatives).
+
+    Args:
+        kept: candidates that passed the filters, best first.
+        random_mix: the share of `count` drawn at random.
+        forbidden: documents that must not be drawn.
+
+    Returns:
+        Fewer than `count` ids only if the pool has no other documents outside `forbidden`.
     """
-    chosen = list(kept[min_rank : min_rank + count - round(count * random_mix)])
+    chosen = list(kept[min_rank : min_rank + count - round(count * random_mix)])  # 1.
     taken = {*forbidden, *chosen}
-    for index in _draws(len(pool), 8 * count, rng):
+    for index in _draws(len(pool), 8 * count, rng):  # 2.
         if len(chosen) >= count:
             break
         if pool[index] not in taken:
@@ -71,21 +87,23 @@ def choose_negatives(
 
 
 def _draws(size: int, tries: int, rng: np.random.Generator) -> Iterator[int]:
-    """Random indices; then, for a pool so small that these were mostly forbidden, every index once."""
+    """Random indices, followed by every index once in case most of a small pool is forbidden."""
     yield from rng.integers(0, size, tries)
     yield from rng.permutation(size)
 
 
 def calibrate_threshold(gold_scores: np.ndarray, other_scores: np.ndarray) -> float:
-    """The similarity that best tells gold from other candidates: the t of largest F1 for "score > t means gold".
+    """The threshold t that best separates positives from other candidates: "score > t means positive" has the best F1.
+
+    F1 is used because positives are rare among the candidates: accuracy would drop nothing, and Youden's J, which
+    ignores class frequencies, would drop most hard negatives.
 
     Args:
-        gold_scores: cosines of validation queries to their gold documents.
+        gold_scores: cosines of validation queries to their positives.
         other_scores: cosines of the same queries to their other top candidates.
 
-    F1 rather than accuracy (gold is rare among candidates, so accuracy would drop nothing) or Youden's J (it ignores
-    that rarity and would drop most hard negatives). Ties go to the higher threshold, which drops less. Without any gold
-    score nothing can be told apart and the threshold is 1.
+    Returns:
+        On ties the higher threshold, which drops fewer candidates; 1 if there are no gold scores.
     """
     if not len(gold_scores):
         return 1.0

@@ -173,5 +173,6 @@ class Embedder:
 
 def _unit_rows(vectors: ArrayLike) -> np.ndarray:
     rows = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
-    norms: np.ndarray = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / norms.clip(1e-12)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True).astype(np.float32)
+    unit: np.ndarray = rows / norms.clip(1e-12)
+    return unit

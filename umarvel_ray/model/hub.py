@@ -6,6 +6,7 @@ import re
 import sys
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import check_files
@@ -40,8 +41,8 @@ def _snapshot(repository: str, revision: str | None) -> Path:
     from huggingface_hub.utils.tqdm import tqdm
 
     class Quiet(tqdm):
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **kwargs | {"disable": True})
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
 
     fetch = partial(snapshot_download, repository, revision=revision, allow_patterns=FILES, ignore_patterns=SUBFOLDERS)
     try:

@@ -107,6 +107,8 @@ def embedding_step(
         outputs.append(vectors)
         embeddings[rows_of(index)] = vectors.detach()
 
+    assert embeddings is not None
+
     # 3. Compute the loss over all ranks and its gradient at this rank's embeddings and log τ.
     leaf = embeddings.requires_grad_()
     tau = log_temperature.detach().requires_grad_()
@@ -115,6 +117,8 @@ def embedding_step(
     start = sum(q for q, _ in sizes[:rank])
     loss = loss_of(all_queries, all_documents, tau, slice(start, start + len(queries)))
     loss.backward()
+    assert leaf.grad is not None
+    assert tau.grad is not None
 
     # 4. Backpropagate it through each chunk: the surrogate's gradient is the gradient of the loss.
     for index in range(len(chunks)):

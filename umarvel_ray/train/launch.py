@@ -89,7 +89,7 @@ def _trainer(
             storage_path=str(run_dir / "train_state"),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[_FailureLog(specs)],
+            callbacks=[_FailureLog(specs)],  # type: ignore[list-item]
         ),
     )
 

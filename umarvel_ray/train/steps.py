@@ -14,7 +14,7 @@ from umarvel_ray.data.plan import PlanStep
 from umarvel_ray.model.distillation import distillation_loss
 from umarvel_ray.model.losses import info_nce
 from umarvel_ray.model.vectors import truncate
-from umarvel_ray.recipe import ContrastivePhase, DistillPhase
+from umarvel_ray.recipe import ContrastivePhase, TrainingPhase
 from umarvel_ray.train.embedding_step import LossOf, Passes, VisualOf, embedding_step
 from umarvel_ray.train.phases import PhaseSpec
 from umarvel_ray.train.rerank_step import rerank_step
@@ -54,7 +54,7 @@ def not_negatives(plan: PlanStep) -> np.ndarray:
     return matrix
 
 
-def _loss_of(plan: PlanStep, phase: ContrastivePhase | DistillPhase) -> LossOf:
+def _loss_of(plan: PlanStep, phase: TrainingPhase) -> LossOf:
     return _contrastive(plan, phase) if isinstance(phase, ContrastivePhase) else _distillation(plan)
 
 

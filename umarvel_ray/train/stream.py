@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -103,11 +103,12 @@ def open_stream(
     pause_scheduling(context)
     with DataContext.current(context):
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _encode_row, batch_size=1, num_cpus=cpus, fn_kwargs={"tables": tables, "pairs": pairs}
+            cast(Any, _encode_row), batch_size=1, num_cpus=cpus, fn_kwargs={"tables": tables, "pairs": pairs}
         )
         stream = dataset.iter_batches(batch_size=1, prefetch_batches=2 * tasks, batch_format="pyarrow")
-        for step, row in zip(plan, stream, strict=True):
-            first, second = pickle.loads(row["payload"][0].as_buffer())
+        encoded: Any
+        for step, encoded in zip(plan, stream, strict=True):
+            first, second = pickle.loads(encoded["payload"][0].as_buffer())
             yield RankPairs(step, first) if pairs else RankItems(step, first, second)
 
 

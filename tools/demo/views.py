@@ -1,4 +1,4 @@
-"""Pictures for pretraining: redrawn with changes, looked at once by the picture teacher, cut into patches."""
+"""Pictures for pretraining: redrawn with changes, shown once to the picture teacher, cut into patches."""
 
 import random
 import re
@@ -16,11 +16,11 @@ from tools.demo.teachers import PictureTeacher
 
 TEACHER_DIM = 256
 VIEWS = 5
-LEFT_RIGHT = re.compile(r"\b(left|right|flag|clock|o’clock|button|letter)\b", re.IGNORECASE)  # not to be mirrored
+LEFT_RIGHT = re.compile(r"\b(left|right|flag|clock|o’clock|button|letter)\b", re.IGNORECASE)  # must not be mirrored
 
 
 def redraw(pictures: Tensor, may_flip: Tensor, generator: torch.Generator) -> Tensor:
-    """Move, turn, scale, flip, and shift the colours of uint8 (n, 3, 64, 64); the ground stays white."""
+    """Shift, rotate, scale, flip and recolor uint8 (n, 3, 64, 64); the background stays white."""
     n = len(pictures)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -41,7 +41,7 @@ def redraw(pictures: Tensor, may_flip: Tensor, generator: torch.Generator) -> Te
 
 
 def disturb(pictures: Tensor) -> Tensor:
-    """What only the student sees: a small shift of brightness and one square missing in half of the pictures."""
+    """What only the student sees: slightly changed brightness, and a missing square in half of the pictures."""
     pictures = pictures.float() * torch.empty(len(pictures), 3, 1, 1).uniform_(0.93, 1.07)
     for i in torch.nonzero(torch.rand(len(pictures)) < 0.5).flatten().tolist():
         side = random.randint(8, 20)
@@ -51,7 +51,7 @@ def disturb(pictures: Tensor) -> Tensor:
 
 
 def patches_of(pictures: Tensor) -> Tensor:
-    """(n, 3, 64, 64) of 0..255 → (n, 64, patch_dim), as Qwen2-VL's image processor cuts them (blocks of 2x2)."""
+    """(n, 3, 64, 64) in 0..255 → (n, 64, patch_dim), in the order of Qwen2-VL's image processor (blocks of 2x2)."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     pixels = (pictures.float() / 255.0 - mean) / std
     n, side = len(pixels), 64 // PATCH // MERGE
@@ -62,8 +62,13 @@ def patches_of(pictures: Tensor) -> Tensor:
 
 @dataclass
 class Views:
-    """Redrawn pictures and what the picture teacher saw in them: uint8 (views, n, 3, 64, 64); float16 (views, n, 64,
-    112) evened out, and float16 (views, n, 16, TEACHER_DIM) rotated onto the teacher's main directions."""
+    """Redrawn pictures and the picture teacher's maps of them; one tensor per view.
+
+    Attributes:
+        pictures: uint8 (n, 3, 64, 64).
+        patches: float16 (n, 64, 112), standardized.
+        cells: float16 (n, 16, TEACHER_DIM), projected onto the teacher's principal components.
+    """
 
     pictures: list[Tensor]
     patches: list[Tensor]
@@ -71,7 +76,7 @@ class Views:
 
 
 def make_views(corpus: Corpus, path: Path, log: Callable[[str], None]) -> Views:
-    """Draw and look, view by view; each finished view is kept on disk."""
+    """Make the views one by one; each finished view is cached on disk."""
     pictures = torch.from_numpy(corpus.pictures)
     may_flip = torch.tensor([not any(LEFT_RIGHT.search(t) for t in own) for own in corpus.texts])
     teacher = PictureTeacher()
@@ -86,11 +91,11 @@ def make_views(corpus: Corpus, path: Path, log: Callable[[str], None]) -> Views:
         if not file.exists():
             generator = torch.Generator().manual_seed(view)
             new = redraw(pictures, may_flip, generator) if view else pictures
-            looked = [teacher(part) for part in new.split(64)]
-            inner = torch.cat([((patch - level) / spread).clamp(-6, 6).half() for patch, _ in looked])
-            outer = torch.cat([((cell - mean) @ rotate).half() for _, cell in looked])
+            maps = [teacher(part) for part in new.split(64)]
+            inner = torch.cat([((patch - level) / spread).clamp(-6, 6).half() for patch, _ in maps])
+            outer = torch.cat([((cell - mean) @ rotate).half() for _, cell in maps])
             torch.save((new, inner, outer), file)
-            log(f"view {view + 1}/{VIEWS} drawn and looked at")
+            log(f"view {view + 1}/{VIEWS} done")
         for kept, new in zip((views.pictures, views.patches, views.cells), torch.load(file), strict=True):
             kept.append(new)
     return views

@@ -1,4 +1,4 @@
-"""What the base is taught: draws of pictures, texts and questions, and the losses on them, stage by stage."""
+"""The losses of each part of pretraining, on pictures, texts and questions drawn at random."""
 
 import random
 from collections import Counter, defaultdict
@@ -10,17 +10,17 @@ from torch.nn import functional as F
 
 from tools.demo.base_model import HIDDEN, SIDE
 from tools.demo.corpus import Corpus, Turn
-from tools.demo.drawing import TEACHER_DIM, VIEWS, Views, disturb, patches_of
-from tools.demo.judging import Judging
+from tools.demo.pair_sampler import PairSampler
 from tools.demo.reading import Reader
 from tools.demo.teachers import PATCH_DIM
+from tools.demo.views import TEACHER_DIM, VIEWS, Views, disturb, patches_of
 from umarvel_ray.items.encoder import EncodedItem
 
 Losses = dict[str, Tensor]
 
 
 class Heads(nn.Module):
-    """What is thrown away afterwards: visual tokens and hidden states → the teachers' spaces."""
+    """Temporary heads from visual tokens and hidden states into the teachers' spaces; discarded afterwards."""
 
     def __init__(self, basis: Tensor, width: int) -> None:
         super().__init__()
@@ -36,11 +36,11 @@ class Heads(nn.Module):
                 head.bias.zero_()
 
 
-class Lessons:
-    """The losses of each stage, by name.
+class PretrainingLosses:
+    """The losses of each part, by name.
 
     Args:
-        meanings: the text teacher's, by text, (384,) of unit length: of every description of a picture, and of others.
+        meanings: the text teacher's unit vectors (384,) by text, for every description of a picture and other texts.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Lessons:
         corpus: Corpus,
         views: Views,
         meanings: dict[str, Tensor],
-        judging: Judging,
+        sampler: PairSampler,
         reader: Reader,
         heads: Heads,
     ) -> None:
-        self.corpus, self.views, self.judging = corpus, views, judging
-        self.instructions = sorted({query["instruction"] for query in judging.queries})
+        self.corpus, self.views, self.sampler = corpus, views, sampler
+        self.instructions = sorted({query["instruction"] for query in sampler.queries})
         self.reader, self.heads = reader, heads
         named = [min(own, key=len) if own else "" for own in corpus.texts]
         self.keys = list(zip(corpus.concepts, named, strict=True))
@@ -64,29 +64,29 @@ class Lessons:
         per_concept = Counter(key[0] for key in groups)
         self.group_weights = [per_concept[key[0]] ** -0.4 for key in groups]
         self.concept_ids = torch.tensor([hash(c) for c in corpus.concepts])
-        # Every description of a picture, for choosing among all of them: its meaning and its picture's concept.
+        # The bank: every description of a picture once per concept it describes.
         described = sorted({text for own in corpus.texts for text in own})
         row = {text: i for i, text in enumerate(described)}
         self.text_rows = [[row[t] for t in own] for own in corpus.texts]
         self.meanings = torch.stack([meanings[text] for text in described])
-        told = sorted({(r, corpus.concepts[i]) for i, rows in enumerate(self.text_rows) for r in rows})
-        self.bank_rows = torch.tensor([r for r, _ in told])
+        entries = sorted({(r, corpus.concepts[i]) for i, rows in enumerate(self.text_rows) for r in rows})
+        self.bank_rows = torch.tensor([r for r, _ in entries])
         self.bank = self.meanings[self.bank_rows]
-        self.bank_concepts = torch.tensor([hash(c) for _, c in told])
+        self.bank_concepts = torch.tensor([hash(c) for _, c in entries])
         self.passages = [turn for turn in corpus.turns if turn.picture is None]
         self.captioned = [turn.picture for turn in corpus.turns if turn.prompt == "What is this?"]
-        self.asked = defaultdict(list)
+        self.questions = defaultdict(list)
         for turn in corpus.turns:
             if turn.picture is not None and turn.prompt != "What is this?":
-                self.asked[turn.picture].append(turn)
-        self.read = sorted(meanings, key=len)  # texts of like length share a batch
-        self.read_meanings = torch.stack([meanings[text] for text in self.read])
+                self.questions[turn.picture].append(turn)
+        self.taught_texts = sorted(meanings, key=len)  # texts of similar length share a batch
+        self.taught_meanings = torch.stack([meanings[text] for text in self.taught_texts])
 
     def vision(self, pairs: int = 32) -> Losses:
         return self._tower_losses(torch.tensor(self._draw(pairs)))[0]
 
     def text(self) -> Losses:
-        """Passages or answers to go on with, and sentences whose meaning the text teacher tells."""
+        """Passages or answers to generate, and texts whose meaning the text teacher gives."""
         turns = random.choices(self.passages, k=20)
         generated = self.reader.answer_loss(
             [(t if random.random() < 0.5 else Turn("", None, t.answer)) for t in turns], None
@@ -94,11 +94,11 @@ class Lessons:
         return {"generated": generated, **self._meaning_losses(96)}
 
     def joint(self) -> Losses:
-        losses, _, _ = self._told_and_asked(pairs=24)
+        losses, _, _ = self._picture_losses(pairs=24)
         return losses | {name: 0.5 * loss for name, loss in self._meaning_losses(24).items()}
 
-    def _told_and_asked(self, pairs: int) -> tuple[Losses, Tensor, Tensor]:
-        """Pictures seen, told and asked about; also which were drawn, and their visual tokens."""
+    def _picture_losses(self, pairs: int) -> tuple[Losses, Tensor, Tensor]:
+        """Tower losses, captions and answers on drawn pictures; also returns their rows and visual tokens."""
         drawn = torch.tensor(self._draw(pairs))
         turns = [self._turn_about(i) for i in drawn.tolist()]
         losses, tokens = self._tower_losses(drawn)
@@ -108,26 +108,26 @@ class Lessons:
         losses = {name: 0.5 * loss for name, loss in losses.items()}
         return losses | {"generated": generated, "text": 0.2 * passages}, drawn, tokens
 
-    def further(self, wrong: int = 3) -> Losses:
-        losses, drawn, tokens = self._told_and_asked(pairs=16)
+    def further(self, negatives: int = 3) -> Losses:
+        losses, drawn, tokens = self._picture_losses(pairs=16)
         shown = self.heads.sentence(self.reader.items(self._shown(drawn), tokens))
-        losses["seen"] = 0.3 * self._told_loss(drawn, shown)
+        losses["seen"] = 0.3 * self._word_loss(drawn, shown)
         losses |= self._item_losses(64)
-        judged = self.judging.draw(10, wrong, random)
-        scored = self.reader.judge(judged, self.corpus, self.judging.encoder.yes_no)
-        scores, answers = (x.view(-1, 1 + wrong) for x in scored)
+        judged = self.sampler.draw(10, negatives, random)
+        scored = self.reader.judge(judged, self.corpus, self.sampler.encoder.yes_no)
+        scores, answers = (x.view(-1, 1 + negatives) for x in scored)
         chosen = F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
         return losses | {"chosen": chosen, "judged": 0.3 * (answers[:, 0] + answers[:, 1:].mean(1)).mean()}
 
     def _draw(self, pairs: int) -> list[int]:
-        """Pictures, two and two drawings of one thing (or one twice)."""
+        """Pictures in pairs that show the same thing; the same picture twice where there is only one."""
         chosen = []
         for group in random.choices(self.groups, weights=self.group_weights, k=pairs):
             chosen += random.sample(group, 2) if len(group) > 1 else [group[0], group[0]]
         return chosen
 
     def _tower_losses(self, chosen: Tensor) -> tuple[Losses, Tensor]:
-        """Neighbours 2i, 2i + 1 of `chosen` show the same. Also returns the visual tokens."""
+        """Rows 2i and 2i + 1 of `chosen` show the same thing. Also returns the visual tokens."""
         view = [random.randrange(VIEWS) for _ in range(len(chosen))]
         drawn, inner, target = (
             torch.stack([kept[v][i] for v, i in zip(view, chosen.tolist(), strict=True)]).float()
@@ -139,59 +139,63 @@ class Lessons:
         cells = 1 - F.cosine_similarity(self.heads.cells(tokens), target, dim=-1).mean()
         whole = 1 - F.cosine_similarity(self.heads.whole(pooled), target.mean(1), dim=-1).mean()
 
-        words = self._told_loss(chosen, self.heads.words(pooled))
+        words = self._word_loss(chosen, self.heads.words(pooled))
 
-        made = F.normalize(self.heads.artist(pooled), dim=-1)
-        alike = made @ made.T / 0.1
+        vectors = F.normalize(self.heads.artist(pooled), dim=-1)
+        similarity = vectors @ vectors.T / 0.1
         partner = torch.arange(len(chosen)) ^ 1
         same = torch.tensor([hash(self.keys[i]) for i in chosen.tolist()])
         hidden = (same == same[:, None]) & (partner[:, None] != torch.arange(len(chosen)))
-        artist = F.cross_entropy(alike.masked_fill(hidden, -1e4), partner)
+        artist = F.cross_entropy(similarity.masked_fill(hidden, -1e4), partner)
         losses = {"patches": 0.5 * patches, "cells": cells, "whole": whole}
         return losses | {"words": 0.4 * words, "artist": 0.4 * artist}, tokens
 
-    def _told_loss(self, chosen: Tensor, said: Tensor) -> Tensor:
-        """`said` (n, 384) chooses each picture's words among all descriptions; near meanings count in part."""
+    def _word_loss(self, chosen: Tensor, predicted: Tensor) -> Tensor:
+        """`predicted` (n, 384) selects each picture's words among all descriptions; similar meanings count in part."""
         concepts = self.concept_ids[chosen]
         rows = torch.tensor([random.choice(self.text_rows[i]) if self.text_rows[i] else -1 for i in chosen.tolist()])
-        told = rows >= 0
-        meaning = self.meanings[rows[told]]
+        described = rows >= 0
+        meaning = self.meanings[rows[described]]
         close = (meaning @ self.bank.T) / 0.05
-        mine = self.bank_rows == rows[told][:, None]
-        others = (self.bank_concepts == concepts[told][:, None]) & ~mine  # the concept's other texts are not wrong
+        mine = self.bank_rows == rows[described][:, None]
+        others = (
+            self.bank_concepts == concepts[described][:, None]
+        ) & ~mine  # the concept's other texts are correct too
         close = close.masked_fill(others, -1e4)
-        want = 0.6 * mine / mine.sum(1, keepdim=True) + 0.4 * close.softmax(-1)
-        scores = F.normalize(said[told], dim=-1) @ self.bank.T / 0.05
-        return -(want * scores.masked_fill(others, -1e4).log_softmax(-1)).sum(-1).mean()
+        target = 0.6 * mine / mine.sum(1, keepdim=True) + 0.4 * close.softmax(-1)
+        scores = F.normalize(predicted[described], dim=-1) @ self.bank.T / 0.05
+        return -(target * scores.masked_fill(others, -1e4).log_softmax(-1)).sum(-1).mean()
 
     def _meaning_losses(self, size: int) -> Losses:
-        """Texts of like length, read on full attention: each one's meaning, and which of them are alike."""
-        rows = self._rows_of_like_length(size)
-        return self._against_teacher(self.reader.texts([self.read[i] for i in rows]), rows)
+        """Texts of similar length, read with full attention: the meaning of each, and their similarities."""
+        rows = self._rows_of_similar_length(size)
+        return self._against_teacher(self.reader.texts([self.taught_texts[i] for i in rows]), rows)
 
     def _item_losses(self, size: int) -> Losses:
-        """The same for texts as the embedder reads them: documents, and queries with instructions."""
-        rows = self._rows_of_like_length(size)
-        return self._against_teacher(self.reader.items([self._item({"text": self.read[i]}) for i in rows], None), rows)
+        """The same for texts as the embedder reads them: as documents, and as queries with instructions."""
+        rows = self._rows_of_similar_length(size)
+        return self._against_teacher(
+            self.reader.items([self._item({"text": self.taught_texts[i]}) for i in rows], None), rows
+        )
 
-    def _rows_of_like_length(self, size: int) -> list[int]:
-        start = random.randrange(len(self.read) - 4 * size)
+    def _rows_of_similar_length(self, size: int) -> list[int]:
+        start = random.randrange(len(self.taught_texts) - 4 * size)
         return random.sample(range(start, start + 4 * size), size)
 
-    def _against_teacher(self, read: Tensor, rows: list[int]) -> Losses:
-        said, meaning = F.normalize(self.heads.sentence(read), dim=-1), self.read_meanings[rows]
-        want = (meaning @ meaning.T / 0.05).softmax(-1)
-        alike = -(want * (said @ meaning.T / 0.05).log_softmax(-1)).sum(-1).mean()
-        return {"meaning": 4 * (1 - (said * meaning).sum(-1).mean()), "alike": 0.3 * alike}
+    def _against_teacher(self, pooled: Tensor, rows: list[int]) -> Losses:
+        predicted, meaning = F.normalize(self.heads.sentence(pooled), dim=-1), self.taught_meanings[rows]
+        target = (meaning @ meaning.T / 0.05).softmax(-1)
+        alike = -(target * (predicted @ meaning.T / 0.05).log_softmax(-1)).sum(-1).mean()
+        return {"meaning": 4 * (1 - (predicted * meaning).sum(-1).mean()), "alike": 0.3 * alike}
 
     def _item(self, item: dict) -> EncodedItem:
-        encoder = self.judging.encoder.items
+        encoder = self.sampler.encoder.items
         if random.random() < 0.5:
             return encoder.encode(item, "document")
         return encoder.encode(item | {"instruction": random.choice(self.instructions)}, "query")
 
     def _shown(self, drawn: Tensor) -> list[EncodedItem]:
-        """Pictures as items: all are of one size, so one stands for all."""
+        """Encoded items for drawn pictures. All pictures have the same size, so any picture encodes alike."""
         any_picture = Image.new("RGB", (SIDE, SIDE))
         return [self._item({"image": any_picture}) for _ in drawn]
 
@@ -200,9 +204,9 @@ class Lessons:
         if not texts:
             return None
         kind = random.random()
-        asked = self.asked.get(picture, [])
-        if kind < 0.25 and asked:
-            return random.choice(asked)
+        questions = self.questions.get(picture, [])
+        if kind < 0.25 and questions:
+            return random.choice(questions)
         if kind < 0.5:
             right = random.random() < 0.5
             other = random.choice(self.captioned)

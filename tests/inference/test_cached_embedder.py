@@ -1,0 +1,33 @@
+"""The embedder that caches across checkpoints, against the library's embedder."""
+
+import numpy as np
+
+from tests.support.embedding_tables import SETTINGS, embed_singly, make_documents
+from tests.support.tiny import make_tiny_base
+from umarvel_ray.inference.cached_embedder import CachedEmbedder
+from umarvel_ray.model.checkpoint import CheckpointRef
+
+
+def test_cache_never_changes_a_vector(tiny_base):
+    """On a second pass, on the other side and for evicted items, vectors equal those of the library's embedder."""
+    rows = make_documents(30).to_pylist()
+    expected = embed_singly(tiny_base, rows)
+    for cache_bytes in (0, 20_000, 2**30):
+        cached = CachedEmbedder("cpu", "float32", 1024, 1, cache_bytes)
+        cached.load(CheckpointRef.of(tiny_base, SETTINGS))
+        for _ in range(2):
+            ids, vectors, quarantined = cached.embed(rows, "document")
+            assert ids == [row["id"] for row in rows]
+            assert quarantined == []
+            assert np.abs(vectors - expected).max() < 1e-5
+        queries = [row | {"instruction": "Find an image."} for row in rows]
+        assert np.abs(cached.embed(queries, "query")[1] - embed_singly(tiny_base, queries, "query")).max() < 1e-5
+
+
+def test_cache_is_cleared_when_the_tower_changes(tiny_base, tmp_path):
+    other = make_tiny_base(tmp_path / "other", seed=1)
+    rows = make_documents(9).to_pylist()
+    cached = CachedEmbedder("cpu", "float32", 1024, 1, 2**30)
+    for base in (tiny_base, other, tiny_base):
+        cached.load(CheckpointRef.of(base, SETTINGS))
+        assert np.abs(cached.embed(rows, "document")[1] - embed_singly(base, rows)).max() < 1e-5
