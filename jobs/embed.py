@@ -1,4 +1,4 @@
-"""Embed every document with the final model, in shards.
+"""Embed all documents with the final model, in shards.
 
 python jobs/embed.py --recipe demo [key=value …] [--dry-run]
 ray job submit --working-dir . -- python jobs/embed.py --recipe demo output=/shared/runs/demo

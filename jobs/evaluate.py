@@ -1,4 +1,4 @@
-"""Recall per task in local and global pools after every finished step, and the report.
+"""Measure recall per task in local and global pools for every finished phase, and write the report.
 
 python jobs/evaluate.py --recipe demo [key=value …] [--dry-run]
 ray job submit --working-dir . -- python jobs/evaluate.py --recipe demo output=/shared/runs/demo

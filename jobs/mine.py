@@ -1,4 +1,4 @@
-"""Embed the training set, exact top-k, filter: the hard negatives of stage 2.
+"""Mine stage 2's hard negatives: embed the training set, search it exactly, filter.
 
 python jobs/mine.py --recipe demo [key=value …] [--dry-run]
 ray job submit --working-dir . -- python jobs/mine.py --recipe demo output=/shared/runs/demo

@@ -1,4 +1,4 @@
-"""The whole recipe; killed anywhere, the same command goes on where it stopped.
+"""Run the whole recipe; the same command resumes an interrupted run.
 
 python jobs/pipeline.py --recipe demo [key=value …] [--dry-run]
 ray job submit --working-dir . -- python jobs/pipeline.py --recipe demo output=/shared/runs/demo

@@ -1,4 +1,4 @@
-"""Stage 2: mine and filter hard negatives, then continue the contrastive training with them.
+"""Stage 2: mine and filter hard negatives, then continue contrastive training with them.
 
 python jobs/stage2.py --recipe demo [key=value …] [--dry-run]
 ray job submit --working-dir . -- python jobs/stage2.py --recipe demo output=/shared/runs/demo

@@ -1,4 +1,4 @@
-"""Stage 3: score candidates with the reranker and distil recall-then-rerank into the embedder.
+"""Stage 3: score candidates with the reranker and distill recall-then-rerank into the embedder.
 
 python jobs/stage3.py --recipe demo [key=value …] [--dry-run]
 ray job submit --working-dir . -- python jobs/stage3.py --recipe demo output=/shared/runs/demo

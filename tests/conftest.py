@@ -1,4 +1,4 @@
-"""What many tests share: one local Ray, one tiny random base model, and the larger data where it is at hand."""
+"""Shared fixtures: one local Ray, tiny random base models, and larger data if it is available."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from umarvel_ray.serving.environment import SERVE
 
 prepare_environment(SERVE)  # before any test module imports ray
 
-hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine must not fail a test
 hypothesis.settings.load_profile("unhurried")
 
 REPO = Path(__file__).resolve().parent.parent
@@ -31,14 +31,14 @@ def models_on_the_cpu() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """One loopback Ray for the whole session; stopped at its end, and nothing else with it."""
+    """One local Ray on loopback for the whole session."""
     with start_ray(cpus=4, object_store_bytes=256 * 2**20):
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
-    """An HF directory with a random Qwen2-VL of the demo's shapes, scaled down."""
+    """A Hugging Face directory with a random Qwen2-VL, a scaled-down version of the demo's base."""
     from tests.support.tiny import make_tiny_base
 
     directory = tmp_path_factory.mktemp("tiny_base")
@@ -48,7 +48,7 @@ def tiny_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def family_base(request, tiny_base, tmp_path_factory) -> Path:
-    """A tiny random base of each backbone family."""
+    """A tiny random base model of each backbone family."""
     if request.param == "qwen2_vl":
         return tiny_base
     from tests.support.tiny import make_tiny_base
@@ -58,10 +58,10 @@ def family_base(request, tiny_base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Larger data of others, beside the checkout or in UMARVEL_SHARED; not part of the repository."""
-    directory = Path(os.environ.get("UMARVEL_SHARED", REPO.parent / "shared"))
+    """The folder in UMARVEL_SHARED with larger data of other projects, which is not part of the repository."""
+    directory = Path(os.environ.get("UMARVEL_SHARED", "nowhere"))
     if not directory.is_dir():
-        pytest.skip("no larger data at hand (UMARVEL_SHARED)")
+        pytest.skip("larger data not installed; set UMARVEL_SHARED")
     return directory
 
 
@@ -75,7 +75,7 @@ def run(tiny_base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(ray_cluster) -> Iterator[str]:
-    """Ray Serve on loopback, without an application."""
+    """The address of a Ray Serve on loopback without an application."""
     from tests.support.served import serve_address
 
     with serve_address() as address:

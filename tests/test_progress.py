@@ -1,4 +1,4 @@
-"""Progress in a log: few lines, the right counts, a closing line."""
+"""Progress: few lines in a log, correct counts, a closing line, a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_terminal_gets_a_bar():
     with os.fdopen(theirs, "w") as terminal, progress(2, "read", "file", terminal) as bar:
         bar.update(2)
     shown = ""
-    with suppress(OSError):  # Linux' answer when the other side is closed and all is read
+    with suppress(OSError):  # raised by Linux once the other side is closed and everything is read
         while piece := os.read(ours, 4096).decode():
             shown += piece
     os.close(ours)
@@ -55,7 +55,7 @@ def test_a_terminal_gets_a_bar():
     assert "2/2" in shown
 
 
-def test_a_job_left_halfway_says_so():
+def test_a_job_that_ends_early_says_stopped():
     log = io.StringIO()
     with progress(400, "train", "step", log) as bar:
         bar.update(5)

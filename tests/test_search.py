@@ -1,4 +1,4 @@
-"""`umarvel search`: ranks as a by-hand computation does, over the newest model, and shows it."""
+"""`umarvel search`: rankings equal a computation by hand with the newest model, and are printed and written."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_more_than_there_is(run):
     assert len(search.search_run(run, QUERY, top_k=100)) == 3 * len(TEXTS)
 
 
-def test_the_newest_step_with_its_own_embeddings_is_taken(run, tmp_path):
+def test_the_newest_phase_with_its_own_embeddings_is_used(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     (folder / "checkpoints" / "distillation").rename(folder / "checkpoints" / "instruction")
@@ -84,17 +84,17 @@ def test_the_newest_step_with_its_own_embeddings_is_taken(run, tmp_path):
 
     newer = folder / "checkpoints" / "hard-negatives"
     shutil.copytree(instruction[0], newer)
-    assert search.newest(folder) == instruction  # nothing embedded with it yet
+    assert search.newest(folder) == instruction  # nothing is embedded with the newer one yet
     whole = folder / "embeddings" / "documents"
     shutil.copytree(instruction[1], whole)
     assert search.newest(folder) == (newer, whole)
 
     config = json.loads((newer / "config.json").read_text())
     (newer / "config.json").write_text(json.dumps(config, indent=7))
-    assert search.newest(folder) == (instruction[0], whole)  # those embeddings are another model's
+    assert search.newest(folder) == (instruction[0], whole)  # the embeddings are of another model
 
 
-def test_the_weight_that_evaluation_chose_is_used(run, tmp_path):
+def test_the_weight_that_evaluation_calibrated_is_used(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "evaluation" / "rerank").mkdir()
     notes = {"notes": {"weight local": 9.0, "weight global": 0.0}}

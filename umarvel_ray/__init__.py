@@ -1,6 +1,6 @@
-"""umarvel-ray: train, mine, rerank, distil, evaluate and serve a universal multimodal retriever on Ray.
+"""umarvel-ray: train, mine, rerank, distill, evaluate and serve a universal multimodal retriever on Ray.
 
-`Embedder` and `Reranker` are imported on first use, so that `import umarvel_ray` and `umarvel --help` need no torch.
+`Embedder` and `Reranker` are imported on first use, so that `import umarvel_ray` and `umarvel --help` load no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A cache that is bounded in bytes."""
+"""A cache with a limit in bytes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Value = TypeVar("Value")
 
 
 class ByteCache(Generic[Key, Value]):
-    """Values by key; the least recently used are dropped beyond `max_bytes`. Threads may share one.
+    """A thread-safe cache that evicts the least recently used values beyond `max_bytes`.
 
     Args:
-        size: bytes of a value; one that exceeds `max_bytes` by itself is not kept.
+        size: bytes of a value; a value larger than `max_bytes` is not kept.
     """
 
     def __init__(self, max_bytes: int, size: Callable[[Value], int]) -> None:
@@ -31,10 +31,12 @@ class ByteCache(Generic[Key, Value]):
         return int(self._values.currsize)
 
     def get(self, key: Key) -> Value | None:
+        """The value, which becomes the most recently used; None if it is not cached."""
         with self._lock:
             return self._values.get(key)
 
     def put(self, key: Key, value: Value) -> None:
+        """Add a value; a key that is cached already keeps its value and its place."""
         with self._lock:
             if key not in self._values and self._size(value) <= self._values.maxsize:
                 self._values[key] = value

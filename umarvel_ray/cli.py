@@ -211,7 +211,7 @@ def _run_serve(options: argparse.Namespace) -> None:
 
 
 def guard(work: Callable[[], None]) -> int:
-    """Run a driver's work and return the exit status; an error that the user can fix is printed as one line on stderr."""
+    """Run a driver's work and return the exit status; an error that the user can fix is one line on stderr."""
     try:
         work()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes: files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: str | Path, durable: bool = False) -> Iterator[Path]:
-    """A path beside `path` to write one file to: renamed to `path` when the block ends, removed when it fails.
+    """Yield a temporary path beside `path`; it is renamed to `path` when the block ends, and removed if it fails.
 
     Args:
-        durable: the file and its name are on the disk when the block has ended.
+        durable: flush the file and its name to disk before returning.
 
     Raises:
         OSError: the file cannot be written.
@@ -50,9 +50,10 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1, durable: bo
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A fresh folder beside `folder` to fill: it takes the place of `folder` when the block ends.
+    """Yield an empty folder beside `folder`; it replaces `folder` when the block ends.
 
-    What an interrupted attempt left is removed first, an existing `folder` only once the new one is complete.
+    Leftovers of an interrupted attempt are removed first; an existing `folder` is removed only once the new one is
+    complete. One process at a time may write a folder.
 
     Raises:
         OSError: the folder cannot be written.
@@ -70,7 +71,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were created, renamed or removed in the folder durable."""
+    """Flush names created, renamed or removed in the folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

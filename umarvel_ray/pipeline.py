@@ -1,13 +1,13 @@
-"""The recipe as a story: three stages, mined negatives, a reranker, distillation, evaluation (paper section 3).
+"""A recipe from start to finish: three stages, mining, a reranker, distillation and evaluation (paper section 3).
 
-Each function of `JOBS` is one job: it starts from what the run folder holds, skips what is finished and resumes what is
-half done. A stage is planned first (`plan_stage…`: which phases, on which queries, in which batches) and then trained.
+Each function in `JOBS` is one job: it starts from what the run folder holds, skips finished work and resumes what was
+interrupted. A stage is first planned (`plan_stage…`: which phases, on which queries, in which batches), then trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -51,39 +51,39 @@ from umarvel_ray.train.quarantine import without_unusable
 
 
 class PlannedPhase(NamedTuple):
-    """A phase and the queries it trains on."""
+    """A phase, and the queries that it trains on."""
 
     spec: PhaseSpec
     queries: pa.Table
 
 
 class PlannedStage(NamedTuple):
-    """Phases in order, and the data whose documents their batch plans name."""
+    """Phases in order, and the data whose documents their batch plans refer to."""
 
     phases: list[PlannedPhase]
     data: Dataset
 
 
 class Actors(NamedTuple):
-    """Actors that outlive a stage: started at first use, kept for every checkpoint after it."""
+    """The actor groups of a run: started on first use and kept for all later checkpoints."""
 
     embedders: EmbedderGroup
     rerankers: RerankerGroup
 
 
 @contextmanager
-def open_actors(run: Run, given: Actors | None = None) -> Iterator[Actors]:
-    """The actors of the caller, or fresh ones for a job that runs alone."""
-    if given:
-        yield given
+def open_actors(run: Run, existing: Actors | None = None) -> Iterator[Actors]:
+    """The caller's actors, or new ones for a job that runs on its own."""
+    if existing:
+        yield existing
         return
-    with ExitStack() as stack:
-        groups = (group(run.recipe.cluster, run.recipe.compute) for group in (EmbedderGroup, RerankerGroup))
-        yield Actors(*map(stack.enter_context, groups))
+    cluster, compute = run.recipe.cluster, run.recipe.compute
+    with EmbedderGroup(cluster, compute) as embedders, RerankerGroup(cluster, compute) as rerankers:
+        yield Actors(embedders, rerankers)
 
 
 def run_pipeline(run: Run) -> None:
-    """Everything, with an evaluation after stage 1 and at the end."""
+    """Run all stages, with an evaluation after stage 1 and at the end."""
     with open_actors(run) as actors:
         train_stage1(run)
         evaluate(run, actors)
@@ -93,12 +93,12 @@ def run_pipeline(run: Run) -> None:
 
 
 def train_stage1(run: Run) -> None:
-    """Progressive transition: text pairs → image-caption pairs → instructions, adapters merged in between."""
+    """Progressive transition: text pairs, then image-caption pairs, then instructions; adapters merged in between."""
     _train(run, "stage1", plan_stage1(run))
 
 
 def plan_stage1(run: Run, actors: Actors | None = None) -> PlannedStage:
-    """Plan every phase of stage 1 that the recipe has; a phase that it leaves out hands its parent on."""
+    """Plan the phases of stage 1 that the recipe has; each starts from the phase planned before it."""
     data = open_dataset(run.recipe.data)
     run.parent("base", "stage 1")
     phases, parent = [], "base"
@@ -114,10 +114,10 @@ def plan_stage1(run: Run, actors: Actors | None = None) -> PlannedStage:
 
 
 def mine(run: Run, actors: Actors | None = None) -> tuple[pa.Table, Dataset]:
-    """Embed the training split with stage 1's model, exact top-k, filters: what stage 2 and the reranker train on.
+    """Mine the candidates that stage 2 and the reranker train on, with the instruction checkpoint.
 
     Returns:
-        The mined table, and the training data it was mined in.
+        The mined table (`mining.mine.MINED`), and the training data it was mined from.
     """
     with open_actors(run, actors) as actors, run.timed("mining"):
         data = _mining_data(run)
@@ -133,12 +133,12 @@ def mine(run: Run, actors: Actors | None = None) -> tuple[pa.Table, Dataset]:
 
 
 def train_stage2(run: Run, actors: Actors | None = None) -> None:
-    """Continue with InfoNCE on in-batch and mined, filtered negatives."""
+    """Continue InfoNCE with in-batch negatives and mined, filtered hard negatives."""
     _train(run, "stage2", plan_stage2(run, actors))
 
 
 def plan_stage2(run: Run, actors: Actors | None = None) -> PlannedStage:
-    """Mine, and plan each query beside its negatives."""
+    """Mine, and plan each query together with its hard negatives."""
     run.parent(INSTRUCTION, "stage 2")
     mined, data = mine(run, actors)
     return PlannedStage([_plan_hard_negatives(run, mined, data)], data)
@@ -152,19 +152,19 @@ def train_reranker(run: Run, actors: Actors | None = None) -> None:
 
 
 def train_stage2_and_reranker(run: Run, actors: Actors | None = None) -> None:
-    """Both, one after the other in one worker group: on a laptop another would take longer to start than to train."""
+    """Train both phases in one worker group: on a laptop, starting a second group takes longer than training."""
     mined, data = mine(run, actors)
     phases = [_plan_hard_negatives(run, mined, data), _plan_reranker(run, mined, data)]
     _train(run, "stage2+reranker", PlannedStage(phases, data))
 
 
 def train_stage3(run: Run, actors: Actors | None = None) -> None:
-    """Score a query sample's candidates with the reranker, fuse with recall, distill into the embedder."""
+    """Score the candidates of a query sample with the reranker, fuse with the cosines, distill into the embedder."""
     _train(run, "stage3", plan_stage3(run, actors))
 
 
 def plan_stage3(run: Run, actors: Actors | None = None) -> PlannedStage:
-    """Recall and score the sample's candidates; plan them as a teacher's, or as the negatives of its control."""
+    """Retrieve and score the candidates of a query sample, then plan distillation or its contrastive control."""
     recipe, settings = run.recipe, run.recipe.stage3
     embedder, reranker = (CheckpointRef.of(run.parent(phase, "stage 3")) for phase in (HARD_NEGATIVES, RERANKER))
     phase, name = settings.train, settings.train.queries
@@ -194,18 +194,20 @@ def plan_stage3(run: Run, actors: Actors | None = None) -> PlannedStage:
 
 
 def embed(run: Run, actors: Actors | None = None) -> None:
-    """Embed every document with the final model, or another one: what an index is built from."""
-    wanted = run.recipe.embed
-    checkpoint = Path(wanted.checkpoint) if wanted.checkpoint else run.parent(DISTILLATION, "embedding")
-    ref = CheckpointRef.of(checkpoint, ModelSettings.reference() if wanted.preset else None)
+    """Embed every document with the final embedder, or with `embed.checkpoint`; an index is built from the result."""
+    settings = run.recipe.embed
+    checkpoint = Path(settings.checkpoint) if settings.checkpoint else run.parent(DISTILLATION, "embedding")
+    ref = CheckpointRef.of(checkpoint, ModelSettings.reference() if settings.preset else None)
     with open_actors(run, actors) as actors, run.timed("embed"):
         documents = open_dataset(run.recipe.data).documents
         folder = run.dir / "embeddings" / "documents"
-        embed_table(actors.embedders, documents, "document", folder, ref, "documents", truncate_dim=wanted.truncate_dim)
+        embed_table(
+            actors.embedders, documents, "document", folder, ref, "documents", truncate_dim=settings.truncate_dim
+        )
 
 
 def evaluate(run: Run, actors: Actors | None = None) -> None:
-    """Recall of every phase that has a checkpoint, and of recall-then-rerank; writes the report."""
+    """Evaluate every checkpoint of the ladder that exists, and recall-then-rerank; write the report."""
     recipe, data, folder = run.recipe, open_dataset(run.recipe.data), run.dir / "evaluation"
     data.validate(recipe.evaluate.split)
     with open_actors(run, actors) as actors, run.timed("evaluation"):
@@ -217,17 +219,18 @@ def evaluate(run: Run, actors: Actors | None = None) -> None:
         if run.has(DISTILLATION) and run.has(RERANKER):
             embedder, reranker = (CheckpointRef.of(run.checkpoint(phase)) for phase in (DISTILLATION, RERANKER))
             sampled = sample_queries(data.queries(VALIDATION), recipe.evaluate.calibrate_on, recipe.seed)
-            known_data = data.with_queries(VALIDATION, sampled)
-            known = evaluate_checkpoint(
-                actors.embedders, known_data, recipe, embedder, DISTILLATION, folder / VALIDATION, split=VALIDATION
+            data_sampled = data.with_queries(VALIDATION, sampled)
+            test, rerank_dir = results[-1], folder / "rerank"
+            validation = evaluate_checkpoint(
+                actors.embedders, data_sampled, recipe, embedder, DISTILLATION, folder / VALIDATION, split=VALIDATION
             )
             results.append(
-                evaluate_reranked(actors.rerankers, known_data, recipe, reranker, results[-1], known, folder / "rerank")
+                evaluate_reranked(actors.rerankers, data_sampled, recipe, reranker, test, validation, rerank_dir)
             )
     write_report(run, data, results)
 
 
-# What `jobs/*.py` and the verbs of the command line run.
+# The jobs behind `jobs/*.py` and the verbs of the command line.
 JOBS: dict[str, Callable[[Run], object]] = {
     "pipeline": run_pipeline,
     "stage1": train_stage1,
@@ -241,18 +244,18 @@ JOBS: dict[str, Callable[[Run], object]] = {
 
 
 def _plan_hard_negatives(run: Run, mined: pa.Table, data: Dataset) -> PlannedPhase:
-    """Stage 2's phase: the plan puts each query's mined negatives beside its positive."""
+    """The phase of stage 2: its plan puts each query's mined negatives next to its positive."""
     phase = run.recipe.stage2.train
     negatives = dict(zip(mined["query_id"].to_pylist(), mined["negative_ids"].to_pylist(), strict=True))
     queries = data.queries(phase.queries)
     spec = phase_spec(run, HARD_NEGATIVES, phase, INSTRUCTION)
-    given = (QueryRows.of(queries), phase, run.recipe.seed, negatives, phase.hard_negatives, phase.in_batch_negatives)
-    _plan_once(spec, partial(contrastive_plan, *given))
+    args = (QueryRows.of(queries), phase, run.recipe.seed, negatives, phase.hard_negatives, phase.in_batch_negatives)
+    _plan_once(spec, partial(contrastive_plan, *args))
     return PlannedPhase(spec, queries)
 
 
 def _plan_reranker(run: Run, mined: pa.Table, data: Dataset) -> PlannedPhase:
-    """The reranker's phase: each query with a positive and with one of its best candidates that passed the filters."""
+    """The reranker's phase: each query with a positive, and with one of the best candidates that passed the filters."""
     settings = run.recipe.reranker
     negatives = {
         row["query_id"]: [d for d, kept in zip(row["document_ids"], row["kept"], strict=True) if kept][
@@ -281,7 +284,7 @@ def _train(run: Run, stage: str, planned: PlannedStage) -> None:
 
 
 def _mining_data(run: Run) -> Dataset:
-    """The training data with its queries and pools cut to what mining may spend."""
+    """The training data, with queries and pools sampled down to the limits of mining."""
     name = run.recipe.stage2.train.queries
     data = _training_data(run, open_dataset(run.recipe.data), name)
     mining, seed = run.recipe.stage2.mining, run.recipe.seed
@@ -290,12 +293,12 @@ def _mining_data(run: Run) -> Dataset:
 
 
 def _training_data(run: Run, data: Dataset, name: str) -> Dataset:
-    """A query table checked against the documents, without rows that cannot be used."""
+    """The data with a query table validated and its unusable rows quarantined."""
     data.validate(name)
     return without_unusable(data, name, run.dir / "quarantine")
 
 
 def _plan_once(spec: PhaseSpec, make: Callable[[], list[PlanStep]]) -> None:
-    """Write a phase's batch plan unless an earlier attempt left it."""
+    """Write a phase's batch plan unless an earlier attempt has written it."""
     if not spec.plan_path.exists():
         write_plan(make(), spec.plan_path)

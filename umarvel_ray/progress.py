@@ -1,4 +1,4 @@
-"""Progress a person can read: a bar on a terminal, a plain line now and then in a log."""
+"""Progress of a job: a bar on a terminal, an occasional plain line in a log."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Bar(Protocol):
 def progress(total: int, what: str, unit: str = "it", stream: TextIO | None = None) -> Iterator[Bar]:
     """Count `total` units of `what`: `with progress(1000, "embed documents", "doc") as bar: bar.update(32)`.
 
-    `stream` (stderr by default) gets a tqdm bar when it is a terminal; otherwise one line every 10 s or every tenth of
-    the way, whichever is rarer, and always a closing line with the count, the rate and the time.
+    On a terminal, `stream` (stderr by default) shows a tqdm bar. Otherwise it gets a line every 10 s or every 10 %,
+    whichever is rarer, and a closing line with the count, the rate and the time.
     """
     stream = stream or sys.stderr
     if stream.isatty():
@@ -35,19 +35,19 @@ def progress(total: int, what: str, unit: str = "it", stream: TextIO | None = No
 
 
 class _Lines:
-    """The bar's stand-in where the output is not a terminal."""
+    """Progress as lines, for output that is not a terminal."""
 
     def __init__(self, total: int, what: str, unit: str, stream: TextIO) -> None:
         self._total, self._what, self._unit, self._stream = total, what, unit, stream
-        self._done, self._said = 0, 0
-        self._start = self._said_at = time.monotonic()
+        self._done, self._reported = 0, 0
+        self._start = self._reported_at = time.monotonic()
 
     def update(self, n: int = 1) -> None:
         self._done += n
         now = time.monotonic()
-        far_enough = (self._done - self._said) * 10 >= self._total
-        if far_enough and now - self._said_at >= LINE_EVERY_S and self._done < self._total:
-            self._said, self._said_at = self._done, now
+        far_enough = (self._done - self._reported) * 10 >= self._total
+        if far_enough and now - self._reported_at >= LINE_EVERY_S and self._done < self._total:
+            self._reported, self._reported_at = self._done, now
             rate = self._done / (now - self._start)
             self._print(f"{self._done / self._total:.0%} · {rate:.3g} {self._unit}/s · {_clock(self._left(rate))} left")
 

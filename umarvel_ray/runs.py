@@ -1,4 +1,4 @@
-"""The run folder: one recipe, its checkpoints by phase, its step logs, and how long each part took."""
+"""The run folder: one recipe, its checkpoints by phase, its step logs, and the time each part took."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from umarvel_ray.model.checkpoint import check_files
 from umarvel_ray.model.hub import model_folder
 from umarvel_ray.recipe import LADDER, Recipe, dump_recipe, load_recipe
 
-FREE = ("cluster", "embed", "evaluate")  # sections that may change within a run folder: they change no checkpoint
+FREE = ("cluster", "embed", "evaluate")  # sections that may change within a run folder, since they affect no checkpoint
 
 
 def base_folder(base: str) -> Path:
@@ -29,7 +29,7 @@ def base_folder(base: str) -> Path:
 
 
 def read_run_recipe(folder: Path) -> Recipe:
-    """The recipe that a run folder was made by.
+    """The recipe that a run folder was created by.
 
     Raises:
         UserError: not a run folder.
@@ -41,17 +41,17 @@ def read_run_recipe(folder: Path) -> Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe and the folder that everything it makes goes into."""
+    """A recipe and the folder that holds all its outputs."""
 
     recipe: Recipe
     dir: Path
 
     @classmethod
     def open(cls, recipe: Recipe) -> Run:
-        """Create or re-open the run folder.
+        """Create or reopen the run folder.
 
         Raises:
-            UserError: it cannot be written, or it was made by a different recipe.
+            UserError: it cannot be written, or it was created by a different recipe.
         """
         folder = recipe.run_dir
         text = dump_recipe(recipe)
@@ -60,7 +60,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             if stored.exists() and (key := _first_difference(_fixed(stored.read_text()), _fixed(text))):
                 raise UserError(
-                    f"{folder} was made by another recipe ('{key}' differs); set output=DIR or remove the folder"
+                    f"{folder} was created by another recipe ('{key}' differs); set output=DIR or remove the folder"
                 )
             stored.write_text(text)
         except OSError as error:
@@ -76,27 +76,29 @@ class Run:
         """
         path = model_folder(base_folder(self.recipe.base))
         if not (path / "config.json").is_file():
-            raise UserError(f"base model {path} has no config.json; set base to a Hugging Face model directory or Hub id")
+            raise UserError(
+                f"base model {path} has no config.json; set base to a Hugging Face model directory or Hub id"
+            )
         return path
 
     def checkpoint(self, phase: str) -> Path:
-        """Where the checkpoint of a phase is written ('base' is the base model itself)."""
+        """The directory of a phase's checkpoint; 'base' is the base model itself."""
         return self.base if phase == "base" else self.dir / "checkpoints" / phase
 
     def has(self, phase: str) -> bool:
-        """Whether a phase is finished (checkpoints appear whole or not at all)."""
+        """Whether a phase is finished; checkpoints appear whole or not at all."""
         return (self.checkpoint(phase) / "config.json").is_file()
 
     @property
     def last_phase(self) -> str | None:
-        """The last phase of the ladder that is finished."""
+        """The last finished phase of the ladder; None before the first."""
         return next((phase for phase in reversed(LADDER) if self.has(phase)), None)
 
     def parent(self, phase: str, what: str) -> Path:
-        """The checkpoint of `phase`, which `what` starts from.
+        """The checkpoint of `phase`, from which `what` starts.
 
         Raises:
-            UserError: it does not exist yet.
+            UserError: it does not exist yet, or is damaged.
         """
         path = self.checkpoint(phase)
         if not self.has(phase):
@@ -106,7 +108,7 @@ class Run:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the wall seconds of a part to `times.json`, across interruptions too."""
+        """Add the wall time of a part, in seconds, to `times.json`; interrupted attempts count too."""
         begin = time.monotonic()
         try:
             yield
@@ -118,7 +120,7 @@ class Run:
 
 
 def read_step_log(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a step log, none where there is no log; a line cut short by a crash is left out."""
+    """All complete lines of a step log, empty if there is no log; a line truncated by a crash is ignored."""
     lines: list[dict[str, Any]] = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -130,7 +132,7 @@ def read_step_log(path: Path) -> list[dict[str, Any]]:
 
 def _fixed(text: str) -> dict:
     tree = yaml.safe_load(text) or {}
-    with suppress(ValidationError):  # a recipe with keys that are no longer known is compared as it is
+    with suppress(ValidationError):  # a recipe with keys that no longer exist is compared as it is
         tree = Recipe.model_validate(tree).model_dump(mode="json")  # keys added since then take their defaults
     return {key: value for key, value in tree.items() if key not in FREE}
 

@@ -1,7 +1,7 @@
 """Search a run's own documents with its newest model: what `umarvel search` prints.
 
-First stage: cosine against the index; second stage, on request: the reranker's P(yes) on the best candidates, fused as
-in evaluation.
+Candidates are ranked by cosine; on request the reranker scores the best ones, and both scores are fused as in
+evaluation (docs/method.md#score-fusion).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from umarvel_ray.runs import read_run_recipe
 def newest(folder: Path) -> tuple[Path, Path]:
     """The last checkpoint of a run's ladder whose document embeddings exist, and those embeddings.
 
-    The whole corpus where the embed job has run, else the documents that evaluation embedded.
+    These are the whole corpus if the embed job has run, or the documents that evaluation embedded.
 
     Raises:
-        UserError: no checkpoint there, or none with embeddings.
+        UserError: no checkpoint, or none with embeddings.
     """
     recipe = read_run_recipe(folder)
     for phase in reversed(LADDER):
@@ -47,7 +47,7 @@ def newest(folder: Path) -> tuple[Path, Path]:
 
 
 def rerank_weight(folder: Path) -> float:
-    """The weight of P(yes) that evaluation chose on validation for the global pool; 1 where it has not run."""
+    """The weight of P(yes) that evaluation calibrated for the global pool; 1 if it has not run."""
     result = folder / "evaluation" / "rerank" / "result.json"
     return json.loads(result.read_text())["notes"]["weight global"] if result.is_file() else 1.0
 
@@ -60,7 +60,7 @@ def search_run(folder: Path, query: dict[str, Any], top_k: int = 10, rerank: boo
         query: an item: text, image (path) or both, and an instruction.
 
     Raises:
-        UserError: nothing trained there yet, an item without text and image, a bad picture.
+        UserError: no trained model, an item without text and image, a bad picture.
     """
     checkpoint, documents = newest(folder)
     corpus = Corpus.open(documents, read_run_recipe(folder).data)
@@ -73,7 +73,7 @@ def search_run(folder: Path, query: dict[str, Any], top_k: int = 10, rerank: boo
 
 
 def as_lines(hits: Sequence[Hit]) -> str:
-    """One line per hit: rank, score, id, source, modality and the beginning of its text."""
+    """One line per hit: rank, score, id, source, modality and the start of its text."""
     lines = []
     for rank, hit in enumerate(hits, start=1):
         text = " ".join((hit.document["text"] or "").split())
@@ -85,7 +85,7 @@ def as_lines(hits: Sequence[Hit]) -> str:
 
 
 def write_page(path: Path, query: dict[str, Any], hits: Sequence[Hit]) -> None:
-    """One self-contained HTML file with the query and its results, pictures inside.
+    """Write one self-contained HTML file with the query, its results and their pictures.
 
     Raises:
         UserError: the file cannot be written.
@@ -93,8 +93,8 @@ def write_page(path: Path, query: dict[str, Any], hits: Sequence[Hit]) -> None:
     environment = Environment(
         loader=PackageLoader("umarvel_ray", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    shown = query | {"image": picture_uri(query.get("image"))}
-    html = environment.get_template("search.html").render(query=shown, hits=hits, uri=picture_uri)
+    embedded = query | {"image": picture_uri(query.get("image"))}
+    html = environment.get_template("search.html").render(query=embedded, hits=hits, uri=picture_uri)
     try:
         path.write_text(html, encoding="utf-8")
     except OSError as error:

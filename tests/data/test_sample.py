@@ -1,4 +1,4 @@
-"""Samples: the size asked for, nothing twice, no positive lost, the same again."""
+"""Samples: the requested size, no duplicates, no positive lost, reproducible."""
 
 from __future__ import annotations
 

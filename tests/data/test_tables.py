@@ -1,4 +1,4 @@
-"""Reading Parquet and M-BEIR folders, and one line for each thing wrong with them."""
+"""Reading Parquet and M-BEIR folders, and one line for each error in them."""
 
 import json
 
@@ -47,7 +47,7 @@ def write(tmp_path):
     return _write
 
 
-def test_a_sound_folder_reads_as_written(write):
+def test_a_valid_folder_reads_as_written(write):
     data = write()
     data.validate("test")
     assert data.documents.to_pylist() == DOCUMENTS
@@ -59,7 +59,7 @@ def test_a_sound_folder_reads_as_written(write):
     assert data.global_pool("train") == ["d1"]
 
 
-def test_an_item_is_the_row_without_nulls_and_names():
+def test_an_item_is_the_row_without_nulls_and_other_columns():
     assert item_of(DOCUMENTS[0]) == {"text": "a fox"}
     assert item_of(DOCUMENTS[2]) == {"text": "boats", "image": b"png"}
     assert item_of(QUERIES[0]) == {"text": "what?", "instruction": "Find it."}
@@ -99,7 +99,7 @@ def without(rows: list[dict], column: str) -> list[dict]:
         ),
     ],
 )
-def test_what_is_wrong_is_named(write, tmp_path, change, message):
+def test_errors_name_the_table_and_row(write, tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
         write(**change).validate("test")
     assert str(error.value).startswith(str(tmp_path))
@@ -212,7 +212,7 @@ def test_mbeir_reads_as_published(mbeir):
     assert data.queries("train")["task"].to_pylist() == ["mscoco_task0"]
 
 
-def test_mbeirs_training_union_is_cut_into_tasks(mbeir):
+def test_mbeirs_training_union_is_split_into_tasks(mbeir):
     kinds = [("5:1", "text"), ("5:2", "image,text"), ("6:1", "text"), ("9:5", "image"), ("9:6", "text")]
     union = mbeir / "cand_pool/global/mbeir_union_train_cand_pool.jsonl"
     union.write_text("".join(json.dumps(document(did, "A.", None, kind)) + "\n" for did, kind in kinds))
@@ -231,7 +231,7 @@ def test_mbeirs_training_union_is_cut_into_tasks(mbeir):
     data.validate("train")
 
 
-def test_other_pairs_come_in_mbeirs_layout(mbeir):
+def test_other_pairs_use_mbeirs_layout(mbeir):
     (mbeir / "query/nli").mkdir()
     (mbeir / "query/nli/pairs.jsonl").write_text(json.dumps(query("10:1", "A cat.", None, "text", ["10:1"], 1)) + "\n")
     pool = mbeir / "cand_pool/global/mbeir_nli_cand_pool.jsonl"
@@ -257,7 +257,7 @@ def test_other_pairs_come_in_mbeirs_layout(mbeir):
         ("cand_pool/local/mbeir_cirr_task7_cand_pool.jsonl", "", r"cand_pool.jsonl"),
     ],
 )
-def test_what_is_wrong_in_mbeir_is_named(mbeir, file, text, message):
+def test_errors_in_mbeir_name_the_file_and_line(mbeir, file, text, message):
     (mbeir / file).write_text(text)
     with pytest.raises(UserError, match=message) as error:
         open_mbeir(mbeir).validate("test")
@@ -265,7 +265,7 @@ def test_what_is_wrong_in_mbeir_is_named(mbeir, file, text, message):
 
 
 def test_real_mbeir_queries_and_prompts_are_read(mbeir, shared_dir):
-    """The published CIRR, MSCOCO and WebQA files; their pools cannot be had, so the positives stay unknown."""
+    """The published CIRR, MSCOCO and WebQA queries; their pools are not available, so the positives stay unknown."""
     topics = shared_dir / "data" / "mbeir" / "topics"
     for task in ("cirr_task7", "mscoco_task3", "webqa_task2"):
         text = (topics / f"topics.mbeir-{task}.test.jsonl").read_text()

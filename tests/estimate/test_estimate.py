@@ -1,4 +1,4 @@
-"""What a dry run estimates, against the thing itself: transformers' modules, torch's counters, DeepSpeed's tensors."""
+"""Estimates of a dry run against transformers' modules, torch's counters and DeepSpeed's tensors."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def adapted(form: str, dtype: torch.dtype, dropout: float, rank: int = 8, attent
 
 
 def run_text(model, rows: int, length: int, grad: bool = False) -> torch.Tensor:
-    """Summed hidden states of `rows` items of `length` tokens, one of them padded."""
+    """Last hidden states of `rows` items of `length` tokens; one item is padded."""
     mask = torch.ones(rows, length, dtype=torch.long)
     mask[0, -1] = 0
     embeds = model.get_input_embeddings()(torch.randint(0, 70, (rows, length))).requires_grad_(grad)
@@ -106,7 +106,7 @@ def test_the_known_bases_have_the_parameters_that_transformers_builds(name):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("form", FAMILIES)
-def test_any_other_shape_is_counted_as_exactly(form, tied):
+def test_other_shapes_are_counted_exactly(form, tied):
     model = build(tiny(form, tied), "meta")
     model.tie_weights()
     shape = shape_of(tiny(form, tied))
@@ -122,14 +122,14 @@ def test_the_demo_base_has_the_parameters_in_its_file():
     assert read_shape("builtin:demo").parameters == sum(sizes)
 
 
-def test_a_config_with_the_text_keys_at_the_top_is_read_alike():
+def test_a_config_with_text_keys_at_the_top_level_gives_the_same_shape():
     config = yaml.safe_load(PUBLISHED.read_text())["Qwen/Qwen2-VL-7B-Instruct"]
     flat = {"model_type": "qwen2_vl", **config["text_config"], "vision_config": {"hidden_size": 3584}}
     assert shape_of(flat) == shape_of(config)
 
 
 @pytest.mark.parametrize("content", ["{", '{"model_type": "bert"}', '{"model_type": "qwen2_vl"}', "[]"])
-def test_a_config_that_is_no_qwen_model_is_one_line(content, tmp_path):
+def test_a_config_of_another_model_is_a_one_line_error(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         read_shape(str(tmp_path))
@@ -159,9 +159,9 @@ def test_the_towers_flops_are_what_torch_counts(form):
 
 
 def peak_bytes(model, rows: int, length: int) -> int:
-    """The most that a forward and backward pass holds at once, by torch's own record of its allocations.
+    """Peak memory of a forward and backward pass, from torch's own record of its allocations.
 
-    On one thread: attention in bfloat16 gives each a workspace where the processor has instructions for it.
+    On one thread, because bfloat16 attention allocates a workspace per thread on processors that support it.
     """
 
     def step():
@@ -190,7 +190,7 @@ def peak_bytes(model, rows: int, length: int) -> int:
     ],
 )
 def test_activations_are_what_torch_allocates(form, dtype, dropout, checkpointed):
-    """Within a tenth: the first layer keeps a little less, and the last norm is gone when the peak comes."""
+    """Within a tenth: the first layer keeps a little less, and the last norm is freed before the peak."""
     model = adapted(form, dtype, dropout)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -201,21 +201,21 @@ def test_activations_are_what_torch_allocates(form, dtype, dropout, checkpointed
 
 
 @pytest.mark.parametrize("form", FAMILIES)
-def test_a_language_model_trained_whole_is_counted_as_torch_does(form):
+def test_a_fully_trained_language_model_is_counted_as_torch_does(form):
     model, text, rows, length = build(tiny(form)).requires_grad_(False), shape_of(tiny(form)).text, 4, 64
     model.model.language_model.requires_grad_(True).embed_tokens.requires_grad_(False)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    step = Phase(queries="x", batch_size=1, learning_rate=1, language_model="full", vision="projector")
+    phase = Phase(queries="x", batch_size=1, learning_rate=1, language_model="full", vision="projector")
     projector = [p for n, p in model.model.visual.named_parameters() if "merger" in n]
     counted = [sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in projector)]
-    assert list(trained(shape_of(tiny(form)), step)) == counted
+    assert list(trained(shape_of(tiny(form)), phase)) == counted
     per_token = text_activations(text, 0, False, 4, length, checkpointed=False, whole=True)
     assert per_token * rows * length == pytest.approx(peak_bytes(model.train(), rows, length), rel=0.1)
 
 
 @pytest.mark.parametrize("form", FAMILIES)
-def test_a_tower_that_trains_keeps_what_torch_keeps(form):
+def test_a_trained_tower_keeps_what_torch_keeps(form):
     vision, side = shape_of(tiny(form)).vision, 16
     tower = build(tiny(form)).model.visual
     patches, grids = torch.randn(2 * side * side, vision.values), torch.tensor([[1, side, side]] * 2)
@@ -240,31 +240,31 @@ def test_adapters_and_optimizer_are_what_deepspeed_holds(tiny_base, tmp_path):
     for (zero, dtype), (trainable, frozen, tower, held) in torch.load(tmp_path / "found").items():
         width = getattr(torch, dtype).itemsize
         bucket = bucket_bytes(trainable, zero, gpu=True)
-        if zero in (1, 3):  # ZeRO-2 has given it back by now
+        if zero in (1, 3):  # ZeRO-2 has freed it by now
             assert max(held) == bucket
         weights = width * (tower + frozen / (2 if zero == 3 else 1))
         rest = sum(size for size in held if size != BUCKET * 4) - weights
         assert optimizer_bytes(trainable, zero, 2) == pytest.approx(rest, rel=0.06), (zero, dtype)
 
 
-def test_steps_are_those_that_the_papers_batches_give():
-    """Method section 0 reckons 347, 1,225 and 1,041 from the published 1,332,790 rows."""
+def test_step_counts_follow_from_the_papers_batches():
+    """The published 1,332,790 rows give 347, 1,225 and 1,041 steps (docs/method.md#hyperparameters)."""
     recipe = load_recipe("qwen2vl-7b")
     found = {load.name: load for load in loads(recipe, read_shape(recipe.base))}
-    assert [found[name].steps for name in ("stage1.instruction", "stage2", "stage3")] == [347, 1224, 1041]
-    assert (found["stage1.text"].queries, found["stage1.instruction"].queries, found["stage2"].queries) == (9, 60, 17)
-    assert found["stage2"].documents == 17 * 6
-    assert found["reranker"].queries == 2 * 8
-    assert found["stage3"].documents == 2 * 50
+    assert [found[name].steps for name in ("stage1.instruction", "stage2.train", "stage3.train")] == [347, 1224, 1041]
+    assert (found["stage1.text"].queries, found["stage1.instruction"].queries, found["stage2.train"].queries) == (9, 60, 17)
+    assert found["stage2.train"].documents == 17 * 6
+    assert found["reranker.train"].queries == 2 * 8
+    assert found["stage3.train"].documents == 2 * 50
 
 
-def test_rows_and_tokens_of_the_demo_are_near_those_of_its_data():
+def test_rows_and_tokens_of_the_demo_are_close_to_its_data():
     recipe = load_recipe("demo", ["stage1.instruction.max_steps=null", "stage1.instruction.max_per_task=null"])
     found = {load.name: load for load in loads(recipe, read_shape("builtin:demo"))}
     encoder = ItemEncoder.from_pretrained(demo.BASE, recipe.model)
     documents = {row["id"]: row for row in pq.read_table(demo.DATA / "documents.parquet").to_pylist()}
-    for name, step in (("stage1.text", recipe.stage1.text), ("stage1.instruction", recipe.stage1.instruction)):
-        queries = pq.read_table(demo.DATA / f"{step.queries}.parquet")
+    for name, phase in (("stage1.text", recipe.stage1.text), ("stage1.instruction", recipe.stage1.instruction)):
+        queries = pq.read_table(demo.DATA / f"{phase.queries}.parquet")
         load = found[name]
         assert load.rows == queries.num_rows
         sample = queries.take(np.arange(0, queries.num_rows, queries.num_rows // 150)).to_pylist()
@@ -277,7 +277,7 @@ def test_rows_and_tokens_of_the_demo_are_near_those_of_its_data():
     assert found["stage1.instruction"].steps == found["stage1.instruction"].rows // 128
 
 
-def test_a_task_gives_an_epoch_no_more_than_max_per_task():
+def test_an_epoch_takes_at_most_max_per_task_of_a_task():
     recipe = load_recipe("demo")
     tasks = pq.read_table(demo.DATA / "train.parquet", columns=["task"])["task"].to_pylist()
     expected = sum(min(tasks.count(task), 1500) for task in set(tasks))
@@ -286,7 +286,7 @@ def test_a_task_gives_an_epoch_no_more_than_max_per_task():
     ] == expected
 
 
-def test_the_loss_of_a_large_batch_is_its_embeddings_and_its_block_of_similarities():
+def test_loss_memory_of_a_large_batch_is_its_embeddings_and_similarities():
     recipe = load_recipe("qwen2vl-7b")
     shape = read_shape(recipe.base)
     load = loads(recipe, shape)[2]
@@ -307,7 +307,7 @@ def test_memory_falls_with_zero_and_checkpointing():
     assert activations_and_optimizer("compute.activation_checkpointing=false")[2] > 8 * stages[1][2]
 
 
-def test_memory_follows_what_trains():
+def test_memory_depends_on_what_trains():
     def row(*changes: str) -> list[float]:
         overrides = [f"stage1.instruction.{change}" for change in changes]
         lines = estimate(load_recipe("qwen2vl-7b", overrides)).splitlines()
@@ -318,7 +318,7 @@ def test_memory_follows_what_trains():
     assert four[0] < adapters[0] / 2
     assert four[1:6] == adapters[1:6]
     assert whole[0] == pytest.approx(2 * 2 * 152064 * 3584 / 2**30, rel=0.02)  # two tables in bf16
-    assert whole[2] > 6.5e9 * 4 / 2**30  # weights and gradients in bf16, spread or not
+    assert whole[2] > 6.5e9 * 4 / 2**30  # weights and gradients, partitioned or not
     assert all_[1] == 0
     assert all_[2] > adapters[2] + 675_759_104 * 4 / 2**30
     assert all_[4] > adapters[4]
@@ -332,18 +332,18 @@ def test_every_shipped_recipe_is_estimated(name):
     tables = [block.splitlines() for block in text.split("\n\n")[1:3]]
     for table in tables:
         assert [line.split()[0] for line in table[1:7]] == [
-            "stage1.text", "stage1.image_text", "stage1.instruction", "stage2", "reranker", "stage3",
+            "stage1.text", "stage1.image_text", "stage1.instruction", "stage2.train", "reranker.train", "stage3.train",
         ]  # fmt: skip
         assert len({len(line) for line in table[:7]}) == 1
 
 
-def test_an_unknown_base_or_table_says_so():
+def test_an_unknown_base_or_table_is_reported():
     assert estimate(load_recipe("demo", ["base=/nowhere"])).startswith("No estimate: base /nowhere")
     text = estimate(load_recipe("demo", ["data.root=/nowhere", "stage1.text.max_steps=null"]))
     assert re.search(r"stage1.text +.* \? +unknown +\? ", text)
 
 
-def test_a_step_that_is_left_out_is_not_estimated():
+def test_a_phase_that_is_left_out_is_not_estimated():
     recipe = load_recipe("demo", ["stage1.text=null"])
     assert [load.name for load in loads(recipe, read_shape(recipe.base))][:2] == [
         "stage1.image_text",

@@ -72,9 +72,7 @@ def test_queries_carry_the_instruction_and_documents_none(encoder, checkpoint):
     assert np.allclose(encode("Find it", None), queries, atol=1e-6)
     documents = embedder.encode_document(items)
     assert np.allclose(encode("Find it", PromptType.document), documents, atol=1e-6)
-    assert np.allclose(
-        encode({"query": "Find it"}, None), documents, atol=1e-6
-    )  # without a side, there is no instruction to choose
+    assert np.allclose(encode({"query": "Find it"}, None), documents, atol=1e-6)  # no side, so no instruction
     assert np.abs(queries - documents).max() > 1e-3
 
 

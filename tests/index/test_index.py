@@ -1,4 +1,4 @@
-"""The online index against numpy's exact answer, saved and opened again, and its errors."""
+"""The faiss index against exact search in numpy, saved and reopened, and its errors."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_flat_is_exact_and_survives_saving(corpus, tmp_path):
     assert recall_against_exact(index, vectors, queries) == 1.0
 
 
-def test_recall_of_an_approximate_index_is_counted_right(corpus):
+def test_recall_of_an_approximate_index_is_counted_correctly(corpus):
     ids, vectors, queries = corpus
     index = make_index(ids, vectors, "IVF50,SQfp16")
     _, found = index.search(queries, 10)
@@ -55,7 +55,7 @@ def test_built_from_shards(corpus, tmp_path, capsys):
     assert open_index(tmp_path / "index").checkpoint == "the model's"
 
 
-def test_more_than_there_is(corpus):
+def test_k_larger_than_the_index(corpus):
     ids, vectors, queries = corpus
     scores, found = make_index(ids[:4], vectors[:4]).search(queries, 10)
     assert scores.shape == (40, 4)

@@ -1,4 +1,4 @@
-"""The live index against a dict and numpy: whatever is added, replaced, deleted, compacted, reopened, or killed."""
+"""The live index against a dict and numpy: after additions, deletions, compactions, restarts and killed processes."""
 
 import itertools
 import multiprocessing
@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from umarvel_ray.data.tables import Dataset
 from umarvel_ray.errors import UserError
-from umarvel_ray.index import Add, Corpus, Delete, IndexWriter, LiveIndex, make_index, snapshot, writer
+from umarvel_ray.index import Add, Corpus, Delete, IndexWriter, LiveIndex, make_index, snapshot
 from umarvel_ray.index.log import Damaged, log_files, log_path
 from umarvel_ray.index.snapshot import snapshots
 
@@ -29,7 +29,7 @@ MODALITIES, SOURCES = ["text", "image", "image,text"], ["news", "notes", "shop"]
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """Nothing here loses power; which call makes what durable is tested by recording the calls."""
+    """Skip fsync, since no test loses power; durability is tested by recording the calls."""
     for name in ("fsync", "fdatasync"):
         monkeypatch.setattr(os, name, lambda handle: None)
 
@@ -40,7 +40,7 @@ def unit(seed):
 
 
 def added(id_, seed):
-    """A document whose every part follows from its seed."""
+    """A document whose fields are all derived from its seed."""
     return Add(
         id_,
         unit(seed),
@@ -68,7 +68,7 @@ def matching(truth, modalities=None, sources=None):
 
 
 def check(replica, truth, query, k, modalities=None, sources=None, exact=True):
-    """What `search` finds is what numpy finds in the dict; of an approximate base only what must hold anyway."""
+    """`search` finds what numpy finds in the dict; with an approximate base, only what must hold regardless."""
     hits = replica.search(query, k, modalities, sources)
     rows = matching(truth, modalities, sources)
     assert len(hits) == min(k, len(rows)) == len({hit.document["id"] for hit in hits})
@@ -192,7 +192,7 @@ def test_a_filter_leaves_top_k_full_and_a_narrow_one_is_exact(factory):
                 assert np.allclose(scores[0], best, atol=2e-3)
 
 
-def test_an_index_that_cannot_leave_rows_out_is_refused_at_once(tmp_path):
+def test_an_index_that_cannot_filter_rows_is_rejected_at_once(tmp_path):
     base, _ = base_of("NSG8")
     with pytest.raises(UserError, match="build a Flat, IVF or HNSW index"):
         LiveIndex.open(tmp_path, "model", D, base)
@@ -218,17 +218,17 @@ def test_a_replica_left_behind_by_two_compactions_follows(tmp_path):
             index.commit([truth[f"{seed}"]])
         index.compact()
         index.compact()  # nothing new
-    assert snapshots(tmp_path) == [20, 30]  # the last, and the one before it for who still reads it
+    assert snapshots(tmp_path) == [20, 30]  # the last, and the previous one for replicas that still read it
     assert log_files(tmp_path) == [21, 31]
     assert late.follow() == 30
     check(late, truth, unit(99), 30)
 
 
-def test_a_replica_gives_up_what_a_crash_of_the_machine_took_back(tmp_path):
+def test_a_replica_drops_commits_that_a_machine_crash_undid(tmp_path):
     index = IndexWriter.open(tmp_path, "model", D, [])
     index.commit([added("a", 1)])
     size = log_path(tmp_path, 1).stat().st_size
-    index.commit([added("b", 2)])  # not on the disk yet, but a replica may see it
+    index.commit([added("b", 2)])  # not on disk yet, but a replica may see it
     replica = LiveIndex.open(tmp_path, "model", D)
     index.close()
     os.truncate(log_path(tmp_path, 1), size)
@@ -261,31 +261,39 @@ def test_a_snapshot_that_vanishes_while_it_is_opened(tmp_path, monkeypatch):
 
 @pytest.fixture
 def crashes(monkeypatch, tmp_path):
-    """Copies of the index's folder as a crash before, or after, any step of what is done to it would leave it."""
-    taken = []
+    """Copies of the index's folder as a crash before or after any system call that changes it would leave it."""
+    taken, calls = [], []
+
+    def copy():
+        with monkeypatch.context() as context:
+            for owner, name, original in calls:  # copying is no part of what is watched
+                context.setattr(owner, name, original)
+            taken.append(shutil.copytree(tmp_path / "live", tmp_path / f"crash{len(taken)}"))
 
     def patched(owner, name):
         original = getattr(owner, name)
+        calls.append((owner, name, original))
 
-        def step(*args, **kwargs):
-            taken.append(shutil.copytree(tmp_path / "live", tmp_path / f"crash{len(taken)}"))
+        def call(*args, **kwargs):
+            copy()
             try:
                 return original(*args, **kwargs)
             finally:
-                taken.append(shutil.copytree(tmp_path / "live", tmp_path / f"crash{len(taken)}"))
+                copy()
 
-        monkeypatch.setattr(owner, name, step)
+        monkeypatch.setattr(owner, name, call)
 
     def watch():
-        for owner, name in [(writer.os, "fsync"), (Path, "rename"), (Path, "unlink"), (Path, "touch"), (Path, "mkdir")]:
-            patched(owner, name)
+        for name in ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir"):
+            patched(os, name)
+        patched(Path, "touch")
         return taken
 
     yield watch
     monkeypatch.undo()
 
 
-def test_a_crash_at_any_step_of_compaction_loses_nothing(tmp_path, crashes, monkeypatch):
+def test_a_crash_at_any_system_call_of_a_compaction_loses_nothing(tmp_path, crashes, monkeypatch):
     index, truth = IndexWriter.open(tmp_path / "live", "model", D, ["b0", "b1"]), {}
     for seed in range(12):
         truth[f"{seed % 8}"] = added(f"{seed % 8}", seed)
@@ -309,26 +317,26 @@ def test_a_crash_at_any_step_of_compaction_loses_nothing(tmp_path, crashes, monk
         assert {path.name[:4] for path in folder.iterdir()} == {"lock", "inde", "log-", "snap"}
 
 
-def test_a_snapshot_is_on_the_disk_before_what_it_replaces_goes(tmp_path, monkeypatch):
-    index, steps = IndexWriter.open(tmp_path, "model", D, []), []
+def test_a_snapshot_is_on_disk_before_what_it_replaces_is_removed(tmp_path, monkeypatch):
+    index, calls = IndexWriter.open(tmp_path, "model", D, []), []
     for seed in range(2):
         index.commit([added("a", seed)])
         index.compact()
     index.commit([added("a", 3)])
-    monkeypatch.setattr(os, "fsync", lambda handle: steps.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+    monkeypatch.setattr(os, "fsync", lambda handle: calls.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name))
     for name in ("rename", "unlink"):
         original = getattr(Path, name)
-        monkeypatch.setattr(Path, name, lambda *a, name=name, original=original: steps.append(name) or original(*a))
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: steps.append("rmtree"))
+        monkeypatch.setattr(Path, name, lambda *a, name=name, original=original: calls.append(name) or original(*a))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: calls.append("rmtree"))
     index.compact()
     here = tmp_path.name
     written = ["vectors.npy", "documents.arrow", "snapshot.json", ".snapshot.partial"]
-    assert steps[:3] == ["log-000000000004", here, "rmtree"]
-    assert steps[3:] == [*written, "rename", here, "rmtree", "unlink"]
+    assert calls[:3] == ["log-000000000004", here, "rmtree"]
+    assert calls[3:] == [*written, "rename", here, "rmtree", "unlink"]
 
 
 def test_a_search_sees_whole_commits_only(tmp_path):
-    """A document that is replaced again and again, in the base, the snapshot and the tail, is there once, always."""
+    """A document that keeps being replaced, in the base, the snapshot and the tail, is always found exactly once."""
     base, _ = base_of("Flat", size=20)
     index = IndexWriter.open(tmp_path, "model", D, base.index.ids)
     replica, done, counts = LiveIndex.open(tmp_path, "model", D, base), threading.Event(), []
@@ -377,9 +385,9 @@ def test_errors_are_one_line(tmp_path):
         with pytest.raises(UserError, match=message):
             index.commit([added("b", 1), record])
     assert (index.sequence, len(index)) == (0, 0)
-    with pytest.raises(UserError, match="use its own model"):
+    with pytest.raises(UserError, match="index's own model"):
         LiveIndex.open(tmp_path, "model", D).search(np.ones(3, np.float32), 1)
-    with pytest.raises(UserError, match="of dimension 8, model of 4; embed it again"):
+    with pytest.raises(UserError, match="has dimension 8, the model 4; embed the base again"):
         LiveIndex.open(tmp_path, "model", 4, base_of("Flat")[0])
     index.commit([added("a", 1)])
     index.close()
@@ -409,7 +417,7 @@ def test_errors_are_one_line(tmp_path):
             open_(tmp_path, "model", D)
 
 
-# Processes that are killed, or followed from another one. Each begins as a fork of a server that has imported all this.
+# Writers that are killed, and replicas in another process. Each process is forked from a server with all imports done.
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +428,7 @@ def processes():
 
 
 def batch_of(number):
-    """Commit `number` of a writer: three documents, one of them a replacement, and a deletion."""
+    """Commit number `number` of a writer: three documents, one of them a replacement, and a deletion."""
     return [
         added(f"{number}", number),
         added(f"{number}+", 2 * number),
@@ -459,7 +467,7 @@ def test_what_a_killed_writer_acknowledged_is_found(tmp_path, processes):
         child = processes.Process(target=write_until_killed, args=(tmp_path, theirs))
         child.start()
         theirs.close()
-        last = acknowledged.recv()  # it runs
+        last = acknowledged.recv()  # the writer is running
         time.sleep(rng.uniform(0, 0.2))
         child.kill()
         child.join()
@@ -469,7 +477,7 @@ def test_what_a_killed_writer_acknowledged_is_found(tmp_path, processes):
         except EOFError:
             pass
         replica = LiveIndex.open(tmp_path, "model", D)
-        assert replica.sequence in (last, last + 1)  # a commit may be on the disk before it is acknowledged
+        assert replica.sequence in (last, last + 1)  # a commit may be on disk before it is acknowledged
         truth = truth_after(replica.sequence)
         assert len(replica) == len(truth)
         check(replica, truth, unit(0), len(truth))

@@ -1,4 +1,4 @@
-"""The write-ahead log: every byte at which a crash may cut it, damage, a full disk, and readers that follow."""
+"""The write-ahead log: crashes at every byte, damage, a full disk, and readers that follow."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ PAYLOADS = [b"first", b"second " * 9, b"", b"fourth"]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    for name in ("fsync", "fdatasync"):  # no test here can lose power, and hundreds of them take long
+    for name in ("fsync", "fdatasync"):  # no test here can lose power, and hundreds of calls are slow
         monkeypatch.setattr(os, name, lambda handle: None)
     (tmp_path / "log-000000000001").touch()
     return tmp_path
@@ -46,7 +46,7 @@ def test_a_file_is_what_its_docstring_says(folder):
     assert log_path(folder, 1).read_bytes() == expected
 
 
-def test_reading_goes_on_where_it_stopped(folder):
+def test_reading_resumes_at_a_position(folder):
     ends = write(folder, PAYLOADS[:2])
     assert payloads_of(folder) == PAYLOADS[:2]
     assert payloads_of(folder, ends[0]) == PAYLOADS[1:2]
@@ -56,7 +56,7 @@ def test_reading_goes_on_where_it_stopped(folder):
 
 
 @pytest.mark.parametrize("rest", [b"", b"\0"], ids=["cut", "zeros"])
-def test_a_write_cut_short_at_any_byte_is_taken_off(folder, rest):
+def test_a_write_cut_short_at_any_byte_is_removed(folder, rest):
     ends = write(folder, PAYLOADS)
     path = log_path(folder, 1)
     whole = path.read_bytes()
@@ -68,7 +68,7 @@ def test_a_write_cut_short_at_any_byte_is_taken_off(folder, rest):
         assert path.stat().st_size == end_of(folder).offset
 
 
-def test_a_torn_document_that_holds_a_log_is_torn_and_not_damaged(folder):
+def test_a_torn_document_that_contains_a_log_is_torn_not_damaged(folder):
     write(folder, PAYLOADS)
     path = log_path(folder, 1)
     write(folder, [path.read_bytes() * 2], end_of(folder))
@@ -86,9 +86,9 @@ def test_damage_before_the_last_commit_is_an_error_at_any_byte(folder):
             payloads_of(folder)
 
 
-def test_a_new_file_goes_on_where_the_old_one_ends(folder):
+def test_a_new_file_continues_the_old_one(folder):
     log = LogWriter(folder, Position())
-    log.roll()  # nothing to leave behind yet
+    log.roll()  # no effect: the file is still empty
     for payload in PAYLOADS[:2]:
         log.append(payload)
     middle = log.position
@@ -101,7 +101,7 @@ def test_a_new_file_goes_on_where_the_old_one_ends(folder):
     write(folder, PAYLOADS[3:], end_of(folder))
     assert payloads_of(folder) == PAYLOADS
 
-    os.truncate(log_path(folder, 1), middle.offset - 1)  # what is cut off an older file was acknowledged
+    os.truncate(log_path(folder, 1), middle.offset - 1)  # commits in an older file were acknowledged
     with pytest.raises(Damaged, match="ends after commit 1, but the next file begins with 3"):
         payloads_of(folder)
     log_path(folder, 1).unlink()
@@ -110,7 +110,7 @@ def test_a_new_file_goes_on_where_the_old_one_ends(folder):
 
 
 @pytest.mark.parametrize("others", [[], [b"f0urth"], [b"other", b"and longer than it was"]])
-def test_a_reader_finds_out_that_what_it_has_seen_was_taken_back(folder, others):
+def test_a_reader_notices_that_a_commit_it_has_read_was_undone(folder, others):
     ends = write(folder, PAYLOADS)
     os.truncate(log_path(folder, 1), ends[2].offset)  # the machine crashed before its fsync, after a reader saw it
     write(folder, [*others, b"x" * 200] if others else [], ends[2])
@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(folder):
     assert payloads_of(folder) == [b"first", b"second"]
 
 
-def test_a_commit_is_on_the_disk_when_append_returns(folder, monkeypatch):
+def test_a_commit_is_on_disk_when_append_returns(folder, monkeypatch):
     log, synced = LogWriter(folder, Position()), []
     monkeypatch.setattr(os, "fdatasync", lambda handle: synced.append(os.fstat(handle).st_size))
     for payload in PAYLOADS:

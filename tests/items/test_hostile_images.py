@@ -1,4 +1,4 @@
-"""Pictures and videos that mean harm: whatever the bytes, an item or one line, in bounded memory."""
+"""Malicious pictures: any bytes give an item or a one-line error, in bounded memory."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, *chunks: bytes, rows: bytes | None = None) -> bytes:
-    """A black PNG written by hand; `rows` are already deflated."""
+    """A black PNG assembled by hand; `rows` are already deflated."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     rows = zlib.compress(bytes((1 + width) * height)) if rows is None else rows
     ihdr, idat = chunk(b"IHDR", header), chunk(b"IDAT", rows)
@@ -85,7 +85,7 @@ def png(width: int, height: int, *chunks: bytes, rows: bytes | None = None) -> b
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan comes `count` times more."""
+    """A progressive JPEG whose last scan is repeated `count` more times."""
     data = VALID["progressive jpeg"]
     last = data.rindex(b"\xff\xda")
     return data[:-2] + data[last:-2] * count + data[-2:]
@@ -121,7 +121,7 @@ def bombs() -> dict[str, bytes]:
         "pixels of a gif": b"GIF89a" + screen + frame,
         "text": png(9, 9, chunk(b"zTXt", b"a\0\0" + zeros)),
         "many texts": png(9, 9, *[chunk(b"zTXt", b"a%d\0\0" % n + text) for n in range(200)]),
-        "colour profile": png(9, 9, chunk(b"iCCP", b"a\0\0" + zeros)),
+        "color profile": png(9, 9, chunk(b"iCCP", b"a\0\0" + zeros)),
         "rows": png(9, 9, rows=zeros),
         "scans": scans(100_000),
         "tile": giant_tile(zeros),
@@ -135,12 +135,12 @@ def client(tiny_base) -> ItemEncoder:
 
 @pytest.fixture(scope="module")
 def every(tiny_base) -> ItemEncoder:
-    """Of every format, not only the web's."""
+    """An encoder that accepts every format, not only the web's."""
     return ItemEncoder.from_pretrained(tiny_base, SETTINGS, MediaLimits(pixels=1_000_000, only_bytes=True))
 
 
 @pytest.mark.parametrize("name", VALID)
-def test_clients_may_send_the_webs_formats_and_no_others(client, name):
+def test_clients_may_send_only_web_formats(client, name):
     if name in WEB:
         assert client.encode({"image": VALID[name]}, "document").pictures
     else:
@@ -151,13 +151,13 @@ def test_clients_may_send_the_webs_formats_and_no_others(client, name):
 
 @pytest.mark.parametrize("data", [EPS, b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, len(EPS)) + bytes(20) + EPS])
 def test_no_format_starts_another_program(data):
-    assert Image.open(io.BytesIO(data)).format == "EPS"  # PIL alone would
+    assert Image.open(io.BytesIO(data)).format == "EPS"  # PIL alone would open it
     with pytest.raises(BadImage, match="not a picture in a known format"):
         open_image(data, "x")
 
 
 @pytest.mark.parametrize("name", VALID)
-def test_a_third_of_a_picture_is_none(every, name):
+def test_truncated_pictures_are_errors(every, name):
     for length in (1, 10, len(VALID[name]) // 3):
         with pytest.raises(UserError):
             every.encode({"image": VALID[name][:length]}, "document")
@@ -185,7 +185,7 @@ def test_bad_bytes_are_one_line(client, data, message):
     assert "\n" not in str(error.value)
 
 
-def test_no_text_of_a_client_names_a_file(client, tmp_path):
+def test_no_text_from_a_client_names_a_file(client, tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(VALID["png"])
     uri = "data:image/png;base64," + base64.b64encode(VALID["png"]).decode()
@@ -196,7 +196,7 @@ def test_no_text_of_a_client_names_a_file(client, tmp_path):
 
 
 def test_bombs_take_little_memory():
-    """In a fresh process, under a client's limits and as a user's own files."""
+    """In a fresh process, with a client's limits and with those of own files."""
     script = """
 import base64, json, sys
 from umarvel_ray.items.images import open_image
@@ -207,21 +207,21 @@ bombs = {name: base64.b64decode(data) for name, data in json.load(sys.stdin).ite
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
-before, said = peak(), {}
+before, results = peak(), {}
 for name, data in bombs.items():
     for limits in (Limits().media(), OWN_FILES):
         try:
-            said[name] = open_image(data, "x", limits).size
+            results[name] = open_image(data, "x", limits).size
         except UserError as error:
-            said[name] = str(error)
-print(json.dumps([peak() - before, said]))
+            results[name] = str(error)
+print(json.dumps([peak() - before, results]))
 """
-    given = json.dumps({name: base64.b64encode(data).decode() for name, data in bombs().items()})
-    run = subprocess.run([sys.executable, "-c", script], input=given, stdout=subprocess.PIPE, text=True, check=True)
-    megabytes, said = json.loads(run.stdout)
+    stdin = json.dumps({name: base64.b64encode(data).decode() for name, data in bombs().items()})
+    run = subprocess.run([sys.executable, "-c", script], input=stdin, stdout=subprocess.PIPE, text=True, check=True)
+    megabytes, results = json.loads(run.stdout)
     assert megabytes < 120
-    assert said.pop("rows") == [9, 9]  # what comes after the last row is not unpacked
-    assert all(isinstance(line, str) and "MemoryError" not in line for line in said.values())
+    assert results.pop("rows") == [9, 9]  # data after the last row is not decompressed
+    assert all(isinstance(line, str) and "MemoryError" not in line for line in results.values())
 
 
 SCRAMBLE = st.lists(
@@ -236,9 +236,9 @@ SCRAMBLE = st.lists(
 )
 
 
-def scrambled(data: bytes, steps: list[tuple]) -> bytes:
-    """Valid bytes with some set, cut out, put in or repeated, most near the beginning, where headers are."""
-    for what, share, value in steps:
+def scrambled(data: bytes, edits: list[tuple]) -> bytes:
+    """Valid bytes with some overwritten, removed, inserted or repeated, mostly near the start, where headers are."""
+    for what, share, value in edits:
         at = int(share**3 * len(data))
         if what == "set":
             data = data[:at] + bytes([value]) + data[at + 1 :]
@@ -253,13 +253,13 @@ def scrambled(data: bytes, steps: list[tuple]) -> bytes:
 
 @settings(max_examples=400)
 @given(st.sampled_from(sorted(VALID)), SCRAMBLE)
-def test_scrambled_pictures_are_items_or_one_line(every, name, steps):
-    data = scrambled(VALID[name], steps)
+def test_scrambled_pictures_are_items_or_one_line(every, name, edits):
+    data = scrambled(VALID[name], edits)
     assert isinstance(outcome(lambda: every.encode({"image": data}, "document", "input[0]")), EncodedItem | str)
 
 
 def outcome(make: Callable[[], object]) -> object:
-    """What `make` gives, or its one line."""
+    """The result of `make`, or its one-line error."""
     try:
         return make()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Videos that mean harm: no container opens a file or an address, and none costs more than its limits."""
+"""Malicious videos: no container opens a file or an address, and none exceeds the limits."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ FILMS = {"mp4": film(4), "ts": coded("mpeg2video", "mpegts"), "mkv": coded("libx
 
 
 @pytest.fixture(scope="module")
-def asked():
-    """Paths asked of a server on loopback: (its address, the list)."""
+def requests():
+    """A server on loopback: its address, and the list of paths requested from it."""
     paths: list[str] = []
 
     class Site(BaseHTTPRequestHandler):
@@ -71,12 +71,12 @@ PLAYLISTS = {
 
 
 @pytest.mark.parametrize("limits", [CLIENT, MediaLimits()], ids=["client", "own"])
-def test_a_playlist_opens_nothing(tmp_path, asked, limits, monkeypatch):
+def test_a_playlist_opens_nothing(tmp_path, requests, limits, monkeypatch):
     path = tmp_path / "film.mkv"
     path.write_bytes(FILMS["mkv"])
-    address, paths = asked
+    address, paths = requests
     monkeypatch.chdir(tmp_path)
-    with av.open(io.BytesIO(PLAYLISTS["concat"].format(path.name).encode())) as read:  # PyAV alone reads the file
+    with av.open(io.BytesIO(PLAYLISTS["concat"].format(path.name).encode())) as read:  # PyAV alone would read the file
         assert sum(1 for _ in read.decode(video=0)) == 5
     for playlist in PLAYLISTS.values():
         for target in (str(path), f"file://{path}", path.name, f"{address}/film.mkv", f"tcp://{address[7:]}"):
@@ -85,7 +85,7 @@ def test_a_playlist_opens_nothing(tmp_path, asked, limits, monkeypatch):
     assert paths == []
 
 
-def test_every_limit_is_kept():
+def test_every_limit_is_enforced():
     data = film(10)  # 64 × 48, 5 frames a second
     assert len(open_video(data, 4, "x", CLIENT).frames) == 4
     for limits, message in (
@@ -99,7 +99,7 @@ def test_every_limit_is_kept():
     assert len(open_video(data, 4, "x", enough).frames) == 4
 
 
-def test_frames_may_not_grow_over_the_limit():
+def test_later_frames_may_not_exceed_the_limit():
     growing = FILMS["ts"] + coded("mpeg2video", "mpegts", side=1024)
     assert (1024, 1024) in [frame.size for frame in open_video(growing, 9, "x").frames]
     with pytest.raises(BadVideo, match="cannot be read"):
@@ -121,6 +121,6 @@ def film_still() -> bytes:
 
 @settings(max_examples=100)
 @given(st.sampled_from(sorted(FILMS)), SCRAMBLE)
-def test_scrambled_videos_are_videos_or_one_line(name, steps):
-    data = scrambled(FILMS[name], steps)
+def test_scrambled_videos_are_videos_or_one_line(name, edits):
+    data = scrambled(FILMS[name], edits)
     assert isinstance(outcome(lambda: open_video(data, 2, "input[0]", CLIENT)), Video | str)

@@ -1,4 +1,4 @@
-"""Pictures from anywhere: what each becomes, and one line for each that is bad."""
+"""Opening and resizing pictures from every source, and a one-line error for each bad one."""
 
 import base64
 import io
@@ -49,7 +49,7 @@ def test_every_source_gives_the_same_picture(tmp_path):
 
 def test_exif_rotation_is_applied():
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it a quarter clockwise
+    exif[0x0112] = 6  # the camera was turned; rotate by a quarter clockwise
     picture = open_image(encoded(half_and_half(), exif=exif), "x")
     assert picture.size == (4, 8)
     assert picture.getpixel((0, 0)) == RED
@@ -57,7 +57,7 @@ def test_exif_rotation_is_applied():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_lies_on_white(mode):
+def test_transparency_is_composited_on_white(mode):
     picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     picture.putpixel((1, 0), (0, 0, 0, 255))
     opened = open_image(encoded(picture.convert(mode)), "x")
@@ -70,7 +70,7 @@ def test_half_transparent_is_mixed_with_white():
     assert opened.getpixel((0, 0)) == (255, 127, 127)
 
 
-def test_cmyk_grey_bilevel_and_palette():
+def test_cmyk_gray_bilevel_and_palette():
     jpeg = open_image(encoded(half_and_half("CMYK"), "JPEG", quality=95), "x")
     assert np.abs(np.asarray(jpeg).astype(int) - np.asarray(half_and_half())).mean() < 40
     assert open_image(encoded(Image.new("L", (2, 2), 100)), "x").getpixel((0, 0)) == (100, 100, 100)
@@ -78,7 +78,7 @@ def test_cmyk_grey_bilevel_and_palette():
     assert open_image(encoded(half_and_half("P")), "x").getpixel((0, 0)) == RED
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped():
+def test_sixteen_bit_gray_is_scaled_not_clipped():
     levels = np.array([[0, 0x4000, 0x8000, 0xFFFF]], dtype=np.uint16)
     opened = open_image(encoded(Image.fromarray(levels)), "x")
     assert [opened.getpixel((i, 0))[0] for i in range(4)] == [0, 0x40, 0x80, 0xFF]
@@ -90,7 +90,7 @@ def test_the_first_frame_of_an_animation():
 
 
 def blank(width: int, height: int) -> bytes:
-    """A PNG of a few kilobytes that unpacks to width × height pixels."""
+    """A PNG of a few kilobytes that decodes to width × height pixels."""
     return encoded(Image.new("1", (width, height)))
 
 
@@ -168,7 +168,8 @@ def test_sizes_are_those_of_transformers(height, width, pixels):
 
 
 def test_the_reference_resizes_twice(tmp_path):
-    """Trap T9: to multiples of 28 within its own budget, then as the checkpoint's processor asks (Qwen3-VL's, here)."""
+    """As the reference does (docs/method.md#picture-resizing): to multiples of 28 within its own budget, then as the
+    checkpoint's processor says (here Qwen3-VL's)."""
     config = {
         "patch_size": 16,
         "merge_size": 2,
@@ -200,15 +201,15 @@ def test_a_checkpoint_without_a_usable_picture_config_is_a_users_error(tiny_base
         ItemEncoder.from_pretrained(folder, ModelSettings())
 
 
-def test_picture_keys_tell_pictures_and_shapes_apart():
-    grey = [Image.new("RGB", size, "grey") for size in ((32, 128), (128, 32), (64, 64), (64, 64))]
-    keys = [read_picture(picture, form_of((256, 65_536)), "x").key for picture in grey]
+def test_picture_keys_differ_by_content_and_shape():
+    gray = [Image.new("RGB", size, "gray") for size in ((32, 128), (128, 32), (64, 64), (64, 64))]
+    keys = [read_picture(picture, form_of((256, 65_536)), "x").key for picture in gray]
     assert len(set(keys)) == 3
     assert keys[2] == keys[3]
 
 
-def test_a_picture_given_to_many_items_is_read_once():
-    """PIL reads a file when it is asked for pixels: threads that ask together break each other's stream."""
+def test_a_picture_shared_by_items_may_be_opened_by_many_threads():
+    """PIL reads a file when pixels are first needed; threads that do so at once would break each other's stream."""
     pixels = np.random.default_rng(0).integers(0, 255, (900, 700, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(pixels))
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Videos as items: frames, patches, tokens and positions of each family, against transformers and a file made here."""
+"""Videos as items: frames, patches, tokens and positions of each family, compared with transformers."""
 
 import io
 
@@ -19,19 +19,19 @@ SETTINGS = ModelSettings(min_pixels=256, max_pixels=4096, video_frames=6, max_vi
 
 
 def film(frames: int = 10, size: tuple[int, int] = (64, 48), fps: int = 5) -> bytes:
-    """An MP4 whose frame n is grey of brightness 20 n."""
+    """An MP4 whose frame n is gray of brightness 20 n."""
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for n in range(frames):
-            grey = np.full((size[1], size[0], 3), 20 * n, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            gray = np.full((size[1], size[0], 3), 20 * n, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
         container.mux(stream.encode())
     return out.getvalue()
 
 
-def greys(frames: list[Image.Image]) -> list[int]:
+def brightness(frames: list[Image.Image]) -> list[int]:
     return [round(np.asarray(frame).mean() / 20) for frame in frames]
 
 
@@ -40,17 +40,17 @@ def test_frames_are_spread_over_the_whole_video(tmp_path):
     path.write_bytes(film())
     for source in (film(), path, str(path)):
         video = open_video(source, 4, "x")
-        assert greys(video.frames) == [0, 3, 6, 9]
+        assert brightness(video.frames) == [0, 3, 6, 9]
         assert video.seconds == pytest.approx([0.0, 0.6, 1.2, 1.8])
-    assert greys(open_video(film(3), 8, "x").frames) == [0, 1, 2]
+    assert brightness(open_video(film(3), 8, "x").frames) == [0, 1, 2]
 
 
 @given(st.integers(1, 500), st.integers(1, 40))
-def test_a_spread_is_even_and_holds_the_ends(count, most):
-    chosen = spread(count, most)
-    assert len(set(chosen)) == len(chosen) == min(count, most)
+def test_a_spread_is_even_and_includes_both_ends(count, limit):
+    chosen = spread(count, limit)
+    assert len(set(chosen)) == len(chosen) == min(count, limit)
     assert chosen[0] == 0
-    assert most == 1 or chosen[-1] == count - 1
+    assert limit == 1 or chosen[-1] == count - 1
     gaps = np.diff(chosen)
     assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
 
@@ -79,8 +79,8 @@ def embedder(family_base) -> Embedder:
     return Embedder.from_pretrained(family_base, settings=SETTINGS)
 
 
-def test_a_video_of_one_still_shows_the_tower_that_still(embedder):
-    """Every step of a video that stands still holds the still's own patches."""
+def test_a_video_of_one_still_has_the_patches_of_that_still(embedder):
+    """Every frame group of a video without motion has the patches of the still."""
     picture = Image.effect_noise((32, 32), 60).convert("RGB")
     still = embedder.encoder.pictures({"image": picture}, "x")
     moving = embedder.encoder.pictures({"video": [picture] * 4}, "x")
@@ -91,20 +91,20 @@ def test_a_video_of_one_still_shows_the_tower_that_still(embedder):
     torch.testing.assert_close(together, expected[:16].repeat(3, 1), atol=0, rtol=0)
 
 
-def test_a_step_holds_its_frames_in_order(embedder):
+def test_a_frame_group_holds_its_frames_in_order(embedder):
     frames = [Image.new("RGB", (32, 32), (n, n, n)) for n in (10, 20, 30)]
     (video,) = embedder.encoder.pictures({"video": frames}, "x")
     assert video.grid == (2, 4, 4)  # the third frame is repeated
     assert video.seconds == (0.5, 2.0)
-    by_step = video.pixels.reshape(2, 16, 3, 2, 64)
-    assert by_step[:, 0, 0, :, 0].tolist() == [[10, 20], [30, 30]]
-    assert (by_step == by_step[:, :1, :1, :, :1]).all()
+    by_group = video.pixels.reshape(2, 16, 3, 2, 64)
+    assert by_group[:, 0, 0, :, 0].tolist() == [[10, 20], [30, 30]]
+    assert (by_group == by_group[:, :1, :1, :, :1]).all()
 
 
 def test_the_pixel_budget_is_for_all_frames(embedder):
     (video,) = embedder.encoder.pictures({"video": [Image.new("RGB", (640, 480))] * 6}, "x")
-    steps, rows, columns = video.grid
-    assert 2 * steps * rows * columns * 64 <= SETTINGS.max_video_pixels
+    groups, rows, columns = video.grid
+    assert 2 * groups * rows * columns * 64 <= SETTINGS.max_video_pixels
     assert rows * columns * 64 > 500
 
 
@@ -132,18 +132,18 @@ def test_vectors_are_those_of_the_stock_model(family_base, embedder):
     assert np.abs(ours - backwards).max() > 1e-3
 
 
-def test_qwen3_writes_the_seconds_of_each_step(family_base, embedder):
+def test_qwen3_writes_the_time_of_each_frame_group(family_base, embedder):
     encoded = embedder.encoder.encode({"video": [Image.new("RGB", (32, 32))] * 3}, "document")
     text = embedder.encoder.tokenizer.decode(encoded.input_ids)
     run = "<|video_pad|>" * 4
     if embedder.encoder.family.timestamps:
-        steps = "".join(f"<{t} seconds><|vision_start|>{run}<|vision_end|>" for t in ("0.5", "2.0"))
+        video = "".join(f"<{t} seconds><|vision_start|>{run}<|vision_end|>" for t in ("0.5", "2.0"))
     else:
-        steps = f"<|vision_start|>{2 * run}<|vision_end|>"
-    assert text.startswith(f"<|im_start|>user\n{steps}<|im_end|>")
+        video = f"<|vision_start|>{2 * run}<|vision_end|>"
+    assert text.startswith(f"<|im_start|>user\n{video}<|im_end|>")
 
 
-def test_companions_change_nothing(embedder):
+def test_other_items_of_a_batch_change_nothing(embedder):
     noise = [Image.effect_noise((32, 32), 60).convert("RGB") for _ in range(4)]
     items = [{"video": noise}, {"image": noise[0], "video": noise[:2], "text": "a fox"}, "yes", {"image": noise[1]}]
     together = embedder.encode_document(items)

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 
+from tests.conftest import REPO
 from umarvel_ray.model.checkpoint import save_checkpoint
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.embedding_model import EmbeddingModel
@@ -31,12 +32,17 @@ ID = "umarvel/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 EMBED = """
 import sys, numpy as np
-from umarvel_ray import Embedder, UserError
+from umarvel_ray import Embedder
+np.save(sys.argv[2], Embedder.from_pretrained(sys.argv[1]).encode_query(["a red fox", "boats"]))
+"""
+FIND = """
+import sys
+from umarvel_ray import UserError
+from umarvel_ray.model.hub import model_folder
 try:
-    embedder = Embedder.from_pretrained(sys.argv[1])
+    print(model_folder(sys.argv[1]))
 except UserError as error:
     sys.exit(f"error: {error}")
-np.save(sys.argv[2], embedder.encode_query(["a red fox", "boats"]))
 """
 
 
@@ -123,64 +129,62 @@ def hub(checkpoint) -> Iterator[Hub]:
     thread.join()
 
 
-def load(name: str, folder: Path, endpoint: str, **environment: str) -> tuple[np.ndarray | None, str]:
-    """The vectors that another process computes with the model `name`, or none, and its stderr."""
-    hidden = {"HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"}
-    inherited = {key: value for key, value in os.environ.items() if key not in hidden}
-    own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", EMBED, name, str(folder / "vectors.npy")],
-        cwd=folder,
-        env=inherited | own | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return (None if done.returncode else np.load(folder / "vectors.npy")), done.stderr
+def run(program: str, arguments: list[str], home: Path, endpoint: str, **changes: str) -> tuple[str, str]:
+    """stdout and stderr of a program in another process, with a cache of its own."""
+    hidden = {"HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE"}
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONPATH": str(REPO)} | changes
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    return done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
 def downloaded(hub, tmp_path_factory) -> tuple[Path, np.ndarray, str]:
-    folder = tmp_path_factory.mktemp("client")
-    vectors, printed = load(ID, folder, hub.url)
-    assert vectors is not None, printed
-    return folder, vectors, printed
+    """A cache that the model was downloaded to, its vectors, and what was printed."""
+    home = tmp_path_factory.mktemp("home")
+    _, printed = run(EMBED, [ID, str(home / "vectors.npy")], home, hub.url)
+    assert (home / "vectors.npy").is_file(), printed
+    return home, np.load(home / "vectors.npy"), printed
+
+
+def snapshot(home: Path) -> Path:
+    return home / f"hub/models--umarvel--tiny/snapshots/{COMMIT}"
 
 
 def test_a_model_is_downloaded_and_gives_the_vectors_of_its_directory(hub, downloaded, checkpoint):
-    folder, vectors, printed = downloaded
+    home, vectors, printed = downloaded
     np.testing.assert_array_equal(vectors, Embedder.from_pretrained(checkpoint).encode_query(["a red fox", "boats"]))
     assert f"{ID}: no such directory; looking on {hub.url}" in printed
-    snapshot = folder / f"home/hub/models--umarvel--tiny/snapshots/{COMMIT}"
-    assert (snapshot / "umarvel.json").is_file()
-    assert not (snapshot / "pytorch_model.bin").exists()
-    assert not (snapshot / "onnx").exists()
+    assert (snapshot(home) / "umarvel.json").is_file()
+    assert not (snapshot(home) / "pytorch_model.bin").exists()
+    assert not (snapshot(home) / "onnx").exists()
 
 
 def test_a_second_time_nothing_is_downloaded_and_nothing_printed(hub, downloaded):
-    folder, vectors, _ = downloaded
+    home, _, _ = downloaded
     hub.asked.clear()
-    again, printed = load(ID, folder, hub.url)
-    np.testing.assert_array_equal(again, vectors)
+    found, printed = run(FIND, [ID], home, hub.url)
+    assert Path(found.strip()) == snapshot(home)
+    assert hub.asked
     assert not [path for path in hub.asked if "/resolve/" in path]
-    assert "looking on" not in printed
-    assert "Fetching" not in printed
+    assert not printed
 
 
-@pytest.mark.parametrize("offline", ["unreachable", "HF_HUB_OFFLINE"])
-def test_without_a_network_the_cached_snapshot_serves(downloaded, offline):
-    folder, vectors, _ = downloaded
-    environment = {"HF_HUB_OFFLINE": "1"} if offline == "HF_HUB_OFFLINE" else {}
-    again, printed = load(ID, folder, "http://127.0.0.1:9", **environment)
-    assert again is not None, printed
-    np.testing.assert_array_equal(again, vectors)
+@pytest.mark.parametrize("changes", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_without_a_network_the_cached_snapshot_serves(downloaded, changes):
+    home, _, _ = downloaded
+    found, printed = run(FIND, [ID], home, "http://127.0.0.1:9", **changes)
+    assert found, printed
+    assert Path(found.strip()) == snapshot(home)
 
 
 def test_a_revision_may_follow_the_id(hub, downloaded):
-    folder, vectors, _ = downloaded
-    pinned, printed = load(f"{ID}@{COMMIT}", folder, hub.url)
-    assert pinned is not None, printed
-    np.testing.assert_array_equal(pinned, vectors)
+    home, _, _ = downloaded
+    found, printed = run(FIND, [f"{ID}@{COMMIT}"], home, hub.url)
+    assert found, printed
+    assert Path(found.strip()) == snapshot(home)
 
 
 @pytest.mark.parametrize(
@@ -192,23 +196,26 @@ def test_a_revision_may_follow_the_id(hub, downloaded):
     ],
 )
 def test_a_model_that_the_hub_refuses_ends_in_one_line(hub, tmp_path, name, message):
-    vectors, printed = load(name, tmp_path, hub.url)
-    assert vectors is None
-    last = printed.splitlines()[-1]
-    assert last == f"error: {name.split('@')[0]}: no such directory, and {hub.url} {message}"
+    found, printed = run(FIND, [name], tmp_path, hub.url)
+    assert not found
+    repository = name.split("@")[0]
+    assert printed.splitlines() == [
+        f"{repository}: no such directory; looking on {hub.url}",
+        f"error: {repository}: no such directory, and {hub.url} {message}",
+    ]
 
 
 def test_without_a_network_or_a_cache_the_line_says_what_was_tried(tmp_path):
-    vectors, printed = load(ID, tmp_path, "http://127.0.0.1:9")
-    assert vectors is None
-    cache = tmp_path / "home/hub"
-    pattern = rf"error: {ID}: no such directory, and http://127.0.0.1:9 cannot be reached \(.+\), nor is the model in "
-    assert re.fullmatch(pattern + rf"{cache}; give a directory", printed.splitlines()[-1])
-    vectors, printed = load(ID, tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert vectors is None
+    endpoint, cache = "http://127.0.0.1:9", tmp_path / "hub"
+    found, printed = run(FIND, [ID], tmp_path, endpoint)
+    assert not found
+    pattern = rf"error: {ID}: no such directory, and {endpoint} cannot be reached \(.+\), nor is the model in {cache}"
+    assert re.fullmatch(rf"{pattern}; give a directory", printed.splitlines()[-1])
+    found, printed = run(FIND, [ID], tmp_path, endpoint, HF_HUB_OFFLINE="1")
+    assert not found
     assert printed.splitlines()[-1] == (
-        f"error: {ID}: no such directory, and http://127.0.0.1:9 is not asked (HF_HUB_OFFLINE=1); nor is the model in "
-        f"{cache}: unset it to download"
+        f"error: {ID}: no such directory, and {endpoint} is not asked (HF_HUB_OFFLINE=1); nor is the model in {cache}: "
+        "unset it to download"
     )
 
 

@@ -17,7 +17,7 @@ from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.lora import add_lora, merge_lora
 from umarvel_ray.model.reranker import Reranker, RerankerModel
 from umarvel_ray.model.vision_cache import VisionCache
-from umarvel_ray.recipe import Compute, Lora, ModelSettings, Phase, Temperature
+from umarvel_ray.recipe import Compute, ContrastivePhase, Lora, ModelSettings, RerankPhase
 from umarvel_ray.train.build import build_module, model_of
 from umarvel_ray.train.phases import PhaseSpec
 
@@ -255,10 +255,12 @@ def test_training_teaches_yes_and_no_and_the_checkpoint_keeps_it(tiny_base, tmp_
 @pytest.mark.parametrize("kind", ["rerank", "contrastive"])
 @pytest.mark.parametrize("wanted", [True, False])
 def test_activation_checkpointing_is_for_both_models(tiny_base, kind, wanted):
-    step = Phase(queries="x", batch_size=1, learning_rate=1e-3, lora=Lora(r=2, alpha=4))
-    job = PhaseSpec("x", kind, step, Temperature(), False, str(tiny_base), "", "", SETTINGS,
-                   Compute(dtype="float32", activation_checkpointing=wanted), 0, {})  # fmt: skip
-    module = build_module(job)
+    lora = Lora(r=2, alpha=4)
+    phase_type = {"rerank": RerankPhase, "contrastive": ContrastivePhase}[kind]
+    phase = phase_type(queries="x", batch_size=1, learning_rate=1e-3, lora=lora)
+    compute = Compute(dtype="float32", activation_checkpointing=wanted)
+    spec = PhaseSpec("x", phase, str(tiny_base), "", "", SETTINGS, compute, 0, {})
+    module = build_module(spec)
     assert module.training
     assert model_of(module).backbone.is_gradient_checkpointing == wanted
 

@@ -1,4 +1,4 @@
-"""Headless Chromium for tests and screenshots: Debian's, driven by playwright, kept from calling home."""
+"""Headless Chromium for tests and screenshots: the system's, driven by Playwright, without background network use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = [
 
 @contextmanager
 def open_browser() -> Iterator[Browser]:
-    """A browser with a new profile, until the end."""
+    """A browser with a fresh profile, closed at the end of the block."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser

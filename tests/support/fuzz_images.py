@@ -1,8 +1,9 @@
-"""Coverage-guided fuzzing of the image path; not part of the tests, and atheris is no dependency.
+"""Coverage-guided fuzzing of `open_image`; not part of the test suite, and atheris is not a dependency.
 
-`pip install --target DIR atheris`, then `PYTHONPATH=DIR:. python tests/support/fuzz_images.py -max_total_time=300 CORPUS`.
-CORPUS is a folder for what it learns; valid pictures of every format are put there first. Anything but a `UserError`
-of one line ends the run and leaves the bytes.
+After `pip install --target DIR atheris`:
+`PYTHONPATH=DIR:. python tests/support/fuzz_images.py -max_total_time=300 CORPUS`.
+CORPUS is a folder for the inputs it finds, seeded with valid pictures of every format. Anything but a one-line
+`UserError` ends the run and saves the input.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["PIL", "umarvel_ray.data"]):
+with atheris.instrument_imports(include=["PIL", "umarvel_ray.items"]):
     from PIL import Image
 
     from umarvel_ray.items.images import open_image
     from umarvel_ray.items.limits import MediaLimits
 
-    Image.init()  # every plugin, here, where imports are instrumented
+    Image.init()  # load every plugin while imports are instrumented
 
 from tests.items.test_hostile_images import VALID, outcome
 

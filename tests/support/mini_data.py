@@ -1,4 +1,4 @@
-"""A small cut of the shipped demo data, complete in itself, for tests that run whole stages."""
+"""A small, self-contained subset of the shipped demo data, for tests that run whole stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TABLES = {"text_pairs": 40, "image_pairs": 40, "train": 8, "validation": 3, "tes
 
 
 def make_mini_data(folder: Path, per_task: dict[str, int] | None = None, pool: int = 24) -> Path:
-    """Write every table with the first rows of each task, pools of `pool` documents and what they name."""
+    """Write the first rows of each task of every table, pools of `pool` documents, and all documents they refer to."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted: set[str] = set()
     positives: dict[tuple[str, str], list[str]] = {}

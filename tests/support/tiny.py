@@ -1,7 +1,7 @@
-"""Random, tiny directories of each backbone family in the demo base's shapes: `make_tiny_base(dir)` takes a second.
+"""Tiny random base models of each backbone family: `make_tiny_base(dir)` takes a second.
 
-Every file a real base has is there (config, safetensors, tokenizer, image processor, chat template), none of U-MARVEL's
-three tokens is, so that loading has to add them. Images are patches of 8 merged 2 × 2: a 64 × 64 picture is 16 tokens.
+They have all files of a real base (config, safetensors, tokenizer, image processor, chat template) but lack U-MARVEL's
+three tokens, so that loading has to add them. Patches are 8 × 8 pixels, merged 2 × 2: a 64 × 64 picture is 16 tokens.
 """
 
 import json
@@ -75,7 +75,7 @@ IMAGE_PROCESSOR = {
 
 
 def make_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on `CORPUS`, with Qwen2-VL's special tokens and chat shape."""
+    """A byte-level BPE tokenizer trained on `CORPUS`, with Qwen2-VL's special tokens and chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -104,7 +104,7 @@ def make_tiny_base(
     seed: int = 0,
     vocab_size: int = 512,
 ) -> Path:
-    """Write the directory and return its path. Same arguments, same weights."""
+    """Write the directory and return its path. Equal arguments give equal weights."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(vocab_size)
@@ -120,7 +120,7 @@ def make_tiny_base(
             "num_key_value_heads": 1,
             "head_dim": 16,
             "max_position_embeddings": 4096,
-            # At the usual 0.02 a model this small ignores its context: every test would pass by indifference.
+            # At the usual 0.02, a model this small ignores its context, and tests of the context would always pass.
             "initializer_range": 0.2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
             "bos_token_id": None,

@@ -1,4 +1,4 @@
-"""A run folder as the pipeline leaves it, in seconds: tiny random checkpoints, a small corpus and its embeddings."""
+"""A finished run folder in seconds: tiny random checkpoints, a small corpus and its embeddings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from umarvel_ray.recipe import ModelSettings, dump_recipe, load_recipe
 SETTINGS = ModelSettings(min_pixels=4096, max_pixels=4096, max_text_tokens=96)
 TEXTS = [
     "a red fox in the snow",
-    "harbour lights at dusk",
+    "harbor lights at dusk",
     "two boats near a pier",
     "a small blue bird",
     "a green tree",
@@ -28,7 +28,7 @@ TEXTS = [
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
-    """A PNG of seeded noise in large squares, so that resizing keeps it distinct."""
+    """A PNG of seeded noise in large squares, which stay distinct when resized."""
     blocks = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(blocks).resize(size, Image.NEAREST).save(file, "PNG")
@@ -51,17 +51,17 @@ def make_corpus(folder: Path) -> Path:
     return folder
 
 
-def make_run(base: Path, folder: Path, step: str = "distillation") -> Path:
-    """Checkpoints of `step` and of the reranker, a corpus in data/, its embeddings, and the recipe that names them."""
+def make_run(base: Path, folder: Path, phase: str = "distillation") -> Path:
+    """Write checkpoints of `phase` and of the reranker, a corpus in data/, its embeddings, and the recipe."""
     model = EmbeddingModel.from_pretrained(base, SETTINGS)
-    save_checkpoint(model, folder / "checkpoints" / step, SETTINGS, {"phase": step})
+    save_checkpoint(model, folder / "checkpoints" / phase, SETTINGS, {"phase": phase})
     save_checkpoint(model, folder / "checkpoints" / "reranker", SETTINGS.for_reranker(64), {"phase": "reranker"})
     data = make_corpus(folder / "data")
     documents = pq.read_table(data / "documents.parquet").select(["id", "text", "image"]).to_pylist()
     items = [{key: value for key, value in row.items() if key != "id" and value is not None} for row in documents]
-    vectors = Embedder.from_pretrained(folder / "checkpoints" / step).encode_document(items)
-    embeddings = folder / "evaluation" / step / "test-documents"
-    identity = CheckpointRef.of(folder / "checkpoints" / step).identity
+    vectors = Embedder.from_pretrained(folder / "checkpoints" / phase).encode_document(items)
+    embeddings = folder / "evaluation" / phase / "test-documents"
+    identity = CheckpointRef.of(folder / "checkpoints" / phase).identity
     [shard] = open_output(embeddings, {"checkpoint": identity}, 1)
     write_shard(embeddings, shard, embedding_table([row["id"] for row in documents], vectors), [])
     close_output(embeddings, len(documents))

@@ -1,1 +1,1 @@
-"""Everything this project uses of its upstreams beyond their public API, one file per upstream."""
+"""All use of other packages' private names, one file per package, checked on import."""

@@ -1,11 +1,9 @@
-"""DeepSpeed's optimizer state, and its own bookkeeping of gradients and norms, which it offers no public call for.
-
-Written against DeepSpeed 0.18 and 0.19.
-"""
+"""DeepSpeed internals without a public API: optimizer state, gradients and norms. For DeepSpeed 0.18 and 0.19."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import deepspeed
 import torch
@@ -20,24 +18,24 @@ _deepspeed("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer._lazy
 
 
 def without_extensions() -> None:
-    """Have DeepSpeed reduce between CPU ranks through torch.distributed.
+    """Make DeepSpeed reduce between CPU ranks with torch.distributed; call before `deepspeed.initialize`.
 
-    It would compile a shared-memory extension for that, which needs a C++ compiler and gives the same sums.
+    By default it compiles a shared-memory extension, which needs a C++ compiler and gives the same sums.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def set_gradient_norm(engine: deepspeed.DeepSpeedEngine, norm: torch.Tensor) -> None:
-    """What `engine.get_global_grad_norm` returns; without ZeRO DeepSpeed does not compute it."""
+    """Set the result of `engine.get_global_grad_norm`, which DeepSpeed does not compute without ZeRO."""
     engine._global_grad_norm = norm
 
 
 def clear_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Start a step's gradients from zero under ZeRO-3; nothing to do under the others.
+    """Zero the gradients before a step under ZeRO-3; a no-op for the other ZeRO stages.
 
-    DeepSpeed clears no gradient there: the first backward pass after a step overwrites it. So one that a parameter gets
-    in a later pass alone (log τ) would add to the last step's, and passes without a forward between them would all
-    overwrite. From zero, and never "first", they add up.
+    ZeRO-3 never zeroes gradients; the first backward pass after a step overwrites them. A parameter with a gradient in
+    later passes only (log τ) would add to the previous step's, and passes without a forward pass in between would all
+    overwrite. With zeroed gradients and no pass counted as the first, every pass accumulates.
     """
     if engine.zero_optimization_stage() == 3:
         engine.optimizer.grad_partitions_flat_buffer.zero_()
@@ -45,10 +43,10 @@ def clear_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def reset_adam(engine: deepspeed.DeepSpeedEngine, trainable: list[torch.nn.Parameter], steps: int) -> None:
-    """Zero Adam state after `steps` steps, created before the first one.
+    """Create zeroed Adam state, as after `steps` optimizer steps, before the first step.
 
-    DeepSpeed 0.19 links the fragments of its flat state once the first parameter group has stepped; a group that gets
-    no gradient before the others (the temperature's) would have none.
+    DeepSpeed 0.19 links the fragments of its flat state after the step of the first parameter group; a group without a
+    gradient at that point (the temperature's) would get no state.
     """
     stage = engine.zero_optimization_stage()
     if stage == 0:
@@ -68,8 +66,9 @@ def reset_adam(engine: deepspeed.DeepSpeedEngine, trainable: list[torch.nn.Param
 
 
 def own_partition(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's slice of a whole tensor under ZeRO-3: equal slices, zeros behind the end."""
-    size = parameter.ds_tensor.numel()
+    """This rank's slice of a whole tensor under ZeRO-3: slices have equal size, the last ones padded with zeros."""
+    sharded: Any = parameter
+    size = sharded.ds_tensor.numel()
     flat = value.flatten()
     padded = F.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
     return padded[size * dist.get_rank() :][:size]

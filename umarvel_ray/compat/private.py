@@ -1,4 +1,4 @@
-"""Find a private name of another package, or say in one line which versions have it."""
+"""Look up a private name of another package, with a one-line error if the installed version lacks it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from umarvel_ray.errors import UserError
 
 
 def private(package: str, versions: str, module: str, name: str) -> Any:
-    """The object `name` (`Class.attribute` too) of a module.
+    """The object `name` of a module; `name` may be `Class.attribute`.
 
     Args:
-        versions: of `package` that are known to have it, for the error.
+        versions: versions of `package` known to have it, for the error message.
 
     Raises:
         UserError: the installed version does not have it.

@@ -1,25 +1,26 @@
-"""Ray Data's execution callbacks, which are not public yet."""
+"""Ray Data's execution callbacks, which are not public."""
 
 from __future__ import annotations
 
 import time
 from functools import partial
+from typing import Any
 
 from ray.data import DataContext
 
 from umarvel_ray.compat.private import private
 
 _ray = partial(private, "ray", ">=2.55,<2.62")
-ExecutionCallback = _ray("ray.data._internal.execution.execution_callback", "ExecutionCallback")
+ExecutionCallback: Any = _ray("ray.data._internal.execution.execution_callback", "ExecutionCallback")
 if "custom_execution_callback_classes" not in DataContext.__dataclass_fields__:
     _ray("ray.data", "DataContext.custom_execution_callback_classes")
 
 
 class Pause(ExecutionCallback):
-    """A pause in each turn of Ray Data's scheduling loop.
+    """Sleeps in each iteration of Ray Data's scheduling loop.
 
-    The loop runs in a thread of the trainer and spins while its output is held back, so that every operation of the
-    trainer would wait for the interpreter lock (steps of the demo took three times as long).
+    The loop runs in a thread of the trainer and spins under backpressure, so that the trainer's operations wait for
+    the interpreter lock (without the sleep, training steps of the demo take three times as long).
     """
 
     def on_execution_step(self, executor: object) -> None:
@@ -27,5 +28,5 @@ class Pause(ExecutionCallback):
 
 
 def pause_scheduling(context: DataContext) -> None:
-    """Put a `Pause` into the executions of a `DataContext`."""
+    """Add a `Pause` to the executions of a `DataContext`."""
     context.custom_execution_callback_classes = [Pause]

@@ -1,4 +1,4 @@
-"""transformers' attention functions, and where a configuration keeps the name of the one in use."""
+"""transformers' attention functions, and the configuration entry that names the one in use."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _transformers("transformers", "PreTrainedConfig._attn_implementation")
 
 
 def use_attention(model: PreTrainedModel, name: str, function: Any) -> None:
-    """Have a model call `function`, registered as `name`, for attention; masks stay those of torch's own attention."""
+    """Make a model call `function`, registered as `name`, for attention; its masks are those of SDPA."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, _sdpa_mask)
     model.config._attn_implementation = name
 
 
 def attention_in_use(model: PreTrainedModel) -> str:
-    """Name of the attention function that the language model calls."""
+    """The name of the attention function that the language model calls."""
     return model.config.text_config._attn_implementation

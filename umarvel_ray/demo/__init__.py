@@ -1,4 +1,4 @@
-"""The shipped demo: small real data and a tiny base model. Recipes name both `builtin:demo`."""
+"""The shipped demo: small real data and a tiny base model. Recipes refer to both as `builtin:demo`."""
 
 from pathlib import Path
 

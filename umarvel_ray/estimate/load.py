@@ -1,7 +1,8 @@
-"""What a recipe's training steps have to do: optimiser steps, items and tokens per worker.
+"""The work in each phase of a recipe: optimizer steps, and items and tokens per worker.
 
-Row counts come from the data where they are at hand, else from the published sets (method section 2); the table that
-is printed says which. Tokens are an estimate: nothing is tokenised. The assumptions are the constants here.
+Row counts come from the data if it is available, otherwise from the published data sets
+(docs/method.md#hyperparameters); the printed table says which. Token counts are estimates, since nothing is tokenized.
+The assumptions are the constants below.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from umarvel_ray.recipe import (
 )
 from umarvel_ray.runs import base_folder
 
-CHARACTERS_PER_TOKEN = 4  # of English under a byte-level vocabulary of 150,000
-TURN_TOKENS = 12  # of the template: a user's turn and the answer `<emb>.`
-SYSTEM, SYSTEM_TOKENS = "You are a helpful assistant.", 11  # Qwen2-VL's template puts it in front, Qwen3-VL's does not
-PAIR_TOKENS = 48  # the reranker's question and its headings
+CHARACTERS_PER_TOKEN = 4  # English, byte-level vocabulary of 150,000
+TURN_TOKENS = 12  # template: the user turn and the answer `<emb>.`
+SYSTEM, SYSTEM_TOKENS = "You are a helpful assistant.", 11  # in Qwen2-VL's template, not in Qwen3-VL's
+PAIR_TOKENS = 48  # the reranker's question and headings
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 PICTURE_FRAME_TOKENS = 2
 
 
 class Side(NamedTuple):
-    """The mean query or document: its share of pictures, and the tokens of its text, instruction included."""
+    """The mean query or document: pictures per item, and text tokens per item, including the instruction."""
 
     pictures: float
     text: float
@@ -49,7 +50,7 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A query table: its rows by task, the mean query, the mean positive, and where that is known from."""
+    """A query table: its rows by task, the mean query, the mean positive, and the origin of these numbers."""
 
     rows: Counter[str] | None
     query: Side
@@ -57,25 +58,28 @@ class Source:
     origin: str
 
     def in_epoch(self, per_task: int | None) -> int | None:
-        """Rows of an epoch that takes at most `per_task` of each task."""
-        return self.rows and sum(min(count, per_task or count) for count in self.rows.values())
+        """Rows of an epoch that takes at most `per_task` rows of each task; None if unknown."""
+        if self.rows is None:
+            return None
+        return sum(min(count, per_task or count) for count in self.rows.values())
 
 
-# Rows: SimCSE's NLI pairs, LLaVA's CC3M subset, M-BEIR's up-sampled training union (method sections 0 and 2).
-# M-BEIR's shares of pictures follow from its queries per task (UniIR, arXiv 2311.17136, table 1); texts are assumed.
+# Rows: SimCSE's NLI pairs, LLaVA's CC3M subset, M-BEIR's upsampled training union (docs/method.md#hyperparameters).
+# M-BEIR's pictures per item follow from its queries per task (UniIR, arXiv 2311.17136, Table 1); texts are assumed.
 PUBLISHED = {
     "nli": Source(Counter({"": 275_601}), Side(0, 20), Side(0, 12), "published"),
     "cc3m": Source(Counter({"": 595_000}), Side(0, 15), Side(1, 0), "published"),
     "train": Source(Counter({"": 1_332_790}), Side(0.76, 40), Side(0.53, 75), "published"),
 }
-UNION_DOCUMENTS = 1_930_000  # M-BEIR's training union (method section 6.1)
+UNION_DOCUMENTS = 1_930_000  # M-BEIR's training union, as the U-MARVEL paper counts it
 
 
 @dataclass(frozen=True)
 class Load:
-    """One optimiser step of one worker, and how many there are: `rows` of queries, `steps` None where not known.
+    """One worker's share of one optimizer step in a phase, and the number of steps.
 
-    Lengths are mean tokens; a reranker's pair counts as one query.
+    Lengths are mean tokens per item; a pair for the reranker counts as one query. `rows`, the queries of an epoch, and
+    `steps` are None if unknown.
     """
 
     name: str
@@ -100,36 +104,46 @@ class Load:
 
     @property
     def length(self) -> float:
-        """Of the mean item."""
+        """Tokens of the mean item."""
         return self.tokens / self.items
 
     def chunks(self, budget: int) -> int:
-        """Forward passes under a budget of padded tokens; padding can only add to them."""
+        """Forward passes under a token budget, not counting padding, which can only add to them."""
         return math.ceil(self.tokens / budget)
 
 
 def loads(recipe: Recipe, shape: Shape) -> list[Load]:
-    """The phases of a recipe, in order, by their keys in it."""
+    """The load of each phase of a recipe, in order, named by its recipe key."""
     workers, mining, stage3 = recipe.cluster.workers, recipe.stage2.mining, recipe.stage3
 
-    def load(name: str, phase: TrainingPhase, documents: int = 1, share: float = 1, most: int | None = None) -> Load:
+    def load(
+        name: str, phase: TrainingPhase, documents: int = 1, share: float = 1, max_rows: int | None = None
+    ) -> Load:
         source = read_source(recipe.data, phase.queries)
         rows = source.in_epoch(phase.max_per_task)
-        rows = rows and min(round(rows * share), most or rows)
-        steps = phase.max_steps if rows is None else count_steps(phase, rows)
+        rows = rows and min(round(rows * share), max_rows or rows)
         queries = math.ceil(phase.batch_size / workers)
-        ends = [item_tokens(side, recipe, shape) for side in (source.query, source.document)]
-        pictures = queries * (source.query.pictures + documents * source.document.pictures)
-        return Load(KEYS[name], phase, rows, source.origin, steps, queries, queries * documents, *ends, pictures)
+        return Load(
+            name=KEYS[name],
+            phase=phase,
+            rows=rows,
+            origin=source.origin,
+            steps=phase.max_steps if rows is None else count_steps(phase, rows),
+            queries=queries,
+            documents=queries * documents,
+            query_length=item_tokens(source.query, recipe, shape),
+            document_length=item_tokens(source.document, recipe, shape),
+            pictures=queries * (source.query.pictures + documents * source.document.pictures),
+        )
 
-    more: dict[str, dict[str, Any]] = {
-        HARD_NEGATIVES: {"documents": 1 + recipe.stage2.train.hard_negatives, "most": mining.max_queries},
-        RERANKER: {"most": mining.max_queries},
+    options: dict[str, dict[str, Any]] = {
+        HARD_NEGATIVES: {"documents": 1 + recipe.stage2.train.hard_negatives, "max_rows": mining.max_queries},
+        RERANKER: {"max_rows": mining.max_queries},
         DISTILLATION: {"documents": stage3.top_k, "share": stage3.sample},
     }
-    found = [load(name, phase, **more.get(name, {})) for name, phase in recipe.phases().items()]
+    found = [load(name, phase, **options.get(name, {})) for name, phase in recipe.phases().items()]
     template = template_tokens(recipe.base, shape)
-    return [_as_pairs(one, template) if isinstance(one.phase, RerankPhase) else one for one in found]
+    return [_as_pairs(item, template) if isinstance(item.phase, RerankPhase) else item for item in found]
 
 
 def item_tokens(side: Side, recipe: Recipe, shape: Shape) -> float:
@@ -140,16 +154,16 @@ def item_tokens(side: Side, recipe: Recipe, shape: Shape) -> float:
 
 
 def template_tokens(base: str, shape: Shape) -> int:
-    """What the base's chat template puts around an item."""
+    """Tokens that the base's chat template adds to an item."""
     texts = [file.read_text() for name in TEMPLATES if (file := base_folder(base) / name).is_file()]
     system = any(SYSTEM in text for text in texts) if texts else shape.vision.form != "qwen3_vl"
     return TURN_TOKENS + system * SYSTEM_TOKENS
 
 
 def corpus(recipe: Recipe) -> tuple[int, int, Source] | None:
-    """Queries and documents that mining embeds, and their kind; None where the data are not known.
+    """The number of queries and documents that mining embeds, and their source; None if the data is unknown.
 
-    With `max_pool` the documents are those of the sampled pools; positives outside them come on top.
+    With `max_pool` the documents are those of the sampled pools; positives outside the pools are not counted.
     """
     mining, name = recipe.stage2.mining, recipe.stage2.train.queries
     source, root = read_source(recipe.data, name), folder_of(recipe.data)
@@ -166,7 +180,7 @@ def corpus(recipe: Recipe) -> tuple[int, int, Source] | None:
 
 
 def read_source(data: Data, name: str) -> Source:
-    """Rows and kind of a query table: measured in Parquet, counted in M-BEIR's files, else as published or unknown."""
+    """A query table: measured in Parquet, counted in M-BEIR's files, otherwise as published or unknown."""
     root = folder_of(data)
     known = PUBLISHED.get(name) if data.format == "mbeir" else None
     if data.format == "mbeir" and (files := query_files(root, name)):
@@ -193,7 +207,7 @@ def _side(table: pa.Table) -> Side:
 
 
 def _as_pairs(load: Load, template: int) -> Load:
-    """Each query with a positive and with a negative, one sequence per pair."""
+    """The same load as pairs, one sequence each: every query with a positive and with a negative."""
     length = load.query_length + load.document_length - template + PAIR_TOKENS
     return replace(
         load, queries=2 * load.queries, documents=0, query_length=length, pictures=2 * load.pictures, pairs=True

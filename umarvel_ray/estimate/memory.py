@@ -1,8 +1,8 @@
 """Memory of one worker in a training step, in bytes.
 
-What is counted: frozen weights, what trains with its gradient and Adam state as ZeRO spreads them (arXiv 1910.02054,
-section 3), DeepSpeed's reduction bucket, the activations of one forward chunk, the loss. What is not: the device's own
-context, fragments, and the working memory of kernels; leave a tenth free for those. The vision cache is host memory.
+Counted: frozen weights; trainable weights with gradient and Adam state as ZeRO partitions them (arXiv 1910.02054,
+section 3); DeepSpeed's reduction bucket; the activations of one chunk; and the loss. Not counted: the device context,
+fragmentation and kernel workspace, for which a tenth should stay free. The vision cache is host memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
 BUCKET = 500_000_000  # numbers: DeepSpeed's default `reduce_bucket_size`
 LIVE = 1_000_000_000  # weights: DeepSpeed's default `stage3_max_live_parameters`
 NF4 = (4 + 0.127) / 8  # bytes of a 4-bit weight with its quantized constants (QLoRA, arXiv 2305.14314, section 3)
-LABELLED = 2  # tokens of a pair that the reranker's loss looks at
+LABELED = 2  # tokens of a pair that enter the reranker's loss
 
 
 class Memory(NamedTuple):
-    """Bytes of one worker. `language`, `tower`: frozen weights; `optimizer`: what trains, its gradient, master copy and
-    Adam moments; `bucket`: DeepSpeed's buffer for reducing gradients."""
+    """Bytes of one worker, by part.
+
+    Attributes:
+        language, tower: frozen weights.
+        optimizer: trainable weights with their gradients, master copy and Adam moments.
+        bucket: DeepSpeed's buffer for reducing gradients.
+    """
 
     language: float
     tower: float
@@ -34,7 +39,7 @@ class Memory(NamedTuple):
 
 
 def memory(shape: Shape, load: Load, recipe: Recipe) -> Memory:
-    """The peak of one optimiser step, part by part."""
+    """The peak of one optimizer step, by part."""
     compute, workers = recipe.compute, recipe.cluster.workers
     width = WIDTH[compute.dtype]
     chunk = min(compute.token_budget, load.tokens)
@@ -65,7 +70,7 @@ def memory(shape: Shape, load: Load, recipe: Recipe) -> Memory:
 
 
 def trained(shape: Shape, phase: Phase) -> tuple[int, int]:
-    """Parameters that a step trains: adapters or the language model without its tables, and of the tower."""
+    """Trainable parameters: of the language model (adapters, or all but the embedding tables), and of the tower."""
     text = shape.text
     whole = phase.language_model == "full"
     tower = {"frozen": 0, "projector": shape.vision.projector, "full": shape.vision.parameters}
@@ -73,17 +78,17 @@ def trained(shape: Shape, phase: Phase) -> tuple[int, int]:
 
 
 def language_bytes(frozen: int, parameters: int, width: int, zero: int, workers: int) -> float:
-    """Frozen weights: whole on every worker, or spread by ZeRO-3, which gathers up to LIVE of all at a time."""
+    """Frozen weights: complete on every worker, or partitioned by ZeRO-3, which gathers up to LIVE at a time."""
     if zero < 3:
         return frozen * width
     return width * (frozen / workers + min(parameters, LIVE))
 
 
 def optimizer_bytes(trainable: int, zero: int, workers: int) -> float:
-    """What trains and its gradient, always in fp32, and 12 bytes of ZeRO's own copy and Adam moments.
+    """Trainable weights and gradients, always fp32, and 12 bytes for ZeRO's master copy and the Adam moments.
 
-    ZeRO-1 spreads the 12 over the workers, ZeRO-2 the gradient too, ZeRO-3 the weights too. Without ZeRO there is no
-    copy.
+    ZeRO-1 partitions the 12 bytes over the workers, ZeRO-2 also the gradients, ZeRO-3 also the weights. Without ZeRO
+    there is no master copy.
     """
     if zero == 0:
         return trainable * 16
@@ -93,7 +98,7 @@ def optimizer_bytes(trainable: int, zero: int, workers: int) -> float:
 
 
 def bucket_bytes(trainable: int, zero: int, gpu: bool) -> float:
-    """The reduction bucket, fp32: a GPU gives all of it, a CPU only the pages that are written."""
+    """The fp32 reduction bucket: allocated in full on a GPU; on a CPU only written pages count."""
     return 4 * (BUCKET if gpu else min(BUCKET, trainable)) if zero else 0
 
 
@@ -107,13 +112,21 @@ def text_activations(
     chunks: int = 1,
     whole: bool = False,
 ) -> float:
-    """Bytes per token at the peak of a forward and backward pass of the language model, with adapters or trained whole.
+    """Bytes per token at the peak of a forward and backward pass of the language model.
 
-    What autograd keeps of a layer: the fp32 inputs of both norms; queries, keys and values of all heads, the output,
-    row sums and mask of attention; gate, its activation, up, and their product; the input of each adapter and its
-    low-rank output. Adapters on one input share it; with dropout each has its own, and a mask of that size. Where all
-    weights train: each linear layer's input, and each norm's output before its scale. On top: the gradients of one MLP.
-    Checkpointing keeps each layer's input, and all of this for one layer only.
+    Autograd keeps the following of each layer: the fp32 inputs of both norms; the queries, keys and values of all
+    heads; the output, row sums and mask of attention; the MLP's gate, its activation, the up projection and their
+    product; and the input and low-rank output of each adapter. Adapters on the same input share it; with dropout, each
+    has its own input and a mask of that size. If all weights train, it also keeps each linear layer's input and each
+    norm's output before scaling. The gradients of one MLP come on top. With checkpointing only the input of each layer
+    is kept, and all of the above for one layer.
+
+    Args:
+        rank: of the adapters; 0 if there are none.
+        width: bytes of a number in the model's dtype.
+        length: tokens of the mean item.
+        chunks: whose activations are kept at the same time.
+        whole: all weights train, not adapters.
     """
     h, ff, q, kv = text.hidden, text.intermediate, text.heads * text.head, text.key_heads * text.head
     inputs = 2 * (5 * h + q + ff) if dropout else 2 * h + ff
@@ -127,17 +140,17 @@ def text_activations(
 
 
 def tower_activations(vision: VisionShape, width: int) -> float:
-    """Bytes per merged token in the frozen tower: fp32 pixels, their copy, and the widest block, nothing kept."""
+    """Bytes per merged token in the frozen tower: fp32 pixels, their copy, and the widest block; nothing is kept."""
     gates = 3 if vision.form == "qwen2_5_vl" else 2
     return vision.merge**2 * ((4 + width) * vision.values + width * (2 * vision.width + gates * vision.intermediate))
 
 
 def trained_tower_activations(vision: VisionShape, width: int, checkpointed: bool) -> float:
-    """Bytes per merged token that autograd keeps of a tower that trains.
+    """Bytes per merged token that autograd keeps of a trained tower.
 
-    Of a block and patch: what both norms read and give (RMSNorm twice as much), queries, keys and values before and
-    after rotation, attention's output, and the MLP between its layers: the values themselves, and what its activation
-    and gate make of them on the way. Of a merger: what its norm and its two layers read.
+    Per block and patch: the inputs and outputs of both norms (twice as much for RMSNorm), queries, keys and values
+    before and after rotation, the output of attention, and the MLP's hidden values with the intermediate results of its
+    activation and gate. Per merger: the inputs of its norm and of its two layers.
     """
     blocks = {"qwen2_vl": (12, 3), "qwen2_5_vl": (14, 4), "qwen3_vl": (12, 2)}[vision.form]
     block = blocks[0] * vision.width + blocks[1] * vision.intermediate
@@ -146,16 +159,16 @@ def trained_tower_activations(vision: VisionShape, width: int, checkpointed: boo
 
 
 def loss_bytes(shape: Shape, load: Load, recipe: Recipe) -> float:
-    """Embeddings of all workers in fp32 with their gradient, and what the loss makes of them.
+    """The fp32 embeddings of all workers with their gradients, and the intermediate results of the loss.
 
-    InfoNCE: own queries against all documents three times (scaled, masked, gradient), for `two_way` once more against
-    all queries, and the table of positives. Distillation: own queries and candidates, spread out. Reranker: logits of
-    the labelled tokens of a chunk, in the model's precision, in fp32, and their gradient.
+    InfoNCE: similarities of the worker's queries with all documents, three times (scaled, masked, gradient), the same
+    against all queries for `two_way`, and the table of positives. Distillation: the worker's queries and candidates.
+    Reranker: the logits of the labeled tokens of a chunk, in the model's dtype and in fp32, and their gradient.
     """
     workers, text = recipe.cluster.workers, shape.text
     if load.pairs:
         pairs = min(load.queries, math.ceil(recipe.compute.token_budget / load.length))
-        return pairs * LABELLED * text.vocabulary * (WIDTH[recipe.compute.dtype] + 8)
+        return pairs * LABELED * text.vocabulary * (WIDTH[recipe.compute.dtype] + 8)
     embeddings = 2 * 4 * text.hidden * load.items * workers
     if isinstance(load.phase, DistillPhase):
         return embeddings + 2 * 4 * text.hidden * load.documents

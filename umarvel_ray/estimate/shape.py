@@ -1,7 +1,7 @@
-"""The shape of a base model, from its config.json alone: what parameters, memory and FLOPs are counted from.
+"""The shape of a base model, from its config.json alone: the basis for counting parameters, memory and FLOPs.
 
-Parameters are counted from the layers of transformers' Qwen2-VL, Qwen2.5-VL and Qwen3-VL; the tests build the same
-configurations there and find the same numbers. Nothing here imports torch: a dry run answers at once.
+The counts follow the layers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL in transformers, and the tests compare them with
+models built there. Nothing here imports torch, so that a dry run is instant.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from umarvel_ray.runs import base_folder
 
 PUBLISHED = Path(__file__).with_name("shapes.yaml")
 
-# What transformers' configuration classes put where a config.json is silent: the published ones often are.
+# Defaults of transformers' configuration classes, for keys that a config.json omits, as the published ones often do.
 COMMON = {"in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2, "num_heads": 16}
 VISION = {
     "qwen2_vl": COMMON | {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "patch_size": 14},
@@ -33,7 +33,14 @@ VISION = {
 
 @dataclass(frozen=True)
 class TextShape:
-    """The language model. `biased`: queries, keys and values have biases; `normed`: queries and keys have norms."""
+    """The language model.
+
+    Attributes:
+        head: dimension of an attention head.
+        tied: the token embeddings are also the language-model head.
+        biased: the query, key and value projections have biases.
+        normed: queries and keys are normalized.
+    """
 
     vocabulary: int
     hidden: int
@@ -48,19 +55,19 @@ class TextShape:
 
     @property
     def linears(self) -> list[tuple[int, int]]:
-        """(in, out) of a layer's matrices, which are also LoRA's targets: q, k, v, o, gate, up, down."""
+        """(in, out) of a layer's matrices, which are also the LoRA targets: q, k, v, o, gate, up, down."""
         wide, narrow = self.heads * self.head, self.key_heads * self.head
         attention = [(self.hidden, wide), (self.hidden, narrow), (self.hidden, narrow), (wide, self.hidden)]
         return [*attention, *[(self.hidden, self.intermediate)] * 2, (self.intermediate, self.hidden)]
 
     @property
     def matrices(self) -> int:
-        """Weights of all layers' matrices."""
+        """Weights in the matrices of all layers."""
         return self.layers * sum(i * o for i, o in self.linears)
 
     @property
     def tables(self) -> int:
-        """Weights of the embeddings and of the head over the vocabulary, one table where they are tied."""
+        """Weights of the token embeddings and the language-model head; one table if they are tied."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
@@ -70,15 +77,22 @@ class TextShape:
         return self.tables + self.matrices + self.layers * (biases + norms) + self.hidden
 
     def lora_parameters(self, rank: int) -> int:
-        """Of adapters on every layer's matrices: rank × (in + out) each (LoRA, arXiv 2106.09685, section 4)."""
+        """Parameters of adapters on all matrices: rank × (in + out) each (LoRA, arXiv 2106.09685, section 4)."""
         return self.layers * sum(rank * (i + o) for i, o in self.linears)
 
 
 @dataclass(frozen=True)
 class VisionShape:
-    """The vision tower and its merger. `window`: side in patches of a local attention block, `whole`: layers without.
+    """The vision tower and its merger.
 
-    `form` is the model type: the three families differ in norms, gates and biases.
+    Attributes:
+        form: the model type; the three families differ in norms, gates and biases.
+        values: numbers in a patch: channels × frames × patch².
+        out: dimension of the merged tokens.
+        positions: learned position embeddings.
+        deepstack: number of DeepStack mergers.
+        window: side of an attention window in patches; 0 without windowed attention.
+        whole: number of blocks with attention over the whole picture.
     """
 
     form: str
@@ -87,7 +101,7 @@ class VisionShape:
     intermediate: int
     patch: int
     merge: int
-    values: int  # numbers in a patch: channels × frames × patch²
+    values: int
     out: int
     positions: int
     deepstack: int
@@ -96,23 +110,23 @@ class VisionShape:
 
     @property
     def block(self) -> int:
-        """Weights of a layer's matrices, without biases and norms."""
+        """Weights in the matrices of one block, without biases and norms."""
         return 4 * self.width**2 + (3 if self.form == "qwen2_5_vl" else 2) * self.width * self.intermediate
 
     @property
     def mergers(self) -> int:
-        """Weights of the matrices that turn merge² patches into a token, DeepStack's included."""
+        """Weights of the matrices that merge merge² patches into a token, including DeepStack's."""
         wide = self.width * self.merge**2
         return (1 + self.deepstack) * (wide * wide + wide * self.out)
 
     @property
     def norm(self) -> int:
-        """Numbers a norm has for each of its width: RMSNorm a scale, LayerNorm a shift as well."""
+        """Parameters of a norm per channel: a scale for RMSNorm, a scale and a shift for LayerNorm."""
         return 1 if self.form == "qwen2_5_vl" else 2
 
     @property
     def projector(self) -> int:
-        """Parameters of the mergers, with biases and norms."""
+        """Parameters of the mergers, including biases and norms."""
         wide = self.width * self.merge**2
         biases = (1 + self.deepstack) * (wide + self.out)
         return self.mergers + biases + self.norm * (self.width + self.deepstack * wide)
@@ -126,12 +140,14 @@ class VisionShape:
         return patches + blocks + self.projector
 
     def tokens(self, pixels: int) -> int:
-        """Tokens of a picture of so many pixels."""
+        """Merged tokens of a picture with this number of pixels."""
         return max(1, pixels // (self.patch * self.merge) ** 2)
 
 
 @dataclass(frozen=True)
 class Shape:
+    """A base model: language model and vision tower."""
+
     text: TextShape
     vision: VisionShape
 
@@ -141,10 +157,10 @@ class Shape:
 
 
 def read_shape(base: str) -> Shape:
-    """The shape of a recipe's `base`: a directory's config.json, or the published one of a name we know.
+    """The shape of a recipe's `base`, from the config.json in its directory or from `shapes.yaml`.
 
     Raises:
-        UserError: neither, a file that cannot be read, or a model type we have no layers for.
+        UserError: neither exists, the file cannot be read, or the model type is not supported.
     """
     file = base_folder(base) / "config.json"
     published = yaml.safe_load(PUBLISHED.read_text())
@@ -152,17 +168,23 @@ def read_shape(base: str) -> Shape:
         try:
             return shape_of(json.loads(file.read_text()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: not the configuration of a Qwen-VL model ({error!r}); copy it again") from None
+            raise UserError(
+                f"{file}: not the configuration of a supported Qwen-VL model ({error!r}); copy it again"
+            ) from None
     if base in published:
         return shape_of(published[base])
     raise UserError(f"base {base}: no directory with a config.json; set base=DIR, or one of {', '.join(published)}")
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
-    """From the content of a config.json; older ones have the text model's keys at the top."""
+    """The shape described by the content of a config.json; older files have the text model's keys at the top level.
+
+    Raises:
+        KeyError: a missing key, or an unsupported model type.
+    """
     form = config["model_type"]
     if form not in VISION:
-        raise KeyError(f"model_type {form}, known are {', '.join(VISION)}")
+        raise KeyError(f"model_type {form}; supported: {', '.join(VISION)}")
     text = config.get("text_config") or config
     vision = VISION[form] | config["vision_config"]
     first, qwen3 = form == "qwen2_vl", form == "qwen3_vl"

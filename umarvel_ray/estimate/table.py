@@ -20,19 +20,19 @@ from umarvel_ray.recipe import Recipe
 from umarvel_ray.train.phases import VISION_CACHE_BYTES
 
 PEAK, PEAK_OF = 989e12, "an H100 SXM's 989 TFLOP/s in bf16"
-UTILISATION = 0.4
+UTILIZATION = 0.4  # assumed share of the peak
 GIB, FLOAT32 = 2**30, 4
 
 
 def estimate(recipe: Recipe) -> str:
-    """Steps, tokens, FLOPs, hours and memory of every training step, and what mining embeds; lines of plain text."""
+    """Steps, tokens, FLOPs, hours and memory of every phase, and the size of mining, as lines of plain text."""
     try:
         shape = read_shape(recipe.base)
     except UserError as error:
         return f"No estimate: {error}"
-    steps = loads(recipe, shape)
-    parts = [_header(recipe, shape), _work(recipe, shape, steps), _memory(recipe, shape, steps), _mining(recipe, shape)]
-    return "\n\n".join(filter(None, parts))
+    phases = loads(recipe, shape)
+    tables = [_work(recipe, shape, phases), _memory(recipe, shape, phases)]
+    return "\n\n".join(filter(None, [_header(recipe, shape), *tables, _mining(recipe, shape)]))
 
 
 def _header(recipe: Recipe, shape: Shape) -> str:
@@ -40,42 +40,42 @@ def _header(recipe: Recipe, shape: Shape) -> str:
     return (
         f"Estimate for {recipe.cluster.workers} workers; nothing was loaded or run.\n"
         f"base: {shape.parameters:,} parameters, {shape.vision.parameters:,} of them in the vision tower\n"
-        f"assumed: every picture at max_pixels = {picture} tokens, {CHARACTERS_PER_TOKEN} characters a token, "
-        f"{template_tokens(recipe.base, shape)} tokens of template; no padding"
+        f"assumed: every picture at max_pixels = {picture} tokens, {CHARACTERS_PER_TOKEN} characters per token, "
+        f"{template_tokens(recipe.base, shape)} template tokens per item, no padding"
     )
 
 
-def _work(recipe: Recipe, shape: Shape, steps: Sequence[Load]) -> str:
+def _work(recipe: Recipe, shape: Shape, phases: Sequence[Load]) -> str:
     picture, gpu = shape.vision.tokens(recipe.model.max_pixels), recipe.cluster.gpus_per_worker > 0
     work = ["queries", "documents", "tokens", "chunks", "TFLOP"]
-    rows = [["per worker and step", *work, "rows", "known from", "steps", "hours"]]
-    for load in steps:
+    rows = [["per worker and step", *work, "rows", "source", "steps", "hours"]]
+    for load in phases:
         flops = step_flops(shape, load, recipe.compute, picture)
         counts = [load.queries, load.documents, round(load.tokens), load.chunks(recipe.compute.token_budget)]
         hours = f"{_hours(flops * load.steps):.2f}" if gpu and load.steps else "-"
         row = [*map(_count, counts), _short(flops / 1e12), _count(load.rows), load.origin, _count(load.steps), hours]
         rows.append([load.name, *row])
-    note = f"\nhours: of all steps, at {UTILISATION:.0%} of {PEAK_OF}, recomputation counted" if gpu else ""
+    note = f"\nhours: for all steps, at {UTILIZATION:.0%} of {PEAK_OF}, including recomputation" if gpu else ""
     return _aligned(rows) + note
 
 
-def _memory(recipe: Recipe, shape: Shape, steps: Sequence[Load]) -> str:
+def _memory(recipe: Recipe, shape: Shape, phases: Sequence[Load]) -> str:
     compute = recipe.compute
     rows = [["GiB per worker", *Memory._fields, "sum"]]
-    for load in steps:
+    for load in phases:
         parts = memory(shape, load, recipe)
         rows.append([load.name, *(_short(part / GIB) for part in (*parts, sum(parts)))])
-    note = f"ZeRO-{compute.zero_stage}, {compute.dtype}; leave a tenth free for the device's own context and fragments"
+    note = f"ZeRO-{compute.zero_stage}, {compute.dtype}; leave a tenth free for the device context and fragmentation"
     if compute.cache_vision:
-        note += f"\nhost memory: up to {VISION_CACHE_BYTES / GIB:.0f} GiB a worker for the vision cache"
+        note += f"\nhost memory: up to {VISION_CACHE_BYTES / GIB:.0f} GiB per worker for the vision cache"
     return f"{_aligned(rows)}\n{note}"
 
 
 def _mining(recipe: Recipe, shape: Shape) -> str | None:
-    known = corpus(recipe)
-    if known is None:
+    sizes = corpus(recipe)
+    if sizes is None:
         return None
-    queries, documents, source = known
+    queries, documents, source = sizes
     picture, embedders = shape.vision.tokens(recipe.model.max_pixels), recipe.cluster.embedders
     flops = 0.0
     for count, side in ((queries, source.query), (documents, source.document)):
@@ -90,7 +90,7 @@ def _mining(recipe: Recipe, shape: Shape) -> str | None:
 
 
 def _hours(flops: float) -> float:
-    return flops / (UTILISATION * PEAK) / 3600
+    return flops / (UTILIZATION * PEAK) / 3600
 
 
 def _count(number: int | None) -> str:
@@ -102,7 +102,7 @@ def _short(number: float) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
+    """The first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:

@@ -1,4 +1,4 @@
-"""What online search uses: a faiss index over embedding shards, and a live index on top that can be written to."""
+"""Online search: a faiss index over embedding shards, and a live index on top that accepts changes."""
 
 from umarvel_ray.index.corpus import Corpus
 from umarvel_ray.index.faiss_index import Index, build_index, make_index, open_index, recall_against_exact

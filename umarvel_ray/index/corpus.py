@@ -1,4 +1,4 @@
-"""A corpus to search: an index, and the documents that its ids name."""
+"""A searchable corpus: an index, and the documents that its ids refer to."""
 
 from __future__ import annotations
 
@@ -21,34 +21,36 @@ from umarvel_ray.recipe import Data
 
 @dataclass(frozen=True)
 class Corpus:
-    """An index and the documents its ids name."""
+    """An index and the documents that its ids refer to."""
 
     index: Index
     dataset: Dataset
 
     @classmethod
     def open(cls, folder: str | Path, data: Data) -> Corpus:
-        """Open a saved index, or index the embeddings of a finished embed job.
+        """Open a saved index, or build one from the embeddings of a finished embed job.
 
         Raises:
-            UserError: neither is in `folder`, or it is of other documents than `data` holds.
+            UserError: `folder` holds neither, or it refers to documents that `data` does not contain.
         """
         index = open_index(folder) if is_saved(folder) else make_index(*read_embeddings(folder))
         dataset = open_dataset(data)
         unknown = next((id_ for id_ in index.ids if id_ not in dataset.row_of), None)
         if unknown is not None:
-            raise UserError(f"{folder} embeds document {unknown!r}, which {data.root} does not hold; embed it again")
+            raise UserError(
+                f"{folder} holds document {unknown!r}, which {data.root} does not contain; embed the documents again"
+            )
         return cls(index, dataset)
 
     def search(self, vector: np.ndarray, top_k: int) -> list[Hit]:
-        """The best documents for one unit vector (d,), best first; a longer vector is truncated like the documents'."""
+        """The best documents for one unit vector (d,), best first; a longer vector is truncated to the index's size."""
         [scores], [ids] = self.index.search(truncate_array(vector[None], self.index.dimension), top_k)
         rows = rows_of(self.dataset.documents, [self.dataset.row_of[id_] for id_ in ids])
         return [Hit(row, float(score)) for row, score in zip(rows, scores, strict=True)]
 
 
 def made_with(folder: str | Path) -> str | None:
-    """Identity of the checkpoint that made an index or a folder of embeddings; None where it is not known.
+    """Identity of the checkpoint behind an index or a folder of embeddings; None if it is unknown.
 
     Raises: see `open_index`.
     """
@@ -56,5 +58,5 @@ def made_with(folder: str | Path) -> str | None:
 
 
 def rows_of(table: pa.Table, rows: Iterable[int]) -> list[dict[str, Any]]:
-    """A few rows as dicts. Not `take`, which joins the chunks of a column, so copies every picture of the corpus."""
+    """A few rows as dicts. `take` would combine the chunks of each column and so copy every picture of the corpus."""
     return [table.slice(row, 1).to_pylist()[0] for row in rows]

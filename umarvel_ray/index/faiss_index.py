@@ -1,9 +1,9 @@
-"""The index of online search: faiss over embedding shards, saved beside its ids, its recall against exact search known.
+"""The index for online search: faiss over embedding shards, saved with its ids and checked against exact search.
 
     index = build_index(run / "embeddings" / "documents", run / "index")   # prints recall@10 against exact
     scores, ids = open_index(run / "index").search(embedder.encode_query([...]), k=10)
 
-Mining and evaluation never use it (rule 7).
+Mining and evaluation never use it; they search exactly.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from umarvel_ray.files import atomic_path, write_json
 from umarvel_ray.inference.embeddings import embedder_of, read_embeddings
 from umarvel_ray.retrieve.topk import topk
 
-FLAT_UP_TO = 200_000  # exact search over this many vectors still answers in tens of milliseconds
+FLAT_UP_TO = 200_000  # vectors: exact search over this many still takes only tens of milliseconds
 TRAIN_VECTORS = 400_000
-PROBE_SHARE = 16  # one list in this many is searched
+PROBE_SHARE = 16  # an IVF index searches one list in this many
 
 
 class Index:
-    """Unit vectors behind document ids, searched by cosine."""
+    """Unit vectors with document ids, searched by cosine."""
 
     def __init__(self, ids: list[str], index: faiss.Index, checkpoint: str | None = None) -> None:
         self.ids = ids
-        self.checkpoint = checkpoint  # identity of the model that made the vectors, where it is known
+        self.checkpoint = checkpoint  # identity of the checkpoint that produced the vectors, if known
         self._index = index
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Index:
         """Cosines float32 (n, k') and document ids, best first, for queries float32 (n, d); k' = min(k, size).
 
         Raises:
-            UserError: the vectors have another dimension than the index.
+            UserError: the dimension of the vectors differs from the index's.
         """
         scores, rows = self.search_rows(vectors, k)
         return scores, [[self.ids[row] for row in line] for line in rows]
@@ -53,33 +53,33 @@ class Index:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Cosines float32 (n, k') and rows int64 (n, k'), best first, for queries float32 (n, d).
 
-        An approximate index reads itself to the end where a part of it does not hold k' of these rows, or where they
-        are so few that this costs no more.
+        An approximate index falls back to an exhaustive scan if its usual search finds fewer than k' allowed rows, or
+        if so few rows are allowed that the scan costs no more.
 
         Args:
-            among: bool (size,), the rows that may be found; None for all. k' = min(k, number of these rows).
+            among: bool (size,), the rows that may be returned; None for all. k' = min(k, number of allowed rows).
 
         Raises:
-            UserError: the vectors have another dimension than the index; it cannot search among some of its rows.
+            UserError: the dimension of the vectors differs from the index's, or the index cannot filter rows.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.dimension:
             raise UserError(
                 f"index of dimension {self.dimension}: queries have shape {vectors.shape}; use its own model"
             )
         vectors = np.ascontiguousarray(vectors, np.float32)
-        left = len(self) if among is None else int(np.count_nonzero(among))
-        selector = None if left == len(self) else bitmap_of(among)
-        k = min(k, left)
+        allowed = len(self) if among is None else int(np.count_nonzero(among))
+        selector = None if among is None or allowed == len(self) else bitmap_of(among)
+        k = min(k, allowed)
         if not k:
             return np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64)
-        if left * PROBE_SHARE > len(self):
-            scores, rows = _search(self._index, vectors, k, selector, whole=False)
+        if allowed * PROBE_SHARE > len(self):
+            scores, rows = _search(self._index, vectors, k, selector, exhaustive=False)
             if (rows >= 0).all():
                 return scores, rows
-        return _search(self._index, vectors, k, selector, whole=True)
+        return _search(self._index, vectors, k, selector, exhaustive=True)
 
     def save(self, folder: str | Path) -> None:
-        """Write `index.faiss` and `ids.json`; each atomically.
+        """Write `index.faiss` and `ids.json`, each atomically.
 
         Raises:
             UserError: the folder cannot be written.
@@ -94,42 +94,43 @@ class Index:
 
 
 def bitmap_of(among: np.ndarray) -> faiss.IDSelector:
-    """faiss's form of bool (n,): the rows that may be found."""
+    """A faiss selector from bool (n,): the rows that may be returned."""
     return faiss.IDSelectorBitmap(np.packbits(among, bitorder="little"))
 
 
 def _search(
-    index: faiss.Index, vectors: np.ndarray, k: int, selector: faiss.IDSelector | None, whole: bool
+    index: faiss.Index, vectors: np.ndarray, k: int, selector: faiss.IDSelector | None, exhaustive: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """faiss's search among the selected rows. `whole` reads every list or vector instead of the most likely ones."""
+    """Search the selected rows with faiss. `exhaustive` scans every list or vector, not just the most likely ones."""
     if isinstance(index, faiss.IndexPreTransform):
-        for at in range(index.chain.size()):
-            vectors = faiss.downcast_VectorTransform(index.chain.at(at)).apply(vectors)
-        return _search(faiss.downcast_index(index.index), vectors, k, selector, whole)
-    if isinstance(index, faiss.IndexHNSW) and whole:
-        return _search(faiss.downcast_index(index.storage), vectors, k, selector, whole)
+        for position in range(index.chain.size()):
+            vectors = faiss.downcast_VectorTransform(index.chain.at(position)).apply(vectors)
+        return _search(faiss.downcast_index(index.index), vectors, k, selector, exhaustive)
+    if isinstance(index, faiss.IndexHNSW) and exhaustive:
+        return _search(faiss.downcast_index(index.storage), vectors, k, selector, exhaustive)
     if isinstance(index, faiss.IndexHNSW):
         parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
     elif isinstance(index, faiss.IndexIVF):
-        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=index.nlist if whole else index.nprobe)
+        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=index.nlist if exhaustive else index.nprobe)
     else:
         parameters = selector and faiss.SearchParameters(sel=selector)
     try:
         return index.search(vectors, k, params=parameters)
     except RuntimeError:
         name = type(index).__name__
-        raise UserError(f"an {name} cannot search among some of its rows; build a Flat, IVF or HNSW index") from None
+        raise UserError(f"faiss {name} cannot filter rows; build a Flat, IVF or HNSW index") from None
 
 
 def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None, checkpoint: str | None = None) -> Index:
     """Index unit vectors float32 (n, d).
 
     Args:
-        factory: a faiss factory string; None takes exact search for small corpora and IVF with fp16 vectors for large.
-        checkpoint: identity of the model that made the vectors.
+        factory: a faiss factory string; None selects exact search up to FLAT_UP_TO vectors and IVF with fp16 vectors
+            beyond.
+        checkpoint: identity of the checkpoint that produced the vectors.
 
     Raises:
-        UserError: no vectors, or faiss does not know the factory string.
+        UserError: no vectors, or a factory string that faiss does not know.
     """
     if not len(ids):
         raise UserError("nothing to index: no embeddings; run the embed job first")
@@ -141,8 +142,8 @@ def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None, 
         raise UserError(f"faiss does not know the index '{factory}'; try Flat, IVF1024,SQfp16 or HNSW32") from None
     if not index.is_trained:
         rng = np.random.default_rng(0)
-        some = rng.choice(len(vectors), min(len(vectors), TRAIN_VECTORS), replace=False)
-        index.train(vectors[np.sort(some)])
+        sample = rng.choice(len(vectors), min(len(vectors), TRAIN_VECTORS), replace=False)
+        index.train(vectors[np.sort(sample)])
     index.add(np.ascontiguousarray(vectors, np.float32))
     if isinstance(index, faiss.IndexIVF):
         index.nprobe = max(1, index.nlist // PROBE_SHARE)
@@ -150,7 +151,12 @@ def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None, 
 
 
 def recall_against_exact(index: Index, vectors: np.ndarray, queries: np.ndarray, k: int = 10) -> float:
-    """Share of the exact top k (rows of `vectors`, float32 (n, d)) that the index finds too."""
+    """The share of the exact top k that the index finds.
+
+    Args:
+        vectors: float32 (n, d), the indexed vectors in the order of the index's ids.
+        queries: float32 (m, d).
+    """
     _, exact = topk(queries, vectors, min(k, len(vectors)))
     _, found = index.search(queries, k)
     hits = [len({index.ids[row] for row in line} & set(ids)) for line, ids in zip(exact, found, strict=True)]
@@ -160,13 +166,13 @@ def recall_against_exact(index: Index, vectors: np.ndarray, queries: np.ndarray,
 def build_index(
     embeddings_dir: str | Path, out_dir: str | Path, factory: str | None = None, queries: np.ndarray | None = None
 ) -> Index:
-    """Index a finished embed job, save it and print its recall against exact search.
+    """Index a finished embed job, save the index and print its recall against exact search.
 
     Args:
-        queries: float32 (n, d) to measure recall with; None takes 256 of the documents.
+        queries: float32 (n, d) for measuring recall; None samples 256 of the documents.
 
     Raises:
-        UserError: no finished embed job; see `make_index` and `Index.save`.
+        UserError: no finished embed job; see also `make_index` and `Index.save`.
     """
     ids, vectors = read_embeddings(embeddings_dir)
     index = make_index(ids, vectors, factory, embedder_of(embeddings_dir))
@@ -179,15 +185,15 @@ def build_index(
 
 
 def is_saved(folder: str | Path) -> bool:
-    """Whether `Index.save` has written to the folder."""
+    """Whether the folder holds a saved index."""
     return (Path(folder) / "index.faiss").is_file()
 
 
 def open_index(folder: str | Path) -> Index:
-    """A saved index.
+    """Open a saved index.
 
     Raises:
-        UserError: missing, damaged, or the two files do not belong together.
+        UserError: the index is missing or damaged, or its two files do not match.
     """
     folder = Path(folder)
     try:
@@ -197,8 +203,8 @@ def open_index(folder: str | Path) -> Index:
     except FileNotFoundError:
         raise UserError(f"{folder} holds no index; build it with: umarvel index") from None
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{folder}: the index is damaged ({first}); build it again with: umarvel index") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: the index is damaged ({reason}); build it again with: umarvel index") from None
     if len(ids) != index.ntotal:
         raise UserError(f"{folder}: {len(ids)} ids for {index.ntotal} vectors; build it again with: umarvel index")
     return Index(ids, index, saved["checkpoint"])

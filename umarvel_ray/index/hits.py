@@ -1,4 +1,4 @@
-"""Retrieved documents, and their order once a reranker has read them."""
+"""Retrieved documents, and their order after reranking."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from umarvel_ray.data.tables import item_of
 
-RERANK_DEPTH = 50  # candidates of the first stage that are reranked
+RERANK_DEPTH = 50  # retrieved candidates that are reranked
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,16 @@ class Hit:
 
     @property
     def item(self) -> dict[str, Any]:
+        """The document as an item."""
         return item_of(self.document)
 
 
 def fuse_hits(hits: Sequence[Hit], p_yes: np.ndarray, weight: float) -> list[Hit]:
-    """Reorder by cosine + weight · P(yes); equal sums keep the first stage's order."""
+    """Reorder by cosine + weight · P(yes) (docs/method.md#score-fusion); ties keep the retrieval order.
+
+    Args:
+        p_yes: (n,), the reranker's score of each hit.
+    """
     fused = [
         replace(hit, score=hit.score + weight * float(p), rerank_score=float(p))
         for hit, p in zip(hits, p_yes, strict=True)

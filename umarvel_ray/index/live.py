@@ -1,12 +1,12 @@
-"""An index that follows its writer: an immutable base, the newest snapshot, and the commits since.
+"""A searchable replica that follows the index's writer: an immutable base, the newest snapshot, and later commits.
 
     replica = LiveIndex.open("runs/demo/live", identity, dimension, base=Corpus.open(...))
-    replica.follow()                                             # every now and then: applies what is new
+    replica.follow()                                             # call periodically: applies new commits
     replica.search(vector, top_k=10, modalities=["image"], sources=["notes"])
 
-Search is exact over what was added and over the base as exact as its index is. `follow` prepares the next view of the
-index beside the present one and then swaps them, so searches in other threads take no lock, see whole commits only, and
-never wait; a document never goes missing while the log is folded into a snapshot.
+Search is exact over added documents, and as exact as the base's index over the base. `follow` prepares the next view of
+the index next to the current one and then swaps them. Searches in other threads therefore take no lock, see only whole
+commits and never wait, and no document disappears while the log is compacted into a snapshot.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from umarvel_ray.index.writer import check_index
 
 _FIRST_ROWS = 1024
 
-Codes = tuple[dict[str, int], dict[str, int]]  # a number for each modality, and for each source
+Codes = tuple[dict[str, int], dict[str, int]]  # a number for each modality and for each source
 
 
 class LiveIndex:
-    """A replica. `follow` and `search` may be called from any threads."""
+    """A replica of a live index. `follow` and `search` may be called from any thread."""
 
     def __init__(self, folder: Path | None, identity: str, dimension: int, base: Corpus | None) -> None:
         self._folder, self._identity, self._dimension = folder, identity, dimension
@@ -49,20 +49,22 @@ class LiveIndex:
 
     @classmethod
     def open(cls, folder: str | Path | None, identity: str, dimension: int, base: Corpus | None = None) -> LiveIndex:
-        """The index as it is now; a folder that does not exist yet is an index without commits.
+        """Open the index at its latest commit; a folder that does not exist yet is an index without commits.
 
         Args:
-            folder: the writer's; None where nothing is ever added.
-            identity: the checkpoint's (see `CheckpointRef`).
-            base: searched too; its own folder stays as it is.
+            folder: the writer's folder; None if nothing is ever added.
+            identity: of the checkpoint (see `CheckpointRef`).
+            base: documents that are searched too; its own folder is never modified.
 
         Raises:
-            UserError: an index of another model, a base of another dimension or kind, a damaged log.
+            UserError: an index of another model, a base whose dimension or index type does not fit, or a damaged log.
         """
         if base is not None:
             if base.index.dimension != dimension:
-                raise UserError(f"base index of dimension {base.index.dimension}, model of {dimension}; embed it again")
-            # An index that cannot leave rows out says so now, not after the first deletion.
+                raise UserError(
+                    f"the base index has dimension {base.index.dimension}, the model {dimension}; embed the base again"
+                )
+            # Fail now, not after the first deletion, if the index cannot filter rows.
             base.index.search_rows(np.zeros((1, dimension), np.float32), 1, np.arange(len(base.index)) > 0)
         index = cls(Path(folder) if folder else None, identity, dimension, base)
         index.follow()
@@ -70,30 +72,31 @@ class LiveIndex:
 
     @property
     def sequence(self) -> int:
-        """Number of the last commit that `search` sees."""
+        """Number of the last commit that is visible to `search`."""
         return self._view.sequence
 
     def __len__(self) -> int:
-        """Documents that `search` can find."""
+        """Number of documents that `search` can find."""
         return sum(int(np.count_nonzero(part.alive)) for part in self._view.parts)
 
     def follow(self) -> int:
-        """Apply the commits since the last time, if any; returns `sequence`.
+        """Apply new commits, if any, and return `sequence`.
 
         Raises:
-            UserError: an index of another model, a damaged log. What was seen before can still be searched.
+            UserError: an index of another model, or a damaged log. Earlier commits remain searchable.
         """
         with self._following:
-            if self._folder and check_index(self._folder, self._identity, self._dimension):
+            folder = self._folder
+            if folder and check_index(folder, self._identity, self._dimension):
                 rows = self._rows
                 try:
-                    current = rows.snapshot == _last_snapshot(self._folder)
+                    current = rows.snapshot == _last_snapshot(folder)
                     if current:
-                        rows.catch_up(self._folder)
-                except Damaged:  # or the log was compacted, or written anew, since this replica read it
+                        rows.catch_up(folder)
+                except Damaged:  # or the log was compacted or rewritten since this replica read it
                     current = False
                 if not current:
-                    rows = self._read()
+                    rows = self._read(folder)
                 if rows is not self._rows or rows.position.sequence > self.sequence:
                     self._rows, self._view = rows, rows.view()
             return self.sequence
@@ -105,16 +108,19 @@ class LiveIndex:
         modalities: Sequence[str] | None = None,
         sources: Sequence[str] | None = None,
     ) -> list[Hit]:
-        """The best documents for one unit vector float32 (d,), best first: `top_k`, or all that there are.
+        """The `top_k` best documents (or all, if there are fewer) for one unit vector float32 (d,), best first.
 
         Args:
-            modalities, sources: only documents of one of these; None for any.
+            modalities, sources: restrict the search to these; None for no restriction.
 
         Raises:
-            UserError: the vector has another dimension than the index.
+            UserError: the dimension of the vector differs from the index's.
         """
         if vector.shape != (self._dimension,):
-            raise UserError(f"index of dimension {self._dimension}: query has shape {vector.shape}; use its own model")
+            raise UserError(
+                f"the index has dimension {self._dimension}, the query has shape {vector.shape}; embed the query with "
+                "the index's own model"
+            )
         vector = np.ascontiguousarray(vector, np.float32)
         found = []
         for part in self._view.parts:
@@ -123,22 +129,22 @@ class LiveIndex:
         best = heapq.nlargest(top_k, found, key=lambda hit: hit[0])
         return [Hit(part.document(row), score) for score, row, part in best]
 
-    def _read(self) -> _Rows:
-        """All from the newest snapshot on."""
+    def _read(self, folder: Path) -> _Rows:
+        """Read the newest snapshot and all later commits."""
         while True:
-            newest = _last_snapshot(self._folder)
+            newest = _last_snapshot(folder)
             try:
-                rows = _Rows(self._base, open_snapshot(self._folder, self._dimension), self._codes)
-                rows.catch_up(self._folder)
+                rows = _Rows(self._base, open_snapshot(folder, self._dimension), self._codes)
+                rows.catch_up(folder)
                 return rows
             except Damaged:
-                if newest == _last_snapshot(self._folder):  # else removed while it was read
+                if newest == _last_snapshot(folder):  # otherwise it was removed while being read: try again
                     raise
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows that are searched together, among them only those alive."""
+    """Rows that are searched together; only those that are alive can be found."""
 
     search: Callable[[np.ndarray, int, np.ndarray], tuple[np.ndarray, np.ndarray]]  # scores (k',), rows (k',)
     document: Callable[[int], dict[str, Any]]
@@ -147,7 +153,7 @@ class _Part:
     alive: np.ndarray  # bool (n,)
 
     def among(self, codes: Codes, wanted: tuple[Sequence[str] | None, ...]) -> np.ndarray:
-        """The rows that a search may find, bool (n,)."""
+        """The rows that a search with these filters may return, bool (n,)."""
         rows = self.alive
         for column, code_of, names in zip(self.labels.T, codes, wanted, strict=True):
             if names is not None:
@@ -158,14 +164,14 @@ class _Part:
 
 
 class _View(NamedTuple):
-    """What searches see: nothing in it changes any more."""
+    """What searches see; immutable."""
 
     parts: list[_Part]
     sequence: int
 
 
 class _Rows:
-    """Where every document is, as of a position in the log. Only `follow` touches it."""
+    """The location of every document as of a position in the log. Used by `follow` only."""
 
     def __init__(self, base: list[_Part], snapshot: Snapshot, codes: Codes) -> None:
         self.snapshot, self.position = snapshot.end.sequence, snapshot.end
@@ -193,13 +199,14 @@ class _Rows:
             self._tail.append(record, [_code(self._codes[0], record.modality), _code(self._codes[1], record.source)])
 
     def _drop(self, id_: str) -> None:
-        for part in (*self._fixed, self._tail):
+        parts: list[_Part | _Tail] = [*self._fixed, self._tail]
+        for part in parts:
             if (row := part.row_of.get(id_)) is not None:
                 part.alive[row] = False
 
 
 class _Tail:
-    """The documents added since the snapshot. Rows are only ever appended, so a view's rows stay as they are."""
+    """The documents added since the snapshot. Rows are only ever appended, so the rows of a view never change."""
 
     def __init__(self, dimension: int) -> None:
         self.row_of: dict[str, int] = {}
@@ -240,7 +247,7 @@ def _snapshot_part(snapshot: Snapshot, codes: Codes) -> _Part:
 
 
 def _part(search: Callable, table: pa.Table, rows: Sequence[int], ids: list[str], codes: Codes) -> _Part:
-    """A part of the documents in some rows of a table, all alive."""
+    """A part made of some rows of a table, all alive."""
     labels = [table[name].take(pa.array(rows, pa.int64())).to_pylist() for name in ("modality", "source")]
     numbers = [[_code(code_of, name) for name in column] for code_of, column in zip(codes, labels, strict=True)]
     return _Part(
@@ -259,7 +266,7 @@ def _code(code_of: dict[str, int], name: str) -> int:
 def _search_exactly(
     vectors: np.ndarray, vector: np.ndarray, k: int, among: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores float32 (k',) and rows int64 (k',) of the best inner products; faiss's own, on vectors where they lie."""
+    """Scores float32 (k',) and rows int64 (k',) of the best inner products, by faiss, without copying the vectors."""
     k = min(k, int(np.count_nonzero(among)))
     scores, rows = np.empty(k, np.float32), np.empty(k, np.int64)
     if k:

@@ -1,14 +1,15 @@
 """A write-ahead log: one writer appends commits, each durable when `append` returns; readers follow.
 
-A log is a folder of files `log-N`, N being the number of the first commit in the file; the writer begins a new file to
-let the older ones be folded into a snapshot. A commit is one frame, so a crash leaves it whole or not at all:
+A log is a folder of files `log-N`, where N is the number of the first commit in the file. The writer starts a new file
+so that older ones can be compacted into a snapshot. Each commit is one frame, so that a crash leaves all or none of it:
 
-    magic 4s | length u32 | CRC-32 of the frame before u32 | CRC-32 u32 | payload        (all little-endian)
+    magic 4s | length u32 | CRC-32 of the previous frame u32 | CRC-32 u32 | payload      (all little-endian)
 
-The CRC-32 covers the frame's place in the file, the two numbers before it and the payload (a copy of a frame inside a
-document is no frame). What is not whole at the end of the newest file is a write that a crash cut short; it was never
-acknowledged. Anywhere else it is damage: one fsync ends each commit, so nothing valid can follow a torn frame. Each
-frame repeats the CRC of the one before, so a reader finds out when a crash of the machine took back what it had read.
+The CRC-32 covers the frame's offset in the file, the length, the previous CRC and the payload; a copy of a frame inside
+a document is therefore not mistaken for a frame. An incomplete frame at the end of the newest file is a write that a
+crash interrupted, and was never acknowledged. Anywhere else it is damage: every commit ends with an fsync, so nothing
+valid can follow a torn frame. Each frame repeats the previous frame's CRC, so that a reader notices if a machine crash
+has undone a commit it had already read.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from umarvel_ray.files import sync_folder
 MAGIC = b"UMWL"
 _HEADER = struct.Struct("<4sIII")
 _COVERED = struct.Struct("<QII")
-_MOST = 2**32 - 1
+_MAX_PAYLOAD = 2**32 - 1
 RESTORE = "restore the folder from a backup, or start a new one and add the documents again"
 
 
 class Damaged(UserError):
-    """The log is not what was written, or not what this reader has read of it before."""
+    """The log differs from what was written, or from what this reader has already read."""
 
 
 class Position(NamedTuple):
-    """A place between two commits."""
+    """A position between two commits."""
 
     sequence: int = 0  # number of the last commit before it; the first commit is 1
     crc: int = 0  # of that commit
-    file: int = 1  # number of the file's first commit
-    offset: int = 0  # bytes
+    file: int = 1  # number of the first commit in its file
+    offset: int = 0  # bytes from the start of the file
 
 
 class _Frame(NamedTuple):
@@ -55,20 +56,20 @@ def log_path(folder: Path, first: int) -> Path:
 
 
 def log_files(folder: Path) -> list[int]:
-    """The number of the first commit of each file, ascending."""
+    """The number of the first commit in each file, ascending."""
     return sorted(int(name[4:]) for name in os.listdir(folder) if name.startswith("log-"))
 
 
 def read_log(folder: Path, start: Position) -> Iterator[tuple[Position, bytes]]:
-    """The whole commits after a position: the place behind each, and its payload.
+    """The complete commits after a position: the position after each one, and its payload.
 
     Raises:
-        Damaged: a commit is broken or missing (its file may have been folded into a snapshot), or the log was cut
-            before `start` and written anew.
+        Damaged: a commit is broken or missing (its file may have been compacted into a snapshot), or the log was
+            truncated before `start` and rewritten.
     """
     position = start
     while True:
-        # Listed before the file is read: if a newer one exists by then, this one is complete.
+        # List the files before reading this one: if a newer file exists by now, this one is complete.
         following = next((first for first in log_files(folder) if first > position.file), None)
         path = log_path(folder, position.file)
         try:
@@ -90,7 +91,7 @@ def read_log(folder: Path, start: Position) -> Iterator[tuple[Position, bytes]]:
 
 
 class LogWriter:
-    """Appends to the newest file, from a position on that `read_log` has found to be its end.
+    """Appends to the newest file, from the end position that `read_log` has found.
 
     Raises:
         UserError: the file cannot be written.
@@ -102,34 +103,34 @@ class LogWriter:
         self._file = self._open()
 
     def append(self, payload: bytes) -> Position:
-        """Write one commit; it is on the disk when this returns.
+        """Write one commit; it is on disk when this returns.
 
         Raises:
-            UserError: it could not be written, and the log is as before; or it is over 4 GiB.
+            UserError: the commit exceeds 4 GiB or cannot be written; the log is unchanged.
         """
-        if len(payload) > _MOST:
+        if len(payload) > _MAX_PAYLOAD:
             raise UserError(f"a commit of {len(payload):,} bytes is too large; add fewer documents at once")
         sequence, previous, first, offset = self.position
         crc = _crc(offset, previous, payload)
         frame = _HEADER.pack(MAGIC, len(payload), previous, crc) + payload
         try:
             self._file.seek(offset)
-            left = memoryview(frame)
-            while left:
-                left = left[self._file.write(left) :]
+            remaining = memoryview(frame)
+            while remaining:
+                remaining = remaining[self._file.write(remaining) :]
             os.fdatasync(self._file.fileno())
         except OSError as error:
-            with suppress(OSError):  # the next commit begins here in any case
+            with suppress(OSError):  # the next commit overwrites it in any case
                 self._file.truncate(offset)
             raise _cannot_write(self._file.name, error) from None
         self.position = Position(sequence + 1, crc, first, offset + len(frame))
         return self.position
 
     def roll(self) -> None:
-        """Begin a new file; the older ones are complete.
+        """Start a new file; the older ones are complete.
 
         Raises:
-            UserError: it cannot be created.
+            UserError: the file cannot be created.
         """
         if self.position.offset:
             old, self.position = self.position, self.position._replace(file=self.position.sequence + 1, offset=0)
@@ -149,8 +150,8 @@ class LogWriter:
         try:
             path.touch()
             file = path.open("r+b", buffering=0)
-            file.truncate(self.position.offset)  # what a crash has cut short
-            os.fsync(file.fileno())  # a whole commit that was read here may not have been on the disk yet
+            file.truncate(self.position.offset)  # drops a commit that a crash interrupted
+            os.fsync(file.fileno())  # a complete commit that was read here may not be on disk yet
             sync_folder(self._folder)
         except OSError as error:
             raise _cannot_write(path, error) from None
@@ -166,22 +167,22 @@ def _crc(offset: int, previous: int, payload: bytes) -> int:
 
 
 def _frames(file: BinaryIO, path: Path, start: Position) -> Iterator[_Frame]:
-    """The whole frames of one file from a position on."""
+    """The complete frames of one file, starting at a position."""
     size = os.fstat(file.fileno()).st_size
     offset, crc = start.offset, start.crc
     if size < offset:
-        raise Damaged(f"{path}: shorter than it was; {RESTORE}")
+        raise Damaged(f"{path}: damaged, shorter than when it was last read; {RESTORE}")
     while frame := _frame_at(file, offset, size):
         if frame.previous != crc:
-            raise Damaged(f"{path}, byte {offset}: a commit that does not follow the one before; {RESTORE}")
+            raise Damaged(f"{path}, byte {offset}: this commit does not follow the previous one; {RESTORE}")
         yield frame
         offset, crc = offset + _HEADER.size + len(frame.payload), frame.crc
     if _frame_beyond(file, offset, size):
-        raise Damaged(f"{path}, byte {offset}: damaged, and whole commits follow; {RESTORE}")
+        raise Damaged(f"{path}, byte {offset}: damaged, and complete commits follow; {RESTORE}")
 
 
 def _frame_at(file: BinaryIO, offset: int, size: int) -> _Frame | None:
-    """The frame at an offset, if it is whole."""
+    """The frame at an offset, if it is complete."""
     file.seek(offset)
     header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
@@ -194,12 +195,12 @@ def _frame_at(file: BinaryIO, offset: int, size: int) -> _Frame | None:
 
 
 def _frame_beyond(file: BinaryIO, offset: int, size: int) -> bool:
-    """Whether a whole frame stands anywhere behind an offset."""
+    """Whether there is a complete frame anywhere after an offset."""
     file.seek(offset)
     rest = file.read(size - offset)
-    at = rest.find(MAGIC, 1)
-    while at >= 0:
-        if _frame_at(file, offset + at, size):
+    found = rest.find(MAGIC, 1)
+    while found >= 0:
+        if _frame_at(file, offset + found, size):
             return True
-        at = rest.find(MAGIC, at + 1)
+        found = rest.find(MAGIC, found + 1)
     return False

@@ -1,7 +1,7 @@
-"""A snapshot: all documents that were added up to a commit, in files that replicas map instead of reading.
+"""A snapshot: all documents added up to a commit, in files that replicas memory-map.
 
 `snapshot-N/` holds `vectors.npy` float32 (n, d), `documents.arrow` (id, text, image, video, modality, source) and
-`snapshot.json` (CRC of commit N, the base's ids that are deleted). It appears whole, by one rename.
+`snapshot.json` (the CRC of commit N, and the deleted ids of the base). The folder appears complete, by one rename.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from umarvel_ray.index.log import RESTORE, Damaged, Position
 from umarvel_ray.index.records import Add
 
 PARTIAL = ".snapshot.partial"
-ROWS = 1024  # copied at once
+ROWS = 1024  # rows copied at a time
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Row i of `vectors`, float32 (n, d), belongs to row i of `documents`; log commits after `end` come on top."""
+    """The documents as of commit `end`; row i of `vectors`, float32 (n, d), belongs to row i of `documents`."""
 
     vectors: np.ndarray
     documents: pa.Table
@@ -47,12 +47,12 @@ class Snapshot:
 
 
 def empty_snapshot(dimension: int) -> Snapshot:
-    """What is there before the first commit."""
+    """The snapshot before the first commit."""
     return Snapshot(np.empty((0, dimension), np.float32), SCHEMA.empty_table(), frozenset(), Position())
 
 
 def snapshots(folder: Path) -> list[int]:
-    """The last commit of each snapshot, ascending."""
+    """The number of the last commit in each snapshot, ascending."""
     return sorted(int(name[9:]) for name in os.listdir(folder) if name.startswith("snapshot-"))
 
 
@@ -61,10 +61,10 @@ def snapshot_path(folder: Path, sequence: int) -> Path:
 
 
 def open_snapshot(folder: Path, dimension: int) -> Snapshot:
-    """The newest one, or an empty one.
+    """The newest snapshot, or an empty one if there is none.
 
     Raises:
-        Damaged: it cannot be read; or it was removed meanwhile, and there is a newer one.
+        Damaged: it cannot be read, or was removed in the meantime because there is a newer one.
     """
     if not (found := snapshots(folder)):
         return empty_snapshot(dimension)
@@ -82,7 +82,11 @@ def open_snapshot(folder: Path, dimension: int) -> Snapshot:
 def write_snapshot(
     folder: Path, old: Snapshot, kept: np.ndarray, added: Sequence[Add], deleted: Iterable[str], end: Position
 ) -> None:
-    """Write the rows `kept`, bool (n,), of an old snapshot and the documents added since, as of commit `end`.
+    """Write the snapshot of commit `end`: the rows of an old one that are kept, and the documents added since.
+
+    Args:
+        kept: bool (n,), by row of `old`.
+        deleted: ids of the base's documents that are deleted.
 
     Raises:
         OSError: the disk is full.

@@ -3,10 +3,14 @@
     writer = IndexWriter.open("runs/demo/live", identity, dimension, base_ids=corpus.index.ids)
     writer.commit([Add("a", vector, "text", "notes", text="a red car"), Delete("b")])    # → (1, [False, True])
 
-The folder holds `index.json` (whose vectors these are), the log (log.py) and snapshots (snapshot.py). A snapshot named
-N stands for the log up to commit N: `compact` begins a new log file, folds what is before it into a snapshot, and its
-rename is the one moment that counts, so a crash anywhere loses nothing. The snapshot before and the log after it stay
-until the next time, for replicas that are still reading them.
+The folder holds `index.json` (which model the vectors are from), the log (log.py) and snapshots (snapshot.py). Snapshot
+N replaces the log up to commit N. To compact:
+
+1. Start a new log file.
+2. Write a snapshot of everything before it, which takes effect with one rename, so that a crash at any point loses
+   nothing.
+3. Remove what the previous snapshot had replaced. That snapshot, and the log after it, stay until the next compaction
+   for replicas that are still reading them.
 """
 
 from __future__ import annotations
@@ -29,20 +33,20 @@ from umarvel_ray.index.log import RESTORE, Damaged, LogWriter, Position, log_fil
 from umarvel_ray.index.records import Add, Delete, Record, decode, encode
 from umarvel_ray.index.snapshot import PARTIAL, Snapshot, open_snapshot, snapshot_path, snapshots, write_snapshot
 
-COMPACT_BYTES = 256 * 2**20  # of log: what a starting replica replays, and what it keeps in memory
+COMPACT_BYTES = 256 * 2**20  # log size: what a new replica has to replay and keep in memory
 FORMAT = 1
 _RETRY_S = 0.05
 
 
 class Committed(NamedTuple):
-    """A commit on the disk: its number, and per record whether a document of that id was there before."""
+    """A durable commit: its number, and for each record whether a document with that id existed before."""
 
     sequence: int
     existed: list[bool]
 
 
 class IndexWriter:
-    """Appends commits and folds the log. Threads may call it at the same time."""
+    """Appends commits and compacts the log. Thread-safe."""
 
     def __init__(self, folder: Path, dimension: int, base_ids: Iterable[str], lock: BinaryIO) -> None:
         self._folder, self._dimension, self._lock_file = folder, dimension, lock
@@ -66,15 +70,15 @@ class IndexWriter:
         base_ids: Iterable[str],
         wait_s: float = 0.0,
     ) -> IndexWriter:
-        """Create a live index or go on with one; a commit that a crash cut short is taken off the log's end.
+        """Create a live index or open an existing one; a commit that a crash interrupted is removed from the log.
 
         Args:
-            identity: the checkpoint's (see `CheckpointRef`).
-            base_ids: ids of the documents that the base holds, if any: a deletion of these must outlive the log.
-            wait_s: how long to wait for another writer to end.
+            identity: of the checkpoint (see `CheckpointRef`).
+            base_ids: ids of the base's documents, if there is a base; their deletion must outlive the log.
+            wait_s: how long to wait for another writer to exit.
 
         Raises:
-            UserError: another writer, another model's index, a damaged log, a folder that cannot be written.
+            UserError: another writer, an index of another model, a damaged log, or a folder that cannot be written.
         """
         folder = Path(folder)
         try:
@@ -100,20 +104,20 @@ class IndexWriter:
 
     @property
     def needs_compaction(self) -> bool:
-        """Whether the log has become longer than `COMPACT_BYTES`."""
+        """Whether the log has grown beyond `COMPACT_BYTES`."""
         done = max(snapshots(self._folder), default=0)
         files = [log_path(self._folder, first) for first in log_files(self._folder) if first > done]
         return sum(path.stat().st_size for path in files) > COMPACT_BYTES
 
     def __len__(self) -> int:
-        """Documents, the base's among them."""
+        """Number of documents, including the base's."""
         return len(self._ids)
 
     def commit(self, records: Sequence[Record]) -> Committed:
-        """Add, replace and delete documents, in this order, all or none; durable when this returns.
+        """Apply additions, replacements and deletions in the given order, all or none; durable when this returns.
 
         Raises:
-            UserError: a record that cannot be used, or the disk is full; nothing is changed then.
+            UserError: an invalid record, or a full disk; nothing is changed.
         """
         payload = encode(records, self._dimension)
         with self._committing:
@@ -122,27 +126,27 @@ class IndexWriter:
             return Committed(self.sequence, [self._note(record) for record in records])
 
     def compact(self) -> int:
-        """Fold the log into a snapshot, while commits go on; returns the commit up to which it is folded.
+        """Compact the log into a snapshot while commits continue; returns the last commit in the snapshot.
 
         Raises:
-            UserError: the disk is full; the log is as long as before.
+            UserError: the disk is full; the log is unchanged.
         """
         with self._compacting:
             old = open_snapshot(self._folder, self._dimension)
             with self._committing:
                 end = self._log.position
                 if end.sequence > old.end.sequence:
-                    self._log.roll()
+                    self._log.roll()  # 1.
             if end.sequence > old.end.sequence:
                 try:
-                    self._fold(old, end)
-                    self._remove_before(old.end)
+                    self._write_snapshot(old, end)  # 2.
+                    self._remove_before(old.end)  # 3.
                 except OSError as error:
                     raise UserError(f"cannot compact {self._folder}: {error.strerror}; free space") from None
             return end.sequence
 
     def close(self) -> None:
-        """Let another writer begin."""
+        """Release the folder to another writer."""
         self._log.close()
         self._lock_file.close()
 
@@ -151,7 +155,7 @@ class IndexWriter:
         (self._ids.add if isinstance(record, Add) else self._ids.discard)(record.id)
         return existed
 
-    def _fold(self, old: Snapshot, end: Position) -> None:
+    def _write_snapshot(self, old: Snapshot, end: Position) -> None:
         last: dict[str, Record] = {}
         for position, payload in read_log(self._folder, old.end):
             last |= {record.id: record for record in decode(payload)}
@@ -163,7 +167,7 @@ class IndexWriter:
         write_snapshot(self._folder, old, kept, added, old.deleted | deleted, end)
 
     def _remove_before(self, end: Position) -> None:
-        """Remove what nobody needs who has the snapshot of `end`."""
+        """Remove the snapshots and log files that the snapshot of `end` replaces."""
         for sequence in snapshots(self._folder):
             if sequence < end.sequence:
                 shutil.rmtree(snapshot_path(self._folder, sequence))
@@ -173,10 +177,10 @@ class IndexWriter:
 
 
 def check_index(folder: Path, identity: str, dimension: int) -> bool:
-    """Whether the folder holds a live index yet.
+    """Whether the folder already holds a live index.
 
     Raises:
-        UserError: it does, but of another model or another version of this package.
+        UserError: it does, but from another model or in another format.
     """
     path = folder / "index.json"
     if not path.is_file():
@@ -186,7 +190,7 @@ def check_index(folder: Path, identity: str, dimension: int) -> bool:
     except ValueError:
         raise Damaged(f"{path}: not readable; {RESTORE}") from None
     if found["format"] != FORMAT:
-        raise UserError(f"{folder}: a live index of format {found['format']}, not {FORMAT}; start a new folder")
+        raise UserError(f"{folder}: the live index has format {found['format']}, not {FORMAT}; start a new folder")
     if (found["identity"], found["dimension"]) != (identity, dimension):
         raise UserError(
             f"{folder}: its documents were embedded with another model ({found['identity'][:12]}, dimension "
@@ -197,13 +201,13 @@ def check_index(folder: Path, identity: str, dimension: int) -> bool:
 
 
 def _create(folder: Path, identity: str, dimension: int) -> None:
-    log_path(folder, 1).touch()  # before index.json: a replica that sees that one can follow
+    log_path(folder, 1).touch()  # before index.json, so that a replica that sees index.json can follow
     facts = {"format": FORMAT, "identity": identity, "dimension": dimension}
     write_json(folder / "index.json", facts, durable=True)
 
 
 def _locked(folder: Path, wait_s: float) -> BinaryIO:
-    """The folder's lock; the system lets go of it when this process ends, however it ends."""
+    """Lock the folder; the operating system releases the lock when this process exits, however it exits."""
     file = (folder / "lock").open("ab")
     deadline = time.monotonic() + wait_s
     while True:
@@ -212,5 +216,5 @@ def _locked(folder: Path, wait_s: float) -> BinaryIO:
             return file
         if time.monotonic() >= deadline:
             file.close()
-            raise UserError(f"{folder}: another writer holds this index; stop it, or wait until it has ended")
+            raise UserError(f"{folder}: another writer holds this index; stop it, or wait until it exits")
         time.sleep(_RETRY_S)
