@@ -10,19 +10,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 setup: $(STAMP)
 
-# DeepSpeed is published as source only. Its one CPU extension is built here, against the torch just installed, so that
-# nothing is compiled when training starts; its other extensions are left out.
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock pyproject.toml tools/install.py
 	@[ -n "$(PYTHON)" ] || { echo "setup: needs Python 3.11 or newer; install it, or name it: make PYTHON=python3.12" >&2; exit 2; }
-	@command -v $${CXX:-c++} >/dev/null || { echo "setup: no C++ compiler, and DeepSpeed needs one; install g++ (Debian: apt-get install g++)" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "setup: $(PYTHON) has no venv module; install it (Debian: apt-get install python3-venv)" >&2; exit 2; }
-	@echo "setup: installing into $(VENV) (some minutes, once)"
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@grep -v '^deepspeed==' requirements.lock | $(BIN)/python -m pip install --disable-pip-version-check -qq -r /dev/stdin
-	@echo "setup: building DeepSpeed with its CPU extension (two minutes, once)"
-	@DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check -qq \
-		--no-build-isolation --no-deps --no-cache-dir "$$(grep '^deepspeed==' requirements.lock)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -qq --no-build-isolation --no-deps -e .
+	@[ -x $(BIN)/python ] || { echo "setup: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python tools/install.py -r requirements.lock -e .
 	@touch $@
 
 demo: setup
@@ -35,7 +27,7 @@ test: setup lint
 	@$(BIN)/python -m pytest -m "not slow"
 
 $(VENV)/clients: requirements-clients.lock $(STAMP)
-	@$(BIN)/python -m pip install --disable-pip-version-check -qq --no-deps --upgrade --target $@ -r $<
+	@$(BIN)/python tools/install.py --no-deps --upgrade --target=$@ -r $<
 	@touch $@
 
 test-all: setup lint $(VENV)/clients
@@ -46,11 +38,11 @@ lint: setup
 	@$(BIN)/ruff format --check .
 
 $(VENV)/.bench: requirements-bench.lock $(STAMP)
-	@$(BIN)/python -m pip install --disable-pip-version-check -qq --no-deps -r $<
+	@$(BIN)/python tools/install.py --no-deps -r $<
 	@touch $@
 
 $(VENV)/speed: requirements-speed.lock $(STAMP)
-	@$(BIN)/python -m pip install --disable-pip-version-check -qq --no-deps --upgrade --target $@ -r $<
+	@$(BIN)/python tools/install.py --no-deps --upgrade --target=$@ -r $<
 	@touch $@
 
 bench: demo $(VENV)/.bench $(VENV)/speed
