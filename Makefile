@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: setup demo serve test test-all lint bench clean
+.PHONY: setup demo serve test test-all test-oldest lint bench clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,18 @@ $(VENV)/clients: requirements-clients.lock $(STAMP)
 
 test-all: setup lint $(VENV)/clients
 	@$(BIN)/python -m pytest
+
+# The lower bounds of pyproject.toml, in an environment of their own, with the locked test tools.
+$(VENV)/oldest/.installed: requirements.lock pyproject.toml tools/install.py tools/oldest.py $(STAMP)
+	@[ -x $(VENV)/oldest/bin/python ] || $(BIN)/python -m venv $(VENV)/oldest
+	@{ $(BIN)/python tools/oldest.py cpu; grep -E '^(hypothesis|pytest|pytest-timeout|psutil)==' requirements.lock; } > $(VENV)/oldest.txt
+	@$(VENV)/oldest/bin/python tools/install.py -r $(VENV)/oldest.txt
+	@$(VENV)/oldest/bin/python tools/install.py --no-deps -e .
+	@touch $@
+
+test-oldest: $(VENV)/oldest/.installed
+	@$(VENV)/oldest/bin/python -m pytest -m "not slow" tests/items tests/data tests/model tests/retrieve tests/inference \
+		tests/train/test_exactness.py tests/train/test_resume.py --ignore tests/model/test_sentence_transformers.py
 
 lint: setup
 	@$(BIN)/ruff check .
