@@ -48,6 +48,7 @@ test-oldest: $(VENV)/oldest/.installed
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 $(VENV)/.bench: requirements-bench.lock $(STAMP)
 	@$(BIN)/python tools/install.py --no-deps -r $<
