@@ -59,9 +59,9 @@ $(VENV)/speed: requirements-speed.lock $(STAMP)
 	@touch $@
 
 bench: demo $(VENV)/.bench $(VENV)/speed
-	@set -e; for script in controls peer seeds; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py; done
+	@set -e; for script in controls peer seeds; do echo "== $$script"; $(BIN)/python -m benchmarks.$$script; done
 	@set -e; for script in embed train rerank serve index precision; do echo "== $$script"; \
-		PYTHONPATH=$(VENV)/speed $(BIN)/python benchmarks/$$script.py; done
+		PYTHONPATH=$(VENV)/speed $(BIN)/python -m benchmarks.$$script; done
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
