@@ -58,7 +58,7 @@ def family_base(request, tiny_base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder in UMARVEL_SHARED with larger data of other projects, which is not part of the repository."""
+    """The folder that UMARVEL_SHARED names, with larger data that is not part of the repository."""
     directory = Path(os.environ.get("UMARVEL_SHARED", "nowhere"))
     if not directory.is_dir():
         pytest.skip("larger data not installed; set UMARVEL_SHARED")

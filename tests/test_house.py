@@ -108,7 +108,7 @@ def test_modules_form_layers():
 
 
 def test_no_module_imports_the_face():
-    """`umarvel_ray/__init__.py` imports the models: to import it back would be a circle."""
+    """`umarvel_ray/__init__.py` imports the models: to import it back would be circular."""
     face = {PACKAGE, *(f"{PACKAGE}.{name}" for name in umarvel_ray.__all__)}
     assert [name for name, tree in sources().items() if face & set(imports(tree))] == []
 

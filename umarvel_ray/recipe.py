@@ -354,7 +354,7 @@ class Recipe(Section):
     name: str
     seed: int = Field(default=42, description="seeds batch plans, samples, new adapters and dropout")
     output: str = Field(default="runs/{name}", description="run folder; {name} is replaced by the name")
-    base: str = Field(description="Hugging Face directory of the base model, or 'builtin:demo'")
+    base: str = Field(description="directory or Hugging Face Hub id of the base model, or 'builtin:demo'")
     data: Data
     model: ModelSettings = ModelSettings()
     compute: Compute = Compute()

@@ -98,11 +98,9 @@ def test_every_row_keeps_its_own_negatives(script, tmp_path):
     documents = example.pq.read_table(tmp_path / "data/documents.parquet").to_pylist()
     assert [row["modality"] for row in documents] == ["image", "text", "image,text", "text"]
     assert documents[0]["image"] == str(tmp_path / "boat.png")
-    assert example.pq.read_table(tmp_path / "data/train.parquet")["positive_ids"].to_pylist() == [
-        ["d0"],
-        ["d1"],
-        ["d3"],
-    ]
+    queries = example.pq.read_table(tmp_path / "data/train.parquet")
+    assert queries["positive_ids"].to_pylist() == [["d0"], ["d1"], ["d3"]]
+    assert queries["instruction"].to_pylist() == [None, "Find it.", None]
 
 
 def test_the_service_is_called(script, capsys, run, address):

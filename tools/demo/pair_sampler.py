@@ -105,7 +105,7 @@ class PairSampler:
     def _side(self, row: dict, encode: Callable[[Item], EncodedPair]) -> EncodedPair:
         key = encode.__name__, row["id"]  # a query and a document may have the same id
         if key not in self._sides:
-            # The tower reads the corpus' pictures, so the decoded ones need not be kept.
+            # The tower reads the corpus's pictures, so the decoded ones need not be kept.
             self._sides[key] = replace(encode(item_of(row)), pictures=())
         return self._sides[key]
 

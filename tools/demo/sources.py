@@ -25,7 +25,7 @@ from umarvel_ray.errors import UserError
 SIDE = 64
 WEBP_QUALITY = 80
 MAX_EXTRACT = 200
-MAX_PNG_BYTES = 200_000  # larger clip-arts are posters, unreadable at 64 pixels
+MAX_PNG_BYTES = 200_000  # larger files are posters, unreadable at 64 pixels
 STYLES = ("google", "twitter", "fluent")
 TONE_NAMES = {1: "light", 2: "medium-light", 3: "medium", 4: "medium-dark", 5: "dark"}
 
@@ -297,7 +297,7 @@ EMPTY_KEYWORD = re.compile(r"(|hash|unsorted|clip ?art|icons?|externalsource|ima
 
 
 def read_clipart(sources: Path) -> list[ClipArt]:
-    """Public-domain clip-arts with their own title (not that of a series), one per distinct picture."""
+    """Public-domain clip art with a title of its own (not that of a series), one record per distinct picture."""
     pngs = sources / "openclipart-png/usr/share/openclipart/png"
     svgs = sources / "openclipart-svg/usr/share/openclipart/svg"
     found = []

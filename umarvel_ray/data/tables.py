@@ -127,7 +127,7 @@ def folder_of(data: Data) -> Path:
 
 
 def open_dataset(data: Data) -> Dataset:
-    """Open the data set that a recipe's `data` section names.
+    """Open the dataset that a recipe's `data` section names.
 
     Raises:
         UserError: the folder does not exist, or a file or column is missing or unreadable.

@@ -1,6 +1,6 @@
 """The work in each phase of a recipe: optimizer steps, and items and tokens per worker.
 
-Row counts come from the data if it is available, otherwise from the published data sets
+Row counts come from the data if it is available, otherwise from the published datasets
 (docs/method.md#hyperparameters); the printed table says which. Token counts are estimates, since nothing is tokenized.
 The assumptions are the constants below.
 """

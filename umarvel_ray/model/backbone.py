@@ -40,7 +40,7 @@ def load_backbone(
     """
     check_files(path)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     config = read_model_config(path)
     config.text_config.is_causal = settings.attention == "causal"
     if not settings.deepstack:
@@ -75,7 +75,7 @@ def four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
         raise UserError(
             "language_model: qlora needs bitsandbytes; pip install 'umarvel-ray[qlora]', or train with lora"
         )
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

@@ -50,7 +50,7 @@ print(reranker.score(query, documents))  # P(yes) for each document
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """Markdown with YAML front matter, as the Hugging Face hub reads it.
+    """Markdown with YAML front matter, as the Hugging Face Hub reads it.
 
     Args:
         record: the contents of `umarvel.json`. Only "settings" is required; "phase", "parent", "recipe", "data",

@@ -60,6 +60,6 @@ def _write_weights(source: Path, target: Path, dtype: str) -> None:
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
     model.save_pretrained(target)

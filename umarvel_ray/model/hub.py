@@ -42,7 +42,7 @@ def _snapshot(repository: str, revision: str | None) -> Path:
 
     class Quiet(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
+            super().__init__(*args, **kwargs | {"disable": True})
 
     fetch = partial(snapshot_download, repository, revision=revision, allow_patterns=FILES, ignore_patterns=SUBFOLDERS)
     try:

@@ -77,5 +77,5 @@ def gather_rows(local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """(n, D) on each rank → (Σ n, D) on all of them, differentiable across ranks; `sizes` holds n of each rank."""
     if len(sizes) == 1:
         return local
-    gathered: torch.Tensor = _GatherRows.apply(local, sizes)  # type: ignore[no-untyped-call]
+    gathered: torch.Tensor = _GatherRows.apply(local, sizes)
     return gathered

@@ -62,7 +62,7 @@ class UMarvelEmbedding(InputModule):
     """
 
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any, record: dict[str, Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.model: Any = model
         self.tokenizer: Any = tokenizer
         self.image_processor: Any = image_processor
@@ -104,7 +104,7 @@ class UMarvelEmbedding(InputModule):
         return cls(
             AutoModel.from_pretrained(model_name_or_path, **{"dtype": "float32"} | (model_kwargs or {}), **hub),
             AutoTokenizer.from_pretrained(model_name_or_path, **hub),
-            AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            AutoImageProcessor.from_pretrained(
                 model_name_or_path,
                 backend="pil",  # resizes as in training
                 **hub,

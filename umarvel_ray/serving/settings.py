@@ -56,7 +56,7 @@ class Limits(BaseModel):
     max_remote_bytes: PositiveInt = 67_108_864  # likewise; each picture is also limited by max_image_bytes
 
     def media(self) -> MediaLimits:
-        """The limits for decoding pictures and videos: bytes only, no paths, and only formats of the web."""
+        """The limits for decoding pictures and videos: bytes only, no paths, and only web formats."""
         return MediaLimits(
             formats=WEB_FORMATS,
             pixels=self.max_pixels,
