@@ -1,6 +1,6 @@
 """Fine-tune an embedder on your own rows: a JSONL file of queries, each with a positive and negatives.
 
-    python examples/finetune_jsonl.py                # rows of the demo; about a minute on two CPU cores
+    python examples/finetune_jsonl.py          # rows of the demo; about a minute on two CPU cores
     python examples/finetune_jsonl.py rows.jsonl --steps 200 --output runs/mine
 
 A row is `{"query": …, "positive": …, "negatives": […]}`. Each of them is a string or an item, `{"text"?, "image"?}`, a

@@ -47,7 +47,7 @@ def _snapshot(repository: str, revision: str | None) -> Path:
     fetch = partial(snapshot_download, repository, revision=revision, allow_patterns=FILES, ignore_patterns=SUBFOLDERS)
     try:
         check_files(fetch(local_files_only=True))
-        bar = Quiet
+        bar: type[tqdm] = Quiet
     except (OSError, UserError):
         print(f"{repository}: no such directory; looking on {constants.ENDPOINT}", file=sys.stderr)
         bar = tqdm
