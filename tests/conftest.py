@@ -80,3 +80,53 @@ def address(ray_cluster) -> Iterator[str]:
 
     with serve_address() as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """The small corpus of `tests/support/small_dataset.py`."""
+    from tests.support.small_dataset import make_dataset
+
+    return make_dataset()
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The recipe for `dataset`."""
+    from tests.support.small_dataset import make_recipe
+
+    return make_recipe()
+
+
+@pytest.fixture(scope="module")
+def embedders(ray_cluster, recipe):
+    """Two embedding actors."""
+    from tests.support.small_dataset import two_embedders
+
+    with two_embedders(recipe) as embedders:
+        yield embedders
+
+
+@pytest.fixture(scope="module")
+def reranking_recipe():
+    """A recipe for reranking in `dataset`."""
+    from tests.support.rerankers import make_reranking_recipe
+
+    return make_reranking_recipe()
+
+
+@pytest.fixture(scope="module")
+def reranker_ref(reranking_recipe, tiny_base, tmp_path_factory):
+    """A tiny random reranker's checkpoint."""
+    from tests.support.rerankers import make_reranker
+
+    return make_reranker(tiny_base, reranking_recipe, tmp_path_factory.mktemp("checkpoints") / "reranker")
+
+
+@pytest.fixture(scope="module")
+def rerankers(ray_cluster, reranking_recipe):
+    """The reranking actors of `reranking_recipe`."""
+    from umarvel_ray.inference.score import RerankerGroup
+
+    with RerankerGroup(reranking_recipe.cluster, reranking_recipe.compute) as rerankers:
+        yield rerankers

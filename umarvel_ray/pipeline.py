@@ -212,12 +212,11 @@ def evaluate(run: Run, actors: Actors | None = None) -> None:
     data.validate(recipe.evaluate.split)
     with open_actors(run, actors) as actors, run.timed("evaluation"):
         results = [evaluate_base(actors.embedders, data, recipe, run.base, folder / "base")]
-        for phase in LADDER:
-            if run.has(phase):
-                ref = CheckpointRef.of(run.checkpoint(phase))
-                results.append(evaluate_checkpoint(actors.embedders, data, recipe, ref, phase, folder / phase))
-        if run.has(DISTILLATION) and run.has(RERANKER):
-            embedder, reranker = (CheckpointRef.of(run.checkpoint(phase)) for phase in (DISTILLATION, RERANKER))
+        refs = {phase: CheckpointRef.of(run.checkpoint(phase)) for phase in LADDER if run.has(phase)}
+        for phase, ref in refs.items():
+            results.append(evaluate_checkpoint(actors.embedders, data, recipe, ref, phase, folder / phase))
+        if DISTILLATION in refs and run.has(RERANKER):
+            embedder, reranker = refs[DISTILLATION], CheckpointRef.of(run.checkpoint(RERANKER))
             sampled = sample_queries(data.queries(VALIDATION), recipe.evaluate.calibrate_on, recipe.seed)
             data_sampled = data.with_queries(VALIDATION, sampled)
             test, rerank_dir = results[-1], folder / "rerank"

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from umarvel_ray import demo
 from umarvel_ray.errors import UserError
-from umarvel_ray.files import write_json
+from umarvel_ray.files import write_json, write_text
 from umarvel_ray.model.checkpoint import check_files
 from umarvel_ray.model.hub import model_folder
 from umarvel_ray.recipe import LADDER, Recipe, dump_recipe, load_recipe
@@ -62,7 +62,7 @@ class Run:
                 raise UserError(
                     f"{folder} was created by another recipe ('{key}' differs); set output=DIR or remove the folder"
                 )
-            stored.write_text(text)
+            write_text(stored, text)
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror}; set output=DIR to a writable folder") from None
         return cls(recipe, folder)

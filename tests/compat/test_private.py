@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
+from importlib import import_module
 from importlib.metadata import version
 from json import JSONDecoder
 
 import pytest
 
+from tests.conftest import REPO
 from umarvel_ray.compat.private import private
 from umarvel_ray.errors import UserError
 
@@ -17,6 +21,18 @@ def test_names_and_attributes_of_classes_are_found():
     assert private("pytest", ">=1", "json", "JSONDecoder") is JSONDecoder
     assert private("pytest", ">=1", "json", "JSONDecoder.decode") is JSONDecoder.decode
     assert private("pytest", ">=1", "json.decoder", "JSONDecoder") is JSONDecoder
+
+
+def test_a_field_of_a_dataclass_is_found():
+    assert private("ray", ">=1", "umarvel_ray.items.limits", "MediaLimits.formats").name == "formats"
+
+
+@pytest.mark.parametrize("upstream", ["deepspeed", "ray", "transformers"])
+def test_the_versions_named_in_errors_are_those_that_can_be_installed(upstream):
+    dependencies = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["dependencies"]
+    [bounds] = [match[1] for line in dependencies if (match := re.fullmatch(rf"{upstream}(?:\[.*\])?(\W.*)", line))]
+    lookup = getattr(import_module(f"umarvel_ray.compat.{upstream}"), f"_{upstream}")
+    assert lookup.args == (upstream, bounds)
 
 
 @pytest.mark.parametrize(

@@ -2,28 +2,10 @@
 
 import pytest
 
-from tests.support.small_dataset import make_dataset, make_recipe, two_embedders
-from umarvel_ray.data.tables import Dataset
 from umarvel_ray.evaluate.checkpoints import MIN_DEPTH, evaluate_base, evaluate_checkpoint
 from umarvel_ray.inference.embed import EmbedderGroup
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.retrieve.rank import embed_split, rank
-
-
-@pytest.fixture(scope="module")
-def dataset() -> Dataset:
-    return make_dataset()
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    return make_recipe()
-
-
-@pytest.fixture(scope="module")
-def embedders(ray_cluster, recipe):
-    with two_embedders(recipe) as embedders:
-        yield embedders
 
 
 @pytest.fixture(scope="module")

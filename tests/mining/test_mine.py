@@ -6,30 +6,10 @@ from tests.support.small_dataset import (
     assert_same_ranking,
     embed_all,
     expected_ranking,
-    make_dataset,
-    make_recipe,
-    two_embedders,
 )
-from umarvel_ray.data.tables import Dataset
 from umarvel_ray.mining.mine import is_false_negative, mine
 from umarvel_ray.model.checkpoint import CheckpointRef, save_checkpoint
 from umarvel_ray.model.embedding_model import EmbeddingModel
-
-
-@pytest.fixture(scope="module")
-def dataset() -> Dataset:
-    return make_dataset()
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    return make_recipe()
-
-
-@pytest.fixture(scope="module")
-def embedders(ray_cluster, recipe):
-    with two_embedders(recipe) as embedders:
-        yield embedders
 
 
 @pytest.fixture(scope="module")

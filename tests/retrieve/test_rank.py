@@ -7,31 +7,11 @@ from tests.support.small_dataset import (
     assert_same_ranking,
     embed_all,
     expected_ranking,
-    make_dataset,
-    make_recipe,
-    two_embedders,
 )
-from umarvel_ray.data.tables import Dataset
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.retrieve.rank import embed_split, rank
 
 DEPTH = 30
-
-
-@pytest.fixture(scope="module")
-def dataset() -> Dataset:
-    return make_dataset()
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    return make_recipe()
-
-
-@pytest.fixture(scope="module")
-def embedders(ray_cluster, recipe):
-    with two_embedders(recipe) as embedders:
-        yield embedders
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,12 @@ import pyarrow as pa
 from umarvel_ray.data.tables import Dataset, item_of
 from umarvel_ray.model.checkpoint import CheckpointRef, save_checkpoint
 from umarvel_ray.model.reranker import Reranker, RerankerModel
-from umarvel_ray.recipe import Recipe
+from umarvel_ray.recipe import Recipe, load_recipe
+
+
+def make_reranking_recipe() -> Recipe:
+    changes = ["evaluate.k=3", "evaluate.k_of={}", "evaluate.rerank_top=6", "cluster.embedders=1"]
+    return load_recipe("demo", changes)
 
 
 def make_reranker(base: Path, recipe: Recipe, folder: Path) -> CheckpointRef:

@@ -10,7 +10,7 @@ from umarvel_ray.errors import UserError
 
 
 def private(package: str, versions: str, module: str, name: str) -> Any:
-    """The object `name` of a module; `name` may be `Class.attribute`.
+    """The object `name` of a module; `name` may be `Class.attribute`, or a field of a dataclass (its `Field`).
 
     Args:
         versions: versions of `package` known to have it, for the error message.
@@ -21,7 +21,8 @@ def private(package: str, versions: str, module: str, name: str) -> Any:
     try:
         found = import_module(module)
         for part in name.split("."):
-            found = getattr(found, part)
+            fields = getattr(found, "__dataclass_fields__", {})
+            found = fields[part] if part in fields else getattr(found, part)
     except (ImportError, AttributeError):
         raise UserError(
             f"{package} {version(package)} has no {module}.{name}; install {package}{versions}, which this version of "

@@ -10,10 +10,9 @@ from ray.data import DataContext
 
 from umarvel_ray.compat.private import private
 
-_ray = partial(private, "ray", ">=2.55,<2.62")
+_ray = partial(private, "ray", ">=2.55,<2.61")
 ExecutionCallback: Any = _ray("ray.data._internal.execution.execution_callback", "ExecutionCallback")
-if "custom_execution_callback_classes" not in DataContext.__dataclass_fields__:
-    _ray("ray.data", "DataContext.custom_execution_callback_classes")
+_ray("ray.data", "DataContext.custom_execution_callback_classes")
 
 
 class Pause(ExecutionCallback):

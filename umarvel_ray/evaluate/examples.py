@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import pyarrow as pa
 from umarvel_ray.data.content import picture_key
 from umarvel_ray.data.tables import Dataset
 from umarvel_ray.evaluate.results import LadderResult
-from umarvel_ray.items.images import BadImage, image_type, open_image
+from umarvel_ray.items.images import BadImage, image_type, open_image, picture_uri
 from umarvel_ray.retrieve.metrics import hit_at_k, positives_of
 
 SHOWN = 5  # documents per query
@@ -41,10 +40,9 @@ class Pictures:
 
     def _store(self, image: bytes | str) -> int | None:
         try:
-            kind, data = _small(image)
+            uri = picture_uri(_small(image))
         except BadImage:
             return None
-        uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
         if self._bytes + len(uri) > PICTURE_BUDGET:
             return None
         self._bytes += len(uri)
@@ -143,14 +141,12 @@ def _card(row: dict, pictures: Pictures, hit: bool = False, score: float | None 
     return Card(row["text"], pictures.add(row["image"]), row["image"] is not None, hit, score=score)
 
 
-def _small(image: bytes | str) -> tuple[str, bytes]:
-    """The picture's format and bytes, reduced to a thumbnail unless it is small already."""
-    if isinstance(image, bytes) and len(image) <= KEEP_BYTES:
-        kind = image_type(image)
-        if kind in KEEP_FORMATS:
-            return kind, image
+def _small(image: bytes | str) -> bytes:
+    """The encoded picture, reduced to a thumbnail unless it is small already."""
+    if isinstance(image, bytes) and len(image) <= KEEP_BYTES and image_type(image) in KEEP_FORMATS:
+        return image
     picture = open_image(image, "report")
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=80)
-    return "webp", buffer.getvalue()
+    return buffer.getvalue()
