@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: setup demo serve test test-all test-oldest lint bench clean
+.PHONY: setup demo serve test test-all test-oldest lint bench gpu clean
 
 setup: $(STAMP)
 
@@ -62,6 +62,10 @@ bench: demo $(VENV)/.bench $(VENV)/speed
 	@set -e; for script in controls peer seeds; do echo "== $$script"; $(BIN)/python -m benchmarks.$$script; done
 	@set -e; for script in embed train rerank serve index precision; do echo "== $$script"; \
 		PYTHONPATH=$(VENV)/speed $(BIN)/python -m benchmarks.$$script; done
+
+# What only a GPU can show, in at most nine minutes; results in benchmarks/results/gpu-run/.
+gpu: setup
+	@$(BIN)/python -m tools.gpu --minutes 9
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

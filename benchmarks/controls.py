@@ -18,7 +18,6 @@ from PIL import Image
 from benchmarks.common.protocol import Protocol
 from benchmarks.common.results import print_table, text_arguments, write_result
 from umarvel_ray import Embedder
-from umarvel_ray.data.tables import item_of, open_dataset
 from umarvel_ray.items.images import open_image
 from umarvel_ray.recipe import load_recipe
 from umarvel_ray.runs import Run
@@ -50,14 +49,16 @@ CONTROLS: dict[str, tuple[set[str], Change]] = {  # name → (keys the query mus
 def main(recipe: str = "demo", phase: str = "distillation") -> None:
     run = Run.open(load_recipe(recipe))
     embedder = Embedder.from_pretrained(run.checkpoint(phase), "cpu")
-    protocol = Protocol(open_dataset(run.recipe.data), run.recipe.evaluate, run.recipe.evaluate.split)
-    documents = embedder.encode_document([item_of(row) for row in protocol.documents])
+    protocol = Protocol(run.open_dataset(), run.recipe.evaluate, run.recipe.evaluate.split)
+    documents = embedder.encode_document(protocol.document_items())
     recall: dict[str, dict[str, float]] = defaultdict(dict)
     for name, (keys, change) in CONTROLS.items():
-        for task, rows in protocol.queries.items():
-            if queries := [row for row in rows if keys <= item_of(row).keys()]:
-                vectors = embedder.encode_query([change(item_of(query)) for query in queries])
-                recall[task][name] = protocol.recall(task, queries, vectors, documents)
+        for task, positions in protocol.tasks.items():
+            items = protocol.query_items(task)
+            usable = [number for number, item in enumerate(items) if keys <= item.keys()]
+            if usable:
+                vectors = embedder.encode_query([change(items[number]) for number in usable])
+                recall[task][name] = protocol.recall(task, positions[usable], vectors, documents)
     write_result("controls", {"checkpoint": phase, "recall": recall})
     print_table(
         (f"local recall, {phase}", *CONTROLS),

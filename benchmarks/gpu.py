@@ -326,7 +326,7 @@ class Bench:
         add_lora(self.model, phase.lora, seed=0)
         hold_in_fp32(self.model)
         self.model.log_temperature.requires_grad_(False)
-        self.tower = FrozenTower(self.model.backbone, self.model.scale, self.device)
+        self.tower = FrozenTower(self.model.backbone, self.model.scale).to(self.device)
         module = TemperedEmbedder(self.model, (-10.0, 10.0)).to(self.device).train()
         dtype = "float32" if self.small else "bfloat16"
         self.engine = make_engine(module, phase, Compute(zero_stage=1, dtype=dtype))

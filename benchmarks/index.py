@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from benchmarks.common.results import RESULTS, integer_arguments, write_result
 from benchmarks.common.timing import Times, alternate, median_ratio
-from umarvel_ray.data.tables import Dataset
+from umarvel_ray.data.stored import write_stored
 from umarvel_ray.index import Add, Corpus, Delete, IndexWriter, LiveIndex, make_index
 from umarvel_ray.index.log import log_path
 
@@ -85,10 +85,8 @@ def bench_search(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
     cuts = int(0.8 * rows), int(0.9 * rows)
     inside, snapshot = documents(vectors[: cuts[0]]), documents(vectors[slice(*cuts)], cuts[0])
     table = pa.Table.from_pylist([row.document for row in inside])
-    base = Corpus(
-        make_index([row.id for row in inside], vectors[: cuts[0]], "Flat"),
-        Dataset(folder, table, table, lambda _: table),
-    )
+    stored = write_stored(folder / "documents.arrow", table.schema, table.to_batches())
+    base = Corpus(make_index([row.id for row in inside], vectors[: cuts[0]], "Flat"), stored, np.arange(len(inside)))
     writer = IndexWriter.open(folder / "live", "model", D, base.index.ids)
     writer.commit(snapshot)
     writer.compact()

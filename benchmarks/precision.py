@@ -15,8 +15,8 @@ from benchmarks.common.protocol import Protocol
 from benchmarks.common.results import text_arguments, write_result
 from benchmarks.common.timing import measure
 from umarvel_ray import Embedder
+from umarvel_ray.data.dataset import Dataset
 from umarvel_ray.data.sample import sample_queries, with_sampled_pools
-from umarvel_ray.data.tables import Dataset, item_of, open_dataset
 from umarvel_ray.recipe import load_recipe
 from umarvel_ray.retrieve.metrics import mean
 from umarvel_ray.runs import Run
@@ -33,9 +33,9 @@ def sampled(data: Dataset, split: str, items: int) -> Dataset:
 def main(recipe: str = "demo", phase: str = "distillation", items: str = "1000") -> None:
     run = Run.open(load_recipe(recipe))
     settings = run.recipe.evaluate
-    protocol = Protocol(sampled(open_dataset(run.recipe.data), settings.split, int(items)), settings, settings.split)
-    documents = [item_of(row) for row in protocol.documents]
-    queries = {task: [item_of(row) for row in rows] for task, rows in protocol.queries.items()}
+    protocol = Protocol(sampled(run.open_dataset(), settings.split, int(items)), settings, settings.split)
+    documents = protocol.document_items()
+    queries = {task: protocol.query_items(task) for task in protocol.tasks}
     count = len(documents) + sum(map(len, queries.values()))
     figures: dict[str, dict[str, float]] = {}
     for precision in ("float32", "bfloat16", "int8"):
@@ -49,8 +49,8 @@ def main(recipe: str = "demo", phase: str = "distillation", items: str = "1000")
         seconds = measure(embed)["seconds"]
         recall = mean(
             [
-                protocol.recall(task, rows, vectors["queries"][task], vectors["documents"])
-                for task, rows in protocol.queries.items()
+                protocol.recall(task, positions, vectors["queries"][task], vectors["documents"])
+                for task, positions in protocol.tasks.items()
             ]
         )
         lost = figures["float32"]["recall"] - recall if figures else 0.0

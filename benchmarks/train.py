@@ -78,7 +78,7 @@ def our_side(path: Path, cached: bool) -> StepOf:
     add_lora(model, PHASE.lora, SEED)
     model.log_temperature.requires_grad_(False)
     module = TemperedEmbedder(model, (-10.0, 10.0)).train()
-    tower = FrozenTower(model.backbone, model.scale, "cpu")
+    tower = FrozenTower(model.backbone, model.scale)
     engine = make_engine(module, PHASE, Compute(zero_stage=0, dtype="float32"))
     passes = Passes(TOKEN_BUDGET, cached)
 

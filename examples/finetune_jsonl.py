@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from demo_files import demo_jsonl
 
 from umarvel_ray import Embedder, demo
-from umarvel_ray.data.plan import QueryRows, contrastive_plan, write_plan
-from umarvel_ray.data.tables import open_dataset
+from umarvel_ray.data.plan import contrastive_plan, write_plan
+from umarvel_ray.ragged import Ragged
 from umarvel_ray.ray_session import prepare_environment, start_ray
 from umarvel_ray.recipe import HARD_NEGATIVES, load_recipe
 from umarvel_ray.runs import Run
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         "cluster.workers": 1,
         "stage2.train.max_steps": args.steps,
         "stage2.train.batch_size": args.batch_size,
-        "stage2.train.hard_negatives": max(map(len, negatives.values())),
+        "stage2.train.hard_negatives": int(negatives.counts.max()),
         "stage2.train.temperature.init": 0.05,  # the recipe takes its parent's, and a base model has none
     }
     run = Run.open(load_recipe("demo", [f"{key}={value}" for key, value in changes.items()]))
@@ -70,16 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"recall@1 of the base on {len(held_out)} held-out rows: {recall(base, held_out):.2f}")
 
     # The batch plan says which queries and documents meet in each step. Other rows' positives are negatives too.
-    data, phase = open_dataset(run.recipe.data), run.recipe.stage2.train
+    data, phase = run.open_dataset(), run.recipe.stage2.train
     data.validate("train")
     queries = data.queries("train")
     spec = phase_spec(run, HARD_NEGATIVES, phase, parent="base")
-    write_plan(
-        contrastive_plan(QueryRows.of(queries), phase, run.recipe.seed, negatives, phase.hard_negatives),
-        spec.plan_path,
-    )
+    write_plan(contrastive_plan(queries, phase, run.recipe.seed, negatives, phase.hard_negatives), spec.plan_path)
     with start_ray():
-        train_phases("finetune", [spec], {spec.name: queries}, data.documents, run.recipe.cluster, run.dir)
+        train_phases("finetune", [spec], {spec.name: queries.table}, data.documents, run.recipe.cluster, run.dir)
 
     tuned = Embedder.from_pretrained(run.checkpoint(HARD_NEGATIVES))
     print(f"recall@1 after {args.steps} steps on {len(training)} rows: {recall(tuned, held_out):.2f}")
@@ -104,35 +101,38 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     ]
 
 
-def write_tables(rows: list[dict[str, Any]], folder: Path) -> dict[str, list[str]]:
-    """Write documents, queries and the candidate pool as a Parquet data folder; returns each query's negatives.
+def write_tables(rows: list[dict[str, Any]], folder: Path) -> Ragged:
+    """Write documents, queries and the candidate pool as a Parquet data folder.
 
     Equal documents get one id, so that a positive of one row is never used as a negative of a row that shares it.
+
+    Returns:
+        The negatives of each query, as row numbers of the documents.
     """
-    ids: dict[str, str] = {}
-    documents, queries, negatives = [], [], {}
+    row_numbers: dict[str, int] = {}
+    documents, queries, negatives = [], [], []
 
     def row_of(id_: str, item: dict[str, str]) -> dict[str, str]:
         modality = ",".join(key for key in ("image", "text") if key in item)
         return item | {"id": id_, "modality": modality, "source": "finetune"}
 
-    def document_id(item: dict[str, str]) -> str:
+    def document(item: dict[str, str]) -> int:
         key = json.dumps(item, sort_keys=True)
-        if key not in ids:
-            ids[key] = f"d{len(ids)}"
-            documents.append(row_of(ids[key], item))
-        return ids[key]
+        if key not in row_numbers:
+            row_numbers[key] = len(documents)
+            documents.append(row_of(f"d{len(documents)}", item))
+        return row_numbers[key]
 
     for number, row in enumerate(rows):
-        positives = {"positive_ids": [document_id(row["positive"])], "task": "finetune"}
+        positives = {"positive_ids": [f"d{document(row['positive'])}"], "task": "finetune"}
         queries.append(row_of(f"q{number}", row["query"]) | positives)
-        negatives[f"q{number}"] = [document_id(item) for item in row["negatives"]]
-    pools = [{"task": "finetune", "split": "train", "document_ids": list(ids.values())}]
+        negatives.append([document(item) for item in row["negatives"]])
+    pools = [{"task": "finetune", "split": "train", "document_ids": [row["id"] for row in documents]}]
     folder.mkdir(parents=True)
     tables = {"documents": (documents, DOCUMENT), "train": (queries, QUERY), "pools": (pools, POOL)}
     for name, (records, schema) in tables.items():
         pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(schema)), folder / f"{name}.parquet")
-    return negatives
+    return Ragged.of(negatives)
 
 
 def recall(embedder: Embedder, rows: list[dict[str, Any]]) -> float:

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
             "recipe": recipe.name,
             "row_changes": options.rows,
             "seed": recipe.seed,
-            "queries": data.queries(recipe.evaluate.split).num_rows,
+            "queries": data.queries(recipe.evaluate.split).n,
         }
 
         def keep(label: str, seed: int, outcome: trials.Outcome) -> None:

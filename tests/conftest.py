@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def models_on_the_cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("embedder", "reranker"):
             patch.setattr(f"umarvel_ray.model.{module}.best_device", lambda: "cpu")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests() -> Iterator[None]:
+    """Converted tables go to a folder of their own, not to the user's cache."""
+    with tempfile.TemporaryDirectory(prefix="umarvel-tests-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", folder)
         yield
 
 
@@ -83,11 +92,11 @@ def address(ray_cluster) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def dataset():
+def dataset(tmp_path_factory):
     """The small corpus of `tests/support/small_dataset.py`."""
     from tests.support.small_dataset import make_dataset
 
-    return make_dataset()
+    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

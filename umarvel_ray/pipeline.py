@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
+import numpy as np
 
+from umarvel_ray.data.dataset import Dataset, Selection
 from umarvel_ray.data.plan import (
     PlanStep,
-    QueryRows,
     continue_hard_plan,
     contrastive_plan,
     distillation_plan,
@@ -24,15 +24,18 @@ from umarvel_ray.data.plan import (
     write_plan,
 )
 from umarvel_ray.data.sample import sample_queries, with_sampled_pools
-from umarvel_ray.data.tables import Dataset, open_dataset
+from umarvel_ray.data.stored import StoredTable
 from umarvel_ray.evaluate.checkpoints import evaluate_base, evaluate_checkpoint
 from umarvel_ray.evaluate.report import write_report
 from umarvel_ray.evaluate.reranked import VALIDATION, evaluate_reranked
 from umarvel_ray.inference.embed import EmbedderGroup, embed_table
+from umarvel_ray.inference.gpus import Gpus
 from umarvel_ray.inference.score import RerankerGroup, score_table
+from umarvel_ray.mining.mine import kept_of, negatives_of
 from umarvel_ray.mining.mine import mine as mine_negatives
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.model.distillation import teacher_scores
+from umarvel_ray.ragged import Ragged, flat
 from umarvel_ray.recipe import (
     DISTILLATION,
     HARD_NEGATIVES,
@@ -51,24 +54,25 @@ from umarvel_ray.train.quarantine import without_unusable
 
 
 class PlannedPhase(NamedTuple):
-    """A phase, and the queries that it trains on."""
+    """A phase, and the table of the queries that it trains on."""
 
     spec: PhaseSpec
-    queries: pa.Table
+    queries: StoredTable
 
 
 class PlannedStage(NamedTuple):
-    """Phases in order, and the data whose documents their batch plans refer to."""
+    """Phases in order, and the documents that their batch plans refer to."""
 
     phases: list[PlannedPhase]
-    data: Dataset
+    documents: StoredTable
 
 
 class Actors(NamedTuple):
-    """The actor groups of a run: started on first use and kept for all later checkpoints."""
+    """The actor groups of a run: started on first use, and kept for all later checkpoints unless they use GPUs."""
 
     embedders: EmbedderGroup
     rerankers: RerankerGroup
+    gpus: Gpus
 
 
 @contextmanager
@@ -77,9 +81,9 @@ def open_actors(run: Run, existing: Actors | None = None) -> Iterator[Actors]:
     if existing:
         yield existing
         return
-    cluster, compute = run.recipe.cluster, run.recipe.compute
-    with EmbedderGroup(cluster, compute) as embedders, RerankerGroup(cluster, compute) as rerankers:
-        yield Actors(embedders, rerankers)
+    cluster, compute, gpus = run.recipe.cluster, run.recipe.compute, Gpus()
+    with EmbedderGroup(cluster, compute, gpus) as embedders, RerankerGroup(cluster, compute, gpus) as rerankers:
+        yield Actors(embedders, rerankers, gpus)
 
 
 def run_pipeline(run: Run) -> None:
@@ -99,7 +103,7 @@ def train_stage1(run: Run) -> None:
 
 def plan_stage1(run: Run, actors: Actors | None = None) -> PlannedStage:
     """Plan the phases of stage 1 that the recipe has; each starts from the phase planned before it."""
-    data = open_dataset(run.recipe.data)
+    data = run.open_dataset()
     run.parent("base", "stage 1")
     phases, parent = [], "base"
     for name, phase in run.recipe.phases().items():
@@ -107,60 +111,60 @@ def plan_stage1(run: Run, actors: Actors | None = None) -> PlannedStage:
             continue
         queries = _training_data(run, data, phase.queries).queries(phase.queries)
         spec = phase_spec(run, name, phase, parent)
-        _plan_once(spec, partial(contrastive_plan, QueryRows.of(queries), phase, run.recipe.seed))
-        phases.append(PlannedPhase(spec, queries))
+        _plan_once(spec, partial(contrastive_plan, queries, phase, run.recipe.seed))
+        phases.append(PlannedPhase(spec, queries.table))
         parent = name
-    return PlannedStage(phases, data)
+    return PlannedStage(phases, data.documents)
 
 
-def mine(run: Run, actors: Actors | None = None) -> tuple[pa.Table, Dataset]:
+def mine(run: Run, actors: Actors | None = None) -> Dataset:
     """Mine the candidates that stage 2 and the reranker train on, with the instruction checkpoint.
 
     Returns:
-        The mined table (`mining.mine.MINED`), and the training data it was mined from.
+        The training data that was mined from; `mining.mine` reads back what was found.
     """
     with open_actors(run, actors) as actors, run.timed("mining"):
         data = _mining_data(run)
-        mined = mine_negatives(
+        mine_negatives(
             actors.embedders,
             data,
             run.recipe,
             CheckpointRef.of(run.parent(INSTRUCTION, "mining")),
             run.dir / "embeddings" / INSTRUCTION,
-            run.dir / "mined",
+            run.mined,
         )
-    return mined, data
+    return data
 
 
 def train_stage2(run: Run, actors: Actors | None = None) -> None:
     """Continue InfoNCE with in-batch negatives and mined, filtered hard negatives."""
-    _train(run, "stage2", plan_stage2(run, actors))
+    _train(run, "stage2", plan_stage2(run, actors), actors)
 
 
 def plan_stage2(run: Run, actors: Actors | None = None) -> PlannedStage:
     """Mine, and plan each query together with its hard negatives."""
     run.parent(INSTRUCTION, "stage 2")
-    mined, data = mine(run, actors)
-    return PlannedStage([_plan_hard_negatives(run, mined, data)], data)
+    data = mine(run, actors)
+    return PlannedStage([_plan_hard_negatives(run, data)], data.documents)
 
 
 def train_reranker(run: Run, actors: Actors | None = None) -> None:
     """Train the Yes/No reranker on positives and mined negatives."""
     run.parent(_reranker_parent(run), "the reranker")
-    mined, data = mine(run, actors)
-    _train(run, "reranker", PlannedStage([_plan_reranker(run, mined, data)], data))
+    data = mine(run, actors)
+    _train(run, "reranker", PlannedStage([_plan_reranker(run, data)], data.documents), actors)
 
 
 def train_stage2_and_reranker(run: Run, actors: Actors | None = None) -> None:
     """Train both phases in one worker group: on a laptop, starting a second group takes longer than training."""
-    mined, data = mine(run, actors)
-    phases = [_plan_hard_negatives(run, mined, data), _plan_reranker(run, mined, data)]
-    _train(run, "stage2+reranker", PlannedStage(phases, data))
+    data = mine(run, actors)
+    phases = [_plan_hard_negatives(run, data), _plan_reranker(run, data)]
+    _train(run, "stage2+reranker", PlannedStage(phases, data.documents), actors)
 
 
 def train_stage3(run: Run, actors: Actors | None = None) -> None:
     """Score the candidates of a query sample with the reranker, fuse with the cosines, distill into the embedder."""
-    _train(run, "stage3", plan_stage3(run, actors))
+    _train(run, "stage3", plan_stage3(run, actors), actors)
 
 
 def plan_stage3(run: Run, actors: Actors | None = None) -> PlannedStage:
@@ -168,29 +172,26 @@ def plan_stage3(run: Run, actors: Actors | None = None) -> PlannedStage:
     recipe, settings = run.recipe, run.recipe.stage3
     embedder, reranker = (CheckpointRef.of(run.parent(phase, "stage 3")) for phase in (HARD_NEGATIVES, RERANKER))
     phase, name = settings.train, settings.train.queries
-    whole = _training_data(run, open_dataset(recipe.data), name)
-    count = round(settings.sample * whole.queries(name).num_rows)
-    sampled = sample_queries(whole.queries(name), count, recipe.seed)
+    whole = _training_data(run, run.open_dataset(), name)
+    sampled = sample_queries(whole.queries(name), round(settings.sample * whole.queries(name).n), recipe.seed)
     data = with_sampled_pools(whole.with_queries(name, sampled), name, recipe.stage2.mining.max_pool, recipe.seed)
     spec = phase_spec(run, DISTILLATION, phase, HARD_NEGATIVES)
     with open_actors(run, actors) as actors, run.timed("teacher"):
-        embedded = embed_split(actors.embedders, data, name, embedder, run.dir / "embeddings" / HARD_NEGATIVES)
-        recalled = rank(embedded, data, name, "local", settings.top_k)
+        folder = run.dir / "embeddings" / HARD_NEGATIVES
+        embedded = embed_split(actors.embedders, data, name, embedder, folder)
+        recalled = rank(embedded, data, name, "local", settings.top_k, folder / f"{name}-ranking")
         scored = score_table(
             actors.rerankers, recalled, sampled, data.documents, run.dir / "scores", reranker, "sampled queries"
         )
-    ids, candidates = scored["query_id"].to_pylist(), scored["document_ids"].to_pylist()
+    rows, candidates = scored["query"].to_numpy(), Ragged.of_arrow(scored["documents"])
     if isinstance(phase, ContrastivePhase):
-        own = dict(zip(ids, candidates, strict=True))
-        _plan_once(spec, partial(continue_hard_plan, QueryRows.of(sampled), own, phase, recipe.seed))
+        own = candidates.placed(np.searchsorted(sampled.rows, rows), sampled.n)
+        _plan_once(spec, partial(continue_hard_plan, sampled, own, phase, recipe.seed))
     else:
-        cosines, answers = scored["scores"].to_pylist(), scored["rerank_scores"].to_pylist()
-        teacher = [
-            [teacher_scores(cosine, p_yes, settings.alpha) for cosine, p_yes in zip(*row, strict=True)]
-            for row in zip(cosines, answers, strict=True)
-        ]
-        _plan_once(spec, partial(distillation_plan, ids, candidates, teacher, phase, recipe.seed))
-    return PlannedStage([PlannedPhase(spec, sampled)], data)
+        cosines, answers = (flat(scored[column]).astype(np.float64) for column in ("scores", "rerank_scores"))
+        teacher = teacher_scores(cosines, answers, settings.alpha)
+        _plan_once(spec, partial(distillation_plan, rows, candidates, teacher, phase, recipe.seed))
+    return PlannedStage([PlannedPhase(spec, sampled.table)], data.documents)
 
 
 def embed(run: Run, actors: Actors | None = None) -> None:
@@ -199,7 +200,7 @@ def embed(run: Run, actors: Actors | None = None) -> None:
     checkpoint = Path(settings.checkpoint) if settings.checkpoint else run.parent(DISTILLATION, "embedding")
     ref = CheckpointRef.of(checkpoint, ModelSettings.reference() if settings.preset else None)
     with open_actors(run, actors) as actors, run.timed("embed"):
-        documents = open_dataset(run.recipe.data).documents
+        documents = Selection.whole(run.open_dataset().documents)
         folder = run.dir / "embeddings" / "documents"
         embed_table(
             actors.embedders, documents, "document", folder, ref, "documents", truncate_dim=settings.truncate_dim
@@ -208,7 +209,7 @@ def embed(run: Run, actors: Actors | None = None) -> None:
 
 def evaluate(run: Run, actors: Actors | None = None) -> None:
     """Evaluate every checkpoint of the ladder that exists, and recall-then-rerank; write the report."""
-    recipe, data, folder = run.recipe, open_dataset(run.recipe.data), run.dir / "evaluation"
+    recipe, data, folder = run.recipe, run.open_dataset(), run.dir / "evaluation"
     data.validate(recipe.evaluate.split)
     with open_actors(run, actors) as actors, run.timed("evaluation"):
         results = [evaluate_base(actors.embedders, data, recipe, run.base, folder / "base")]
@@ -242,31 +243,35 @@ JOBS: dict[str, Callable[[Run], object]] = {
 }
 
 
-def _plan_hard_negatives(run: Run, mined: pa.Table, data: Dataset) -> PlannedPhase:
+def _plan_hard_negatives(run: Run, data: Dataset) -> PlannedPhase:
     """The phase of stage 2: its plan puts each query's mined negatives next to its positive."""
     phase = run.recipe.stage2.train
-    negatives = dict(zip(mined["query_id"].to_pylist(), mined["negative_ids"].to_pylist(), strict=True))
     queries = data.queries(phase.queries)
     spec = phase_spec(run, HARD_NEGATIVES, phase, INSTRUCTION)
-    args = (QueryRows.of(queries), phase, run.recipe.seed, negatives, phase.hard_negatives, phase.in_batch_negatives)
-    _plan_once(spec, partial(contrastive_plan, *args))
-    return PlannedPhase(spec, queries)
+
+    def make() -> list[PlanStep]:
+        negatives = negatives_of(run.mined, queries)
+        return contrastive_plan(
+            queries, phase, run.recipe.seed, negatives, phase.hard_negatives, phase.in_batch_negatives
+        )
+
+    _plan_once(spec, make)
+    return PlannedPhase(spec, queries.table)
 
 
-def _plan_reranker(run: Run, mined: pa.Table, data: Dataset) -> PlannedPhase:
+def _plan_reranker(run: Run, data: Dataset) -> PlannedPhase:
     """The reranker's phase: each query with a positive, and with one of the best candidates that passed the filters."""
     settings = run.recipe.reranker
-    negatives = {
-        row["query_id"]: [d for d, kept in zip(row["document_ids"], row["kept"], strict=True) if kept][
-            : settings.negatives_top
-        ]
-        for row in mined.to_pylist()
-    }
     queries = data.queries(settings.train.queries)
     causal = run.recipe.model.for_reranker(settings.max_text_tokens)
     spec = phase_spec(run, RERANKER, settings.train, _reranker_parent(run), causal)
-    _plan_once(spec, partial(rerank_plan, QueryRows.of(queries), negatives, settings.train, run.recipe.seed))
-    return PlannedPhase(spec, queries)
+
+    def make() -> list[PlanStep]:
+        negatives = kept_of(run.mined, queries, settings.negatives_top)
+        return rerank_plan(queries, negatives, settings.train, run.recipe.seed)
+
+    _plan_once(spec, make)
+    return PlannedPhase(spec, queries.table)
 
 
 def _reranker_parent(run: Run) -> str:
@@ -274,18 +279,20 @@ def _reranker_parent(run: Run) -> str:
     return "base" if run.recipe.reranker.init == "base" else HARD_NEGATIVES
 
 
-def _train(run: Run, stage: str, planned: PlannedStage) -> None:
-    """Train phases in order in one worker group."""
+def _train(run: Run, stage: str, planned: PlannedStage, actors: Actors | None = None) -> None:
+    """Train phases in order in one worker group; actors that hold GPUs make room for it."""
     queries = {spec.name: table for spec, table in planned.phases}
     specs = [spec for spec, _ in planned.phases]
+    if actors and run.recipe.cluster.gpus_per_worker:
+        actors.gpus.free()
     with run.timed(stage):
-        train_phases(stage, specs, queries, planned.data.documents, run.recipe.cluster, run.dir)
+        train_phases(stage, specs, queries, planned.documents, run.recipe.cluster, run.dir)
 
 
 def _mining_data(run: Run) -> Dataset:
     """The training data, with queries and pools sampled down to the limits of mining."""
     name = run.recipe.stage2.train.queries
-    data = _training_data(run, open_dataset(run.recipe.data), name)
+    data = _training_data(run, run.open_dataset(), name)
     mining, seed = run.recipe.stage2.mining, run.recipe.seed
     sampled = sample_queries(data.queries(name), mining.max_queries, seed)
     return with_sampled_pools(data.with_queries(name, sampled), name, mining.max_pool, seed)

@@ -8,6 +8,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+
+from umarvel_ray.errors import UserError
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -22,6 +25,7 @@ LOCAL = {
     "RAY_AUTH_MODE": "token",
 }
 LOCAL_CPUS = 4  # logical; lets two training workers, two embedders and the readers run on a two-core laptop
+STARTS, TOO_SLOW = 3, "timed out during startup"
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
@@ -62,17 +66,36 @@ def start_ray(
     else:
         # Socket paths are limited to 107 bytes and Ray adds about 70, so a long TMPDIR would not work.
         temp_dir = tempfile.mkdtemp(prefix="um-", dir="/tmp")
+        options = {
+            "num_cpus": cpus or max(LOCAL_CPUS, os.cpu_count() or 1),
+            "include_dashboard": False,
+            "object_store_memory": object_store_bytes,
+            "logging_level": logging.WARNING,
+            "log_to_driver": verbose,
+            "_temp_dir": temp_dir,
+        }
         try:
-            ray.init(
-                address="local",
-                num_cpus=cpus or max(LOCAL_CPUS, os.cpu_count() or 1),
-                include_dashboard=False,
-                object_store_memory=object_store_bytes,
-                logging_level=logging.WARNING,
-                log_to_driver=verbose,
-                _temp_dir=temp_dir,
-            )
+            _start_local(options)
             yield
         finally:
             ray.shutdown()
             shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _start_local(options: dict[str, Any]) -> None:
+    """Start Ray on this machine, again if it took longer than the half minute that Ray 2.60 waits for itself.
+
+    Raises:
+        UserError: the machine is too busy.
+    """
+    import ray
+
+    for _ in range(STARTS):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:
+            if TOO_SLOW not in str(error):
+                raise
+            ray.shutdown()
+    raise UserError(f"Ray did not start in {STARTS} attempts of 30 s each: this machine is too busy; try again later")

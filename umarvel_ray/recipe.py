@@ -99,6 +99,10 @@ class Data(Section):
 
     root: str = Field(description="a folder of Parquet tables, an M-BEIR folder, or 'builtin:demo'")
     format: Literal["parquet", "mbeir"] = Field(default="parquet", description="layout of `root` (docs/guide.md)")
+    cache: str | None = Field(
+        default=None,
+        description="where tables are kept in a form that is read by row, shared by all nodes; null: the run folder",
+    )
 
 
 class Lora(Section):

@@ -14,6 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from umarvel_ray import demo
+from umarvel_ray.data.dataset import Dataset
+from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.files import write_json, write_text
 from umarvel_ray.model.checkpoint import check_files
@@ -81,9 +83,21 @@ class Run:
             )
         return path
 
+    def open_dataset(self) -> Dataset:
+        """The recipe's data; tables are converted in the run folder, which all nodes share.
+
+        Raises: see `open_dataset`.
+        """
+        return open_dataset(self.recipe.data, self.dir / "tables")
+
     def checkpoint(self, phase: str) -> Path:
         """The directory of a phase's checkpoint; 'base' is the base model itself."""
         return self.base if phase == "base" else self.dir / "checkpoints" / phase
+
+    @property
+    def mined(self) -> Path:
+        """What mining found."""
+        return self.dir / "mined"
 
     def has(self, phase: str) -> bool:
         """Whether a phase is finished; checkpoints appear whole or not at all."""
@@ -134,6 +148,7 @@ def _fixed(text: str) -> dict:
     tree = yaml.safe_load(text) or {}
     with suppress(ValidationError):  # a recipe with keys that no longer exist is compared as it is
         tree = Recipe.model_validate(tree).model_dump(mode="json")  # keys added since then take their defaults
+        tree["data"].pop("cache")
     return {key: value for key, value in tree.items() if key not in FREE}
 
 

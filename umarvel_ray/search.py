@@ -63,7 +63,7 @@ def search_run(folder: Path, query: dict[str, Any], top_k: int = 10, rerank: boo
         UserError: no trained model, an item without text and image, a bad picture.
     """
     checkpoint, documents = newest(folder)
-    corpus = Corpus.open(documents, read_run_recipe(folder).data)
+    corpus = Corpus.open(documents, read_run_recipe(folder).data, folder / "tables")
     [vector] = Embedder.from_pretrained(checkpoint, "cpu").encode_query([query])
     if not rerank:
         return corpus.search(vector, top_k)

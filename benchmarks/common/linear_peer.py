@@ -13,15 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.common.frozen_features import LAST, Features
+from benchmarks.common.frozen_features import LAST, Features, content_key
 from benchmarks.common.protocol import Protocol
-from umarvel_ray.data.content import picture_key
-from umarvel_ray.data.tables import Dataset
+from umarvel_ray.data.dataset import Dataset
+from umarvel_ray.data.stored import StoredTable
 from umarvel_ray.evaluate.results import SCOPES
 from umarvel_ray.recipe import Evaluate
 
@@ -72,17 +71,15 @@ class FeatureData:
 
     def queries(self, name: str) -> tuple[Side, list[np.ndarray]]:
         """A query table, with the document rows of each query's positives."""
-        table = self.dataset.queries(name)
-        row_of = self.dataset.row_of
-        positives = [np.array([row_of[id_] for id_ in ids]) for ids in table["positive_ids"].to_pylist()]
-        return self._side(table), positives
+        queries = self.dataset.queries(name)
+        return self._side(queries.table), list(queries.positives.lists())
 
-    def _side(self, table: pa.Table) -> Side:
-        texts, images = table["text"].to_pylist(), table["image"].to_pylist()
-        tasks = table["task"].to_pylist() if "task" in table.column_names else [self.tasks[0]] * len(table)
+    def _side(self, table: StoredTable) -> Side:
+        texts, images = table.column("text").to_pylist(), table.column("image").to_pylist()
+        tasks = table.column("task").to_pylist() if "task" in table.schema.names else [self.tasks[0]] * table.num_rows
         return Side(
             torch.tensor([self.features.text_row[text] if text else -1 for text in texts]),
-            torch.tensor([self.features.image_row[picture_key(image)] if image else -1 for image in images]),
+            torch.tensor([self.features.image_row[content_key(image)] if image else -1 for image in images]),
             torch.tensor([self.tasks.index(task) for task in tasks]),
         )
 
@@ -149,7 +146,7 @@ def train(data: FeatureData, settings: Settings, seed: int) -> Heads:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     queries, positives = _training_queries(data, settings)
-    pool = np.array([data.dataset.row_of[id_] for id_ in data.dataset.global_pool("train")])
+    pool = data.dataset.global_pool("train")
     heads = Heads(data.features, len(data.tasks), settings).train()
     optimizer = torch.optim.AdamW(
         [
@@ -220,11 +217,10 @@ def _batches(tasks: np.ndarray, settings: Settings, rng: np.random.Generator) ->
 @torch.inference_mode()
 def evaluate(data: FeatureData, heads: Heads, protocol: Protocol, split: str) -> dict[str, dict[str, float]]:
     """Recall by scope and task, with averages; `protocol` is the split's."""
-    documents = data.documents[torch.tensor([data.dataset.row_of[id_] for id_ in protocol.ids])]
+    documents = data.documents[torch.from_numpy(protocol.documents)]
     queries, _ = data.queries(split)
     vectors = heads.encode_queries(queries).numpy()
-    tasks = queries.task.numpy()
-    by_task = {task: vectors[tasks == data.tasks.index(task)] for task in protocol.queries}
+    by_task = {task: vectors[positions] for task, positions in protocol.tasks.items()}
     return protocol.recalls(by_task, heads.encode_documents(documents).numpy())
 
 
@@ -251,5 +247,5 @@ def measure(data: FeatureData, settings: Evaluate, seeds: list[int]) -> dict[str
         "standard_deviation": over_seeds("test", np.std),
         "validation": over_seeds("validation", np.mean),
         "chance": protocols["test"].chances(),
-        "k": {task: protocols["test"].k(task) for task in protocols["test"].queries},
+        "k": {task: protocols["test"].k(task) for task in protocols["test"].tasks},
     }

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from umarvel_ray.data.content import own_pictures, picture_key
-from umarvel_ray.data.tables import Dataset
+from umarvel_ray.data.content import NO_PICTURE
+from umarvel_ray.data.dataset import ITEM_COLUMNS, Dataset, item_of
 from umarvel_ray.evaluate.results import SCOPES
+from umarvel_ray.ragged import Ragged
 from umarvel_ray.recipe import Evaluate
-from umarvel_ray.retrieve.metrics import chance_at_k, hit_at_k, mean
+from umarvel_ray.retrieve.metrics import Hits, chance_at_k, count_distinct, mean, recall_at_k
 from umarvel_ray.retrieve.topk import topk
 
 
@@ -19,65 +19,60 @@ class Protocol:
     """One split's queries and pools. Documents that show a query's own picture and do not answer it are not returned.
 
     Attributes:
-        documents: rows of the split's global pool; document vectors come in this order.
-        queries: the split's query rows by task.
+        documents: row numbers of the split's global pool, ascending; document vectors come in this order.
+        tasks: positions of the split's queries by task.
     """
 
     def __init__(self, data: Dataset, settings: Evaluate, split: str) -> None:
         self.settings = settings
-        self.ids = data.global_pool(split)
-        self.documents = data.documents.take([data.row_of[id_] for id_ in self.ids]).to_pylist()
-        self.queries: dict[str, list[dict]] = defaultdict(list)
-        for query in data.queries(split).to_pylist():
-            self.queries[query["task"]].append(query)
-        row_of = {id_: row for row, id_ in enumerate(self.ids)}
+        self.documents = data.global_pool(split)
+        self._queries, self._table = data.queries(split), data.documents
+        self.tasks = {task: self._queries.of_task(task) for task in data.tasks(split)}
         self._pools = {
-            task: {
-                "local": np.sort([row_of[id_] for id_ in data.pool(task, split)]),
-                "global": np.arange(len(self.ids)),
-            }
-            for task in self.queries
+            task: {"local": np.sort(data.pool(task, split)), "global": self.documents} for task in self.tasks
         }
-        self._row_of = row_of
-        self._shown_by: dict[str, list[str]] = defaultdict(list)  # picture → documents that show it
-        for row in self.documents:
-            if row["image"] is not None:
-                self._shown_by[picture_key(row["image"])].append(row["id"])
+        self._document_keys = data.documents.column("picture_key").to_numpy()
+        self._query_keys = self._queries.table.column("picture_key").to_numpy()[self._queries.rows]
 
     def k(self, task: str) -> int:
         return self.settings.k_of.get(task, self.settings.k)
 
+    def document_items(self) -> list[dict[str, Any]]:
+        """The items of `self.documents`."""
+        return [item_of(row) for row in self._table.rows(self.documents, ITEM_COLUMNS)]
+
+    def query_items(self, task: str) -> list[dict[str, Any]]:
+        """The items of a task's queries."""
+        return [item_of(row) for row in self._queries.table.rows(self._queries.rows[self.tasks[task]], ITEM_COLUMNS)]
+
     def recall(
-        self, task: str, queries: Sequence[dict], query_vectors: np.ndarray, documents: np.ndarray, scope: str = "local"
+        self, task: str, queries: np.ndarray, query_vectors: np.ndarray, documents: np.ndarray, scope: str = "local"
     ) -> float:
         """Mean Recall@k.
 
         Args:
-            queries: rows of the task's queries.
+            queries: positions of queries of the task, int64 (n,).
             query_vectors: their vectors (n, d).
             documents: vectors (m, d) of `self.documents`.
         """
         pool, k = self._pools[task][scope], self.k(task)
-        exclude = [self._excluded(query, pool) for query in queries]
-        _, found = topk(query_vectors, documents[pool], k, exclude)
-        return mean(
-            [
-                hit_at_k([self.ids[pool[place]] for place in places if place >= 0], set(query["positive_ids"]), k)
-                for places, query in zip(found, queries, strict=True)
-            ]
-        )
+        inside = np.searchsorted(self.documents, pool)
+        _, found = topk(query_vectors, documents[inside], k, self._excluded(queries, pool))
+        rows = np.where(found >= 0, pool[found], -1)
+        owners, ranks = np.nonzero(self._queries.positives.take(queries).contains(rows))
+        return float(recall_at_k(Hits(owners, ranks), np.full(len(queries), k)).mean())
 
     def recalls(self, query_vectors: dict[str, np.ndarray], documents: np.ndarray) -> dict[str, dict[str, float]]:
         """Recall by scope and task, with the average over tasks.
 
         Args:
-            query_vectors: by task, in the order of `self.queries`.
+            query_vectors: by task, in the order of `self.tasks`.
         """
         return {
             scope: _with_average(
                 {
-                    task: self.recall(task, rows, query_vectors[task], documents, scope)
-                    for task, rows in self.queries.items()
+                    task: self.recall(task, queries, query_vectors[task], documents, scope)
+                    for task, queries in self.tasks.items()
                 }
             )
             for scope in SCOPES
@@ -85,25 +80,21 @@ class Protocol:
 
     def chances(self) -> dict[str, dict[str, float]]:
         """What a random ranking would score, by scope and task, with the average over tasks."""
-        return {scope: _with_average({task: self._chance(task, scope) for task in self.queries}) for scope in SCOPES}
+        return {scope: _with_average({task: self._chance(task, scope) for task in self.tasks}) for scope in SCOPES}
 
     def _chance(self, task: str, scope: str) -> float:
-        pool = self._pools[task][scope]
-        inside = {self.ids[row] for row in pool}
-        return mean(
-            [
-                chance_at_k(
-                    len(pool) - len(self._excluded(query, pool)), len(inside & set(query["positive_ids"])), self.k(task)
-                )
-                for query in self.queries[task]
-            ]
-        )
+        pool, queries = self._pools[task][scope], self.tasks[task]
+        positives = self._queries.positives.take(queries)
+        relevant = count_distinct(positives.keep(np.isin(positives.values, pool)))
+        sizes = len(pool) - self._excluded(queries, pool).counts
+        return float(chance_at_k(sizes, relevant, np.full(len(queries), self.k(task))).mean())
 
-    def _excluded(self, query: dict, pool: np.ndarray) -> np.ndarray:
-        """Places in the ascending pool that the query must not find."""
-        own = own_pictures(query, set(query["positive_ids"]), self._shown_by)
-        rows = np.array([self._row_of[id_] for id_ in own], np.int64)
-        return np.searchsorted(pool, rows[np.isin(rows, pool)])
+    def _excluded(self, queries: np.ndarray, pool: np.ndarray) -> Ragged:
+        """Places in the ascending pool that each query must not find."""
+        keys = self._query_keys[queries][:, None]
+        owners, places = np.nonzero((keys == self._document_keys[pool]) & (keys != NO_PICTURE))
+        shown = Ragged.of_pairs(owners, places, len(queries))
+        return shown.keep(~self._queries.positives.take(queries).contains_pairs(shown.owners, pool[shown.values]))
 
 
 def _with_average(values: dict[str, float]) -> dict[str, float]:

@@ -16,20 +16,21 @@ import numpy as np
 
 from experiments.ablation.tables import Row, Table
 from umarvel_ray import pipeline
-from umarvel_ray.data.tables import Dataset, open_dataset
+from umarvel_ray.data.dataset import Dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.evaluate.checkpoints import evaluate_checkpoint
 from umarvel_ray.evaluate.results import SCOPES, LadderResult
 from umarvel_ray.model.checkpoint import CheckpointRef, read_provenance
 from umarvel_ray.pipeline import Actors, PlannedPhase
 from umarvel_ray.recipe import STAGE1, Evaluate, Recipe
-from umarvel_ray.retrieve.metrics import hit_at_k, positives_of
+from umarvel_ray.retrieve.metrics import by_task, find_hits, k_of, recall_at_k
 from umarvel_ray.runs import Run
 from umarvel_ray.train.launch import train_phases
 from umarvel_ray.train.phases import PhaseSpec
 
 DIVERGED = ": loss is "  # in the message of train/loop.py
 COMMON = ("embeddings", "scores", "quarantine")  # folders that rows with the same seed share
+TABLES = "tables"  # folder that all rows share with the run: the converted data
 
 PLANS = {"stage1": pipeline.plan_stage1, "stage2": pipeline.plan_stage2, "stage3": pipeline.plan_stage3}
 
@@ -91,12 +92,14 @@ def open_trials(shared: Run, table: Table, variant: Variant, seed: int, rows: Se
         UserError: a folder was made by a different recipe.
     """
     home = shared.dir / "ablations"
+    (shared.dir / TABLES).mkdir(exist_ok=True)
     trials = []
     for row in rows:
         if row.changes is None:
             continue
         folder = home / f"table-{table.number}" / f"{_slug(row.label)}-seed-{seed}"
         run = Run.open(variant(row, seed, folder))
+        _link(run.dir / TABLES, shared.dir / TABLES)
         for phase in table.shared:
             _link(run.checkpoint(phase), shared.checkpoint(phase))
         for name in COMMON:
@@ -152,22 +155,15 @@ def measure_checkpoint(run: Run, phase: str, data: Dataset, actors: Actors) -> O
 
 def hits_of(result: LadderResult, data: Dataset, settings: Evaluate) -> Hits:
     """Which queries found a positive in their first k, in the order of the query table; 0 without a ranking."""
-    positives = positives_of(data, settings.split)
-    table = data.queries(settings.split).select(["id", "task"]).to_pylist()
-    hits: Hits = {}
-    for scope in SCOPES:
-        ranked = {row["query_id"]: row["document_ids"] for row in result.ranking(scope).to_pylist()}
-        by_task: dict[str, list[float]] = {}
-        for row in table:
-            k = settings.k_of.get(row["task"], settings.k)
-            by_task.setdefault(row["task"], []).append(hit_at_k(ranked.get(row["id"], []), positives[row["id"]], k))
-        hits[scope] = {task: np.array(values) for task, values in by_task.items()}
-    return hits
+    queries = data.queries(settings.split)
+    k = k_of(queries, settings)
+    found = {scope: recall_at_k(find_hits(result.ranking(scope), queries), k) for scope in SCOPES}
+    return {scope: by_task(of_query, queries) for scope, of_query in found.items()}
 
 
 def evaluation_data(run: Run) -> Dataset:
     """The data, with its evaluation split checked."""
-    data = open_dataset(run.recipe.data)
+    data = run.open_dataset()
     data.validate(run.recipe.evaluate.split)
     return data
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.support.exactness import spawn
 from tests.support.zero_memory import weigh
 from umarvel_ray import demo
-from umarvel_ray.data.tables import item_of
+from umarvel_ray.data.dataset import item_of
 from umarvel_ray.errors import UserError
 from umarvel_ray.estimate.flops import text_backward, text_forward, vision_forward
 from umarvel_ray.estimate.load import loads

@@ -1,5 +1,6 @@
 """The evaluation of a checkpoint: its saved rankings, recall, chance, and the choice of the base's pooling."""
 
+import numpy as np
 import pytest
 
 from umarvel_ray.evaluate.checkpoints import MIN_DEPTH, evaluate_base, evaluate_checkpoint
@@ -19,33 +20,44 @@ def result(embedders, dataset, recipe, ref, tmp_path_factory):
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-def test_saved_rankings_are_the_exact_ones(result, embedders, dataset, recipe, ref, scope):
+def test_saved_rankings_are_the_exact_ones(result, embedders, dataset, recipe, ref, scope, tmp_path):
     """tests/retrieve/test_rank.py checks `rank` against numpy."""
     embedded = embed_split(embedders, dataset, "test", ref, result.folder)
-    assert result.ranking(scope).to_pylist() == rank(embedded, dataset, "test", scope, MIN_DEPTH).to_pylist()
-    ids = {row["query_id"] for row in result.ranking(scope).to_pylist()}
-    assert ids == set(dataset.queries("test")["id"].to_pylist())
-    for row in result.ranking(scope).to_pylist():
-        assert len(set(row["document_ids"])) == len(row["document_ids"]) == MIN_DEPTH
+    rows = result.ranking(scope).to_pylist()
+    depth = max(MIN_DEPTH, recipe.evaluate.rerank_top)
+    assert rows == rank(embedded, dataset, "test", scope, depth, tmp_path).to_pylist()
+    assert {row["query"] for row in rows} == set(dataset.queries("test").rows.tolist())
+    for row in rows:
+        assert len(set(row["documents"])) == len(row["documents"]) == min(depth, row["pool_size"])
+
+
+def own_pictures(dataset) -> dict[int, int]:
+    """For each query with a picture, the document that shows it."""
+    ids = dataset.document_ids.to_pylist()
+    queries = dataset.queries("test")
+    return {
+        row: ids.index(id_.replace("s", "p"))
+        for row, id_ in zip(queries.rows.tolist(), queries.ids(), strict=True)
+        if id_.startswith("s")
+    }
 
 
 def test_own_picture_is_not_retrieved_unless_requested(embedders, result, dataset, recipe, ref, tmp_path):
-    own = {f"s{n}": f"p{n}" for n in range(42)}
+    own = own_pictures(dataset)
     for row in result.ranking("global").to_pylist():
-        assert own.get(row["query_id"]) not in row["document_ids"]
+        assert own.get(row["query"]) not in row["documents"]
     keeping = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"drop_query_image": False})})
     other = evaluate_checkpoint(embedders, dataset, keeping, ref, "text", tmp_path)
-    rows = [row for row in other.ranking("local").to_pylist() if row["query_id"] in own]
+    rows = [row for row in other.ranking("local").to_pylist() if row["query"] in own]
     assert all(row["pool_size"] == 42 for row in rows)
-    assert any(own[row["query_id"]] in row["document_ids"] for row in rows)
+    assert any(own[row["query"]] in row["documents"] for row in rows)
 
 
 def test_recall_is_hits_over_queries_averaged_over_tasks(result, dataset):
-    rows, positives = result.ranking("local").to_pylist(), {}
-    for row in dataset.queries("test").to_pylist():
-        positives[row["id"]] = row["positive_ids"][0]
+    rows, queries = result.ranking("local").to_pylist(), dataset.queries("test")
+    positives = dict(zip(queries.rows.tolist(), queries.positives.values.tolist(), strict=True))  # one each
     for task, k in (("words_task1", 3), ("pictures_task4", 5)):
-        hits = [positives[row["query_id"]] in row["document_ids"][:k] for row in rows if row["task"] == task]
+        hits = [positives[row["query"]] in row["documents"][:k] for row in rows if row["task"] == task]
         assert result.local[task] == pytest.approx(sum(hits) / len(hits))
     assert result.local["average"] == pytest.approx((result.local["words_task1"] + result.local["pictures_task4"]) / 2)
     assert result.chance("local")["words_task1"] == pytest.approx(3 / 43)  # 42 texts and a twin
@@ -68,3 +80,16 @@ def test_base_takes_the_better_pooling(embedders, dataset, recipe, tiny_base, tm
         both[pooling] = other.local["average"]
     assert best.local["average"] == max(both.values())
     assert both[best.notes["pooling"]] == max(both.values())
+
+
+def test_an_evaluation_of_other_data_is_not_read_back(embedders, result, dataset, recipe, ref):
+    """The queries, and the documents of the pools."""
+    queries = dataset.queries("test")
+    fewer = dataset.with_queries("test", queries.take(np.arange(queries.n - 1)))
+    smaller = dataset.with_pools({key: rows[1:] for key, rows in dataset.pools.items()})
+    identities = {
+        evaluate_checkpoint(embedders, data, recipe, ref, "text", result.folder).identity
+        for data in (fewer, smaller, dataset)
+    }
+    assert len(identities) == 3
+    assert result.identity in identities

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pytest
 
 from tests.support.random_result import random_result
+from umarvel_ray.data.dataset import Queries
+from umarvel_ray.data.stored import write_stored
 from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.evaluate.report import page as page_of
 from umarvel_ray.evaluate.report import table, write_report
@@ -84,14 +86,17 @@ def test_metrics_have_the_documented_format(written):
     assert 0 < found["chance"]["global"]["average"] < found["chance"]["local"]["average"] < 0.05
 
 
-def test_run_file_holds_the_single_model_rankings(written):
+def test_run_file_holds_the_single_model_rankings(written, dataset):
     run, results, _ = written
     found: dict[str, list[str]] = {}
     for line in (run.dir / "report" / "run.trec").read_text().splitlines():
         query, _, document, *_ = line.split()
         found.setdefault(query, []).append(document)
-    expected = results[-2].ranking("local").to_pylist()
-    assert {row["query_id"]: row["document_ids"] for row in expected} == found
+    ids, query_ids = dataset.document_ids, dataset.queries("test").table.column("id")
+    assert found == {
+        query_ids[row["query"]].as_py(): ids.take(row["documents"]).to_pylist()
+        for row in results[-2].ranking("local").to_pylist()
+    }
 
 
 def test_table_has_chance_next_to_every_number(written, dataset):
@@ -99,7 +104,7 @@ def test_table_has_chance_next_to_every_number(written, dataset):
     lines = table(results).splitlines()
     row = next(line for line in lines if line.startswith("| flags_task4"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    queries = dataset.queries("test")["task"].to_pylist().count("flags_task4")
+    queries = len(dataset.queries("test").of_task("flags_task4"))
     assert cells[:3] == ["flags_task4", "5", str(queries)]
     assert float(cells[3]) == pytest.approx(results[0].chance("local")["flags_task4"], abs=6e-4)
     assert [float(cell) for cell in cells[4:]] == pytest.approx([r.local["flags_task4"] for r in results], abs=6e-4)
@@ -132,12 +137,14 @@ def test_page_shows_every_task_checkpoint_and_number(written, dataset):
     assert {int(n) for n in re.findall(r'class="pic p(\d+)"', page)} == defined
 
 
-def test_texts_cannot_become_markup(written, dataset):
+def test_texts_cannot_become_markup(written, dataset, tmp_path):
     run, results, _ = written
     hostile = '<script>alert(1)</script>"><img src=x>'
     queries = dataset.queries("test")
-    texts = pa.array([hostile] * queries.num_rows)
-    poisoned = dataset.with_queries("test", queries.set_column(queries.column_names.index("text"), "text", texts))
+    rows, texts = queries.table.fetch(queries.rows), pa.array([hostile] * queries.n)
+    rows = rows.set_column(rows.schema.get_field_index("text"), "text", texts)
+    table = write_stored(tmp_path / "poisoned.arrow", rows.schema, rows.to_batches())
+    poisoned = dataset.with_queries("test", Queries.of(table))
     page = page_of(run, poisoned, results, results[-2])
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page

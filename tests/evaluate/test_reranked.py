@@ -24,12 +24,12 @@ def test_recall_then_rerank(rerankers, dataset, reranking_recipe, reranker_ref, 
         weight = result.notes[f"weight {scope}"]
         assert weight in WEIGHTS
         head = first.ranking(scope).to_pylist()[::7]
-        table = pa.Table.from_pylist([row | {"document_ids": row["document_ids"][:6]} for row in head])
+        table = pa.Table.from_pylist([row | {"documents": row["documents"][:6]} for row in head])
         for row, answers in zip(head, score_singly(reranker_ref, dataset, table), strict=True):
             fused = [score + weight * p for score, p in zip(row["scores"], answers, strict=False)]
-            found = next(r for r in result.ranking(scope).to_pylist() if r["query_id"] == row["query_id"])
+            found = next(r for r in result.ranking(scope).to_pylist() if r["query"] == row["query"])
             assert found["scores"][:6] == pytest.approx(sorted(fused, reverse=True), abs=1e-4)
-            assert found["document_ids"][6:] == row["document_ids"][6:]
+            assert found["documents"][6:] == row["documents"][6:]
     assert set(result.local) == {*dataset.tasks("test"), "average"}
     assert (
         evaluate_reranked(rerankers, dataset, reranking_recipe, reranker_ref, first, known, tmp_path / "rerank")

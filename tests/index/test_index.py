@@ -46,8 +46,8 @@ def test_built_from_shards(corpus, tmp_path, capsys):
     ids, vectors, queries = corpus
     shards = tmp_path / "embeddings"
     open_output(shards, {"checkpoint": "the model's"}, 2)
-    write_shard(shards, 0, embedding_table(ids[:2000], vectors[:2000]), [])
-    write_shard(shards, 1, embedding_table(ids[2000:], vectors[2000:]), [("bad", "no picture")])
+    write_shard(shards, 0, embedding_table(range(2000), ids[:2000], vectors[:2000]), [])
+    write_shard(shards, 1, embedding_table(range(2000, len(ids)), ids[2000:], vectors[2000:]), [("bad", "no picture")])
     close_output(shards, 3001)
     build_index(shards, tmp_path / "index", queries=queries)
     assert "recall@10 against exact search 1.0000" in capsys.readouterr().out

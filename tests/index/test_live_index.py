@@ -1,5 +1,6 @@
 """The live index against a dict and numpy: after additions, deletions, compactions, restarts and killed processes."""
 
+import atexit
 import itertools
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from umarvel_ray.data.tables import Dataset
+from umarvel_ray.data.stored import write_stored
 from umarvel_ray.errors import UserError
 from umarvel_ray.index import Add, Corpus, Delete, IndexWriter, LiveIndex, make_index, snapshot
 from umarvel_ray.index.log import Damaged, log_files, log_path
@@ -54,9 +55,12 @@ def added(id_, seed):
 @cache
 def base_of(factory, size=300):
     rows = [added(f"b{i}", 10**6 + i) for i in range(size)]
-    documents = pa.Table.from_pylist([row.document for row in reversed(rows)])  # not in the index's order
+    table = pa.Table.from_pylist([row.document for row in reversed(rows)])  # not in the index's order
+    folder = Path(tempfile.mkdtemp(prefix="umarvel-base-"))
+    atexit.register(shutil.rmtree, folder)
+    documents = write_stored(folder / "documents.arrow", table.schema, table.to_batches())
     index = make_index([row.id for row in rows], np.stack([row.vector for row in rows]), factory)
-    return Corpus(index, Dataset(Path("base"), documents, None, None)), {row.id: row for row in rows}
+    return Corpus(index, documents, documents.find(pa.array(index.ids))), {row.id: row for row in rows}
 
 
 def matching(truth, modalities=None, sources=None):

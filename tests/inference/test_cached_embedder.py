@@ -1,9 +1,11 @@
 """The embedder that caches across checkpoints, against the library's embedder."""
 
 import numpy as np
+import pytest
 
 from tests.support.embedding_tables import SETTINGS, embed_singly, make_documents
 from tests.support.tiny import make_tiny_base
+from umarvel_ray.errors import UserError
 from umarvel_ray.inference.cached_embedder import CachedEmbedder
 from umarvel_ray.model.checkpoint import CheckpointRef
 
@@ -31,3 +33,21 @@ def test_cache_is_cleared_when_the_tower_changes(tiny_base, tmp_path):
     for base in (tiny_base, other, tiny_base):
         cached.load(CheckpointRef.of(base, SETTINGS))
         assert np.abs(cached.embed(rows, "document")[1] - embed_singly(base, rows)).max() < 1e-5
+
+
+def test_a_checkpoint_is_loaded_again_after_another_one_failed(tiny_base, tmp_path):
+    rows, ref = make_documents(3).to_pylist(), CheckpointRef.of(tiny_base, SETTINGS)
+    cached = CachedEmbedder("cpu", "float32", 1024, 1, 2**30)
+    cached.load(ref)
+    expected = cached.embed(rows, "document")[1]
+    with pytest.raises(UserError, match="no config"):
+        cached.load(CheckpointRef(str(tmp_path / "gone"), SETTINGS, "another"))
+    cached.load(ref)
+    assert np.array_equal(cached.embed(rows, "document")[1], expected)
+
+
+def test_a_gpu_that_is_not_there_is_named_in_one_line(tiny_base, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cached = CachedEmbedder("cuda", "float32", 1024, 1, 0)
+    with pytest.raises(UserError, match=r"device cuda: PyTorch .* sees no GPU on"):
+        cached.load(CheckpointRef.of(tiny_base, SETTINGS))

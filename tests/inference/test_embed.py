@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from tests.support.embedding_tables import SETTINGS, embed_singly, make_documents, picture, with_image
+from tests.support.embedding_tables import SETTINGS, embed_singly, make_documents, picture, stored, with_image
 from tests.support.tiny_run import make_corpus
-from umarvel_ray.data.tables import item_of
+from umarvel_ray.data.dataset import item_of
 from umarvel_ray.errors import UserError
 from umarvel_ray.index import Corpus
 from umarvel_ray.inference.embed import EmbedderGroup, embed_table
@@ -22,6 +22,13 @@ from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.pipeline import Actors, embed
 from umarvel_ray.recipe import Cluster, Compute, Data, load_recipe
 from umarvel_ray.runs import Run
+
+
+def embedded(embedders, table, folder, ref, shard_rows=None):
+    """Embed a table in memory, and read the embeddings back."""
+    embed_table(embedders, stored(table, folder.parent), "document", folder, ref, shard_rows=shard_rows)
+    return read_embeddings(folder)
+
 
 COMPUTE = Compute(dtype="float32", token_budget=1024)
 CLUSTER = Cluster(embedders=2, cpus_per_embedder=0.5, gpus_per_embedder=0)
@@ -42,7 +49,7 @@ def test_equals_the_library_and_reconciles(embedders, tiny_base, ref, tmp_path):
     table = make_documents(70)
     table = with_image(table, 4, table["image"][4].as_py()[:300])  # truncated
     table = with_image(table, 32, b"not a picture")
-    found = embed_table(embedders, table, "document", tmp_path / "out", ref, shard_rows=16)
+    found = embedded(embedders, table, tmp_path / "out", ref, shard_rows=16)
     good = [row for row in table.to_pylist() if row["id"] not in {"d4", "d32"}]
     assert found.ids == [row["id"] for row in good]
     assert np.abs(found.vectors - embed_singly(tiny_base, good)).max() < 1e-5
@@ -57,13 +64,13 @@ def test_equals_the_library_and_reconciles(embedders, tiny_base, ref, tmp_path):
 
 def test_a_restart_computes_only_missing_shards(embedders, tiny_base, ref, tmp_path):
     table, out = make_documents(40), tmp_path / "out"
-    first = embed_table(embedders, table, "document", out, ref, shard_rows=8)
+    first = embedded(embedders, table, out, ref, shard_rows=8)
     (out / "manifest.json").write_text((out / "manifest.json").read_text().replace("true", "false"))
     shard_path(out, 2).unlink()
     before = {index: shard_path(out, index).stat().st_mtime_ns for index in (0, 1, 3, 4)}
     with pytest.raises(UserError, match="no complete manifest"):
         read_embeddings(out)
-    second = embed_table(embedders, table, "document", out, ref, shard_rows=8)
+    second = embedded(embedders, table, out, ref, shard_rows=8)
     assert {index: shard_path(out, index).stat().st_mtime_ns for index in before} == before
     assert second.ids == first.ids
     assert np.abs(second.vectors - first.vectors).max() < 1e-6
@@ -71,21 +78,21 @@ def test_a_restart_computes_only_missing_shards(embedders, tiny_base, ref, tmp_p
 
 def test_other_rows_or_settings_start_over(embedders, tiny_base, ref, tmp_path):
     table, out = make_documents(12), tmp_path / "out"
-    base = embed_table(embedders, table, "document", out, ref, shard_rows=4)
+    base = embedded(embedders, table, out, ref, shard_rows=4)
     last = CheckpointRef.of(tiny_base, SETTINGS.model_copy(update={"pooling": "last"}))
-    other = embed_table(embedders, table, "document", out, last, shard_rows=4)
+    other = embedded(embedders, table, out, last, shard_rows=4)
     assert np.abs(other.vectors - base.vectors).max() > 1e-2
     changed = with_image(table, 1, picture(99))
-    third = embed_table(embedders, changed, "document", out, last, shard_rows=4)
+    third = embedded(embedders, changed, out, last, shard_rows=4)
     differs = np.abs(third.vectors - other.vectors).max(axis=1) > 1e-4
     assert np.flatnonzero(differs).tolist() == [1]
 
 
 def test_a_finished_job_starts_no_actor(embedders, ref, tmp_path):
     table = make_documents(6)
-    first = embed_table(embedders, table, "document", tmp_path, ref)
+    first = embedded(embedders, table, tmp_path / "out", ref)
     with EmbedderGroup(CLUSTER, COMPUTE) as idle:
-        again = embed_table(idle, table, "document", tmp_path, ref)
+        again = embedded(idle, table, tmp_path / "out", ref)
         assert idle._actors == []
     assert np.array_equal(first.vectors, again.vectors)
 
@@ -105,7 +112,7 @@ def test_a_killed_actor_is_restarted_and_nothing_is_lost(embedders, tiny_base, r
         return run(calls, kill_before_submit)
 
     monkeypatch.setattr(embedders, "run", sabotaged)
-    found = embed_table(embedders, table, "document", tmp_path, ref, shard_rows=8)
+    found = embedded(embedders, table, tmp_path / "out", ref, shard_rows=8)
     assert killed
     assert found.ids == table["id"].to_pylist()
     assert np.abs(found.vectors - embed_singly(tiny_base, table.to_pylist())).max() < 1e-5
@@ -126,7 +133,7 @@ def test_a_released_checkpoint_embeds_a_corpus_in_a_shorter_dimension(embedders,
     folder = tmp_path / "run" / "embeddings" / "documents"
     for dimension in (None, 8):
         overrides = keys if dimension is None else [*keys, f"embed.truncate_dim={dimension}"]
-        embed(Run.open(load_recipe("demo", overrides)), Actors(embedders, None))
+        embed(Run.open(load_recipe("demo", overrides)), Actors(embedders, None, None))
         ids, vectors = read_embeddings(folder)
         expected = whole[:, :dimension] / np.linalg.norm(whole[:, :dimension], axis=1, keepdims=True)
         assert ids == [row["id"] for row in documents]
@@ -138,11 +145,11 @@ def test_a_released_checkpoint_embeds_a_corpus_in_a_shorter_dimension(embedders,
     assert [hit.document["id"] for hit in hits] == [ids[row] for row in np.argsort(-cosines)[:3]]
     np.testing.assert_allclose([hit.score for hit in hits], np.sort(cosines)[::-1][:3], atol=1e-5)
     with pytest.raises(UserError, match="truncate_dim is 64; give 1 to 32"):
-        embed(Run.open(load_recipe("demo", [*keys, "embed.truncate_dim=64"])), Actors(embedders, None))
+        embed(Run.open(load_recipe("demo", [*keys, "embed.truncate_dim=64"])), Actors(embedders, None, None))
 
 
 def test_bad_checkpoint_and_empty_table_are_one_line(embedders, ref, tmp_path):
     with pytest.raises(UserError, match="no rows"):
-        embed_table(embedders, make_documents(0), "document", tmp_path, ref)
+        embedded(embedders, make_documents(0), tmp_path / "out", ref)
     with pytest.raises(UserError, match="no config"):
         CheckpointRef.of(tmp_path / "nowhere", SETTINGS)

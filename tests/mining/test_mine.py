@@ -1,15 +1,26 @@
 """Mining end to end on a small corpus, against plain numpy on the library's own vectors."""
 
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.support.small_dataset import (
     assert_same_ranking,
     embed_all,
     expected_ranking,
+    query_rows,
 )
-from umarvel_ray.mining.mine import is_false_negative, mine
+from umarvel_ray.data.tables import open_dataset
+from umarvel_ray.inference.shards import read_shards
+from umarvel_ray.mining.documents import Documents
+from umarvel_ray.mining.mine import kept_of, mine, negatives_of
 from umarvel_ray.model.checkpoint import CheckpointRef, save_checkpoint
 from umarvel_ray.model.embedding_model import EmbeddingModel
+from umarvel_ray.ragged import Ragged
+from umarvel_ray.recipe import Data
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +43,18 @@ def test_mined_negatives(embedders, dataset, recipe, ref, vectors, tmp_path, sco
     change = {"pool": scope, "max_similarity": threshold, "margin": 0.01, "random_mix_of": {"pictures_task4": 1.0}}
     mining = recipe.stage2.mining.model_copy(update=change)
     recipe = recipe.model_copy(update={"stage2": recipe.stage2.model_copy(update={"mining": mining})})
-    mined = mine(embedders, dataset, recipe, ref, tmp_path / "embeddings", tmp_path / "mined").to_pylist()
+    mine(embedders, dataset, recipe, ref, tmp_path / "embeddings", tmp_path / "mined")
+    mined = read_mined(dataset, tmp_path / "mined")
     printed = capsys.readouterr().out
-    queries = dataset.queries("train").to_pylist()
+    queries = query_rows(dataset, "train")
     assert [row["query_id"] for row in mined] == [row["id"] for row in queries]
+    documents = dataset.document_ids.to_pylist()
     twin_seen = any(row["query_id"] == "q0" and "twin" in row["document_ids"] for row in mined)
     assert ("false negatives among them" in printed) == twin_seen
     seen, hardest = 0, {"words_task1": [], "pictures_task4": []}
     for row, query in zip(mined, queries, strict=True):
-        ids = dataset.global_pool("train") if scope == "global" else dataset.pool(query["task"], "train")
+        pool = dataset.global_pool("train") if scope == "global" else dataset.pool(query["task"], "train")
+        ids = [documents[number] for number in pool]
         assert_same_ranking(row["document_ids"], expected_ranking(dataset, vectors, query, ids), vectors, query)
         gold = query["positive_ids"][0]
         positive = float(vectors[query["id"]] @ vectors[gold])
@@ -61,17 +75,61 @@ def test_mined_negatives(embedders, dataset, recipe, ref, vectors, tmp_path, sco
         hardest[row["task"]].append(row["negative_ids"][: len(best)] == best)
     assert all(hardest["words_task1"])
     assert not all(hardest["pictures_task4"]), "the negatives of this task are drawn at random"
-    again = mine(embedders, dataset, recipe, ref, tmp_path / "embeddings", tmp_path / "mined").to_pylist()
-    assert again == mined
+    mine(embedders, dataset, recipe, ref, tmp_path / "embeddings", tmp_path / "mined")
+    assert read_mined(dataset, tmp_path / "mined") == mined
+    queries = dataset.queries("train")
+    for lists, column in (
+        (negatives_of(tmp_path / "mined", queries), "negative_ids"),
+        (kept_of(tmp_path / "mined", queries, 4), "kept_ids"),
+    ):
+        assert [[documents[number] for number in own] for own in lists.lists()] == [row[column][:4] for row in mined]
     assert capsys.readouterr().out == ""
     assert f"{seen:,} candidates" in printed
 
 
-def test_what_a_false_negative_is():
-    query = {"concept": "fox", "modality": "text"}
-    gold = [{"concept": "fox", "modality": "image"}]
-    assert is_false_negative(query, {"concept": "fox", "modality": "image"}, gold)
-    assert not is_false_negative(query, {"concept": "fox", "modality": "text"}, gold)
-    assert not is_false_negative(query, {"concept": "owl", "modality": "image"}, gold)
-    assert not is_false_negative(query | {"modality": "image,text"}, {"concept": "fox", "modality": "image"}, gold)
-    assert not is_false_negative({"modality": "text"}, {"modality": "image"}, gold)
+def read_mined(dataset, folder: Path) -> list[dict]:
+    """What was mined, by ids and in the order of the queries."""
+    ids, queries = dataset.document_ids.to_pylist(), dataset.queries("train").ids()
+    rows = sorted(read_shards(folder).to_pylist(), key=lambda row: row["query"])
+    return [
+        {
+            "query_id": queries[row["query"]],
+            "task": row["task"],
+            "document_ids": [ids[number] for number in row["documents"]],
+            "scores": row["scores"],
+            "kept": row["kept"],
+            "negative_ids": [ids[number] for number in row["negatives"]],
+            "kept_ids": [ids[number] for number, kept in zip(row["documents"], row["kept"], strict=True) if kept],
+        }
+        for row in rows
+    ]
+
+
+QUERIES = [  # concept, modality, modalities of the positives; what is asked for is a fox
+    ("fox", "text", "image"),
+    ("fox", "image,text", "image"),
+    ("fox", "image,text", "text"),
+    (None, "text", "image"),
+]
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_what_a_false_negative_is(tmp_path, query):
+    """A document of the same concept in the modality of a positive; not if a change was asked for."""
+    concept, modality, target = query
+    shown = [("fox", "image"), ("fox", "text"), ("owl", "image"), (None, "image"), (None, "text")]
+    common = {"text": "a", "image": None, "source": "s"}
+    documents = [{"id": "gold", "concept": "fox", "modality": target, **common}]
+    documents += [{"id": f"d{n}", "concept": own, "modality": kind, **common} for n, (own, kind) in enumerate(shown)]
+    asked = {"id": "q", "concept": concept, "modality": modality, "instruction": None, "task": "t", **common}
+    pq.write_table(pa.Table.from_pylist(documents), tmp_path / "documents.parquet")
+    pq.write_table(pa.Table.from_pylist([asked | {"positive_ids": ["gold"]}]), tmp_path / "train.parquet")
+    pools = [{"task": "t", "split": "train", "document_ids": ["gold"]}]
+    pq.write_table(pa.Table.from_pylist(pools), tmp_path / "pools.parquet")
+    dataset = open_dataset(Data(root=str(tmp_path)), tmp_path / "tables")
+    queries = dataset.queries("train")
+    candidates = Ragged.of([range(len(documents))])
+    found = Documents(dataset, queries).false_negatives(candidates, np.array([0]), queries.positives)
+    change = modality == "image,text" and target == "image"
+    expected = [own == concept == "fox" and kind == target and not change for own, kind in shown]
+    assert found.tolist() == [False, *expected]

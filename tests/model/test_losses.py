@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from umarvel_ray.data.plan import PlanStep, QueryRows, contrastive_plan
+from tests.support.synthetic import make_queries
+from umarvel_ray.data.plan import PlanStep, contrastive_plan
 from umarvel_ray.model.losses import info_nce
+from umarvel_ray.ragged import Ragged
 from umarvel_ray.recipe import ContrastivePhase
 from umarvel_ray.train.steps import _contrastive, not_negatives
 
@@ -75,24 +77,26 @@ def test_a_positive_that_is_another_querys_target_gets_no_gradient(batch, two_wa
 
 def test_without_in_batch_negatives_the_loss_covers_the_querys_own_negatives_only():
     """From the plan to the loss: other queries' documents do not count, neither their positives nor their negatives."""
-    positives = [*([f"p{i}"] for i in range(5)), ["p5", "n50"]]
-    rows = QueryRows([f"q{i}" for i in range(6)], ["t"] * 6, positives)
-    mined = {f"q{i}": [f"n{i}0", f"n{i}1", f"p{(i + 1) % 6}", f"n{i}3"] for i in range(6)}
+    # Query i has the positive i, and mined documents from 10 · i + 10 on; one of them is another query's positive.
+    positives = [[0], [1], [2], [3], [4], [5, 60]]
+    mined = [[10 * i + 10, 10 * i + 11, (i + 1) % 6, 10 * i + 13] for i in range(6)]
+    queries = make_queries(positives)
     phase = ContrastivePhase(queries="train", batch_size=6, max_steps=1, learning_rate=1e-3)
-    [plan] = contrastive_plan(rows, phase, 0, mined, per_query=3, in_batch=False)
+    [plan] = contrastive_plan(queries, phase, 0, Ragged.of(mined), per_query=3, in_batch=False)
     torch.manual_seed(1)
-    ids = plan.query_ids + plan.document_ids
-    vector = dict(zip(ids, F.normalize(torch.randn(len(ids), 8, dtype=torch.float64), dim=1), strict=True))
+    sides = [torch.randn(len(rows), 8, dtype=torch.float64) for rows in (plan.queries, plan.documents)]
+    asked, shown = (F.normalize(side, dim=1) for side in sides)
+    column = {document: j for j, document in enumerate(plan.documents.tolist())}
     tau, total = 0.2, 0.0
-    for query in plan.query_ids:
-        drawn = plan.document_ids[plan.arrays["targets"][plan.query_ids.index(query)]]
-        negatives = [id_ for id_ in mined[query][:3] if id_ not in positives[int(query[1:])]]
-        above = math.exp(vector[query] @ vector[drawn] / tau)
-        below = above + sum(math.exp(vector[query] @ vector[id_] / tau) for id_ in negatives)
+    for i, row in enumerate(plan.queries.tolist()):
+        query = queries.rows.tolist().index(row)
+        negatives = [document for document in mined[query][:3] if document not in positives[query]]
+        above = math.exp(asked[i] @ shown[plan.arrays["targets"][i]] / tau)
+        below = above + sum(math.exp(asked[i] @ shown[column[document]] / tau) for document in negatives)
         total -= math.log(above / below) / 6
     loss = info_nce(
-        torch.stack([vector[id_] for id_ in plan.query_ids]).float(),
-        torch.stack([vector[id_] for id_ in plan.document_ids]).float(),
+        asked.float(),
+        shown.float(),
         torch.from_numpy(plan.arrays["targets"]).long(),
         torch.from_numpy(not_negatives(plan)),
         torch.tensor(math.log(tau)),
@@ -116,7 +120,7 @@ def test_matryoshka_is_the_mean_of_the_formula_over_shortened_vectors(batch, two
     phase = ContrastivePhase(queries="x", batch_size=4, learning_rate=1, matryoshka=(5, 3, 8), two_way=two_way)
     columns = [[i, j] for i in range(4) for j in range(6) if relevant[i, j]]
     arrays = {"targets": targets.numpy(), "relevant": np.array(columns)}
-    plan = PlanStep(0, tuple("abcd"), tuple("abcdef"), arrays)
+    plan = PlanStep(0, np.arange(4), np.arange(6), arrays)
     loss = _contrastive(plan, phase)(queries, documents, tau, slice(0, 4))
     expected = 0
     for width in (3, 5, 8):

@@ -1,12 +1,14 @@
 """Rankings and exact search on a small corpus, against plain numpy on the library's own vectors."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.support.small_dataset import (
     assert_same_ranking,
     embed_all,
     expected_ranking,
+    query_rows,
 )
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.retrieve.rank import embed_split, rank
@@ -26,22 +28,46 @@ def vectors(dataset, recipe, tiny_base):
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-def test_rankings_are_exact(embedded, dataset, vectors, scope):
-    queries = {row["id"]: row for row in dataset.queries("test").to_pylist()}
-    rows = rank(embedded, dataset, "test", scope, DEPTH).to_pylist()
-    assert {row["query_id"] for row in rows} == set(queries)
+def test_rankings_are_exact(embedded, dataset, vectors, scope, tmp_path):
+    queries = dataset.queries("test")
+    by_row = dict(zip(queries.rows.tolist(), query_rows(dataset, "test"), strict=True))
+    ids = dataset.document_ids.to_pylist()
+    rows = rank(embedded, dataset, "test", scope, DEPTH, tmp_path).to_pylist()
+    assert {row["query"] for row in rows} == set(by_row)
     for row in rows:
-        query = queries[row["query_id"]]
-        ids = dataset.global_pool("test") if scope == "global" else dataset.pool(query["task"], "test")
-        expected = expected_ranking(dataset, vectors, query, ids)
+        query = by_row[row["query"]]
+        pool = dataset.global_pool("test") if scope == "global" else dataset.pool(query["task"], "test")
+        expected = expected_ranking(dataset, vectors, query, [ids[number] for number in pool])
+        found = [ids[number] for number in row["documents"]]
+        assert row["task"] == query["task"]
         assert row["pool_size"] == len(expected)
-        assert len(row["document_ids"]) == DEPTH
-        assert_same_ranking(row["document_ids"], expected, vectors, query)
-        assert row["document_ids"][:20] == sorted(set(row["document_ids"]), key=row["document_ids"].index)[:20]
+        assert len(set(found)) == DEPTH
+        assert_same_ranking(found, expected, vectors, query)
 
 
-def test_pair_scores_are_cosines(embedded, vectors):
-    rows = np.array([3, 80, 41, 0, 60])
+def test_a_finished_ranking_is_read_back_and_a_changed_pool_is_ranked_again(embedded, dataset, tmp_path, monkeypatch):
+    first = rank(embedded, dataset, "test", "local", DEPTH, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(embedded.documents), "topk", None)
+        assert rank(embedded, dataset, "test", "local", DEPTH, tmp_path).equals(first)
+    pools = {key: pool[:3] if key == ("words_task1", "test") else pool for key, pool in dataset.pools.items()}
+    smaller = rank(embedded, dataset.with_pools(pools), "test", "local", DEPTH, tmp_path).to_pylist()
+    assert {len(row["documents"]) for row in smaller if row["task"] == "words_task1"} == {3}
+
+
+def test_a_query_without_a_pool_is_listed_with_a_reason(embedded, dataset, tmp_path):
+    pools = {key: pool for key, pool in dataset.pools.items() if key != ("words_task1", "test")}
+    ranking = rank(embedded, dataset.with_pools(pools), "test", "local", DEPTH, tmp_path)
+    assert set(ranking["task"].to_pylist()) == {"pictures_task4"}
+    lost = pq.read_table(tmp_path / "quarantine.parquet").to_pylist()
+    unasked = [row["id"] for row in query_rows(dataset, "test") if row["task"] == "words_task1"]
+    assert [row["id"] for row in lost] == unasked
+    assert all("has no pool" in row["reason"] for row in lost)
+
+
+def test_pair_scores_are_cosines(embedded, dataset, vectors):
+    rows = embedded.documents.rows[[3, 80, 41, 0, 60]]
     queries = np.stack([vectors[f"q{n}"] for n in (3, 4, 8, 9, 13)])
-    expected = [float(q @ vectors[embedded.documents.ids[row]]) for q, row in zip(queries, rows, strict=True)]
+    ids = dataset.document_ids.to_pylist()
+    expected = [float(q @ vectors[ids[row]]) for q, row in zip(queries, rows, strict=True)]
     assert np.abs(embedded.documents.pair_scores(queries, rows) - expected).max() < 1e-5

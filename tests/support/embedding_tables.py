@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from tests.support.small_dataset import noise_picture
-from umarvel_ray.data.tables import item_of
+from umarvel_ray.data.dataset import Selection, item_of
+from umarvel_ray.data.stored import write_stored
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.recipe import ModelSettings
 
@@ -32,6 +33,11 @@ def make_documents(count: int) -> pa.Table:
         for i in range(count)
     ]
     return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def stored(table: pa.Table, folder: Path) -> Selection:
+    """All rows of a table, on disk."""
+    return Selection.whole(write_stored(folder / "rows.arrow", table.schema, table.to_batches()))
 
 
 def with_image(table: pa.Table, row: int, image: bytes) -> pa.Table:

@@ -176,7 +176,7 @@ def _case(
     module = tempered(base, dtype, Lora(r=4, alpha=8, dropout=dropout)).train()
     if state:
         load_trainable(module, state)
-    tower = FrozenTower(module.embedder.backbone, module.embedder.scale, "cpu")
+    tower = FrozenTower(module.embedder.backbone, module.embedder.scale)
     engine = make_engine(module, STEP, Compute(zero_stage=zero, dtype=dtype))
     if state:
         restore(engine, state, start)

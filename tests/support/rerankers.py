@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from umarvel_ray.data.tables import Dataset, item_of
+from tests.support.small_dataset import document_rows
+from umarvel_ray.data.dataset import Dataset, item_of
 from umarvel_ray.model.checkpoint import CheckpointRef, save_checkpoint
 from umarvel_ray.model.reranker import Reranker, RerankerModel
 from umarvel_ray.recipe import Recipe, load_recipe
@@ -26,9 +27,9 @@ def make_reranker(base: Path, recipe: Recipe, folder: Path) -> CheckpointRef:
 def score_singly(ref: CheckpointRef, dataset: Dataset, table: pa.Table) -> list[list[float]]:
     """P(yes) of each candidate of each query, by the library's reranker."""
     reranker = Reranker.from_pretrained(ref.path)
-    rows = dataset.documents.to_pylist() + dataset.queries("test").to_pylist()
-    item = {row["id"]: item_of(row) for row in rows}
+    documents, queries = document_rows(dataset), dataset.queries("test").table
     return [
-        [float(reranker.score(item[row["query_id"]], [item[id_]])[0]) for id_ in row["document_ids"]]
+        [float(reranker.score(item_of(query), [item_of(documents[number])])[0]) for number in row["documents"]]
         for row in table.to_pylist()
+        for query in queries.rows([row["query"]])
     ]

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
-from umarvel_ray.data.tables import Dataset, item_of
+from umarvel_ray.data.dataset import Dataset, item_of
+from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.inference.embed import EmbedderGroup
 from umarvel_ray.model.embedder import Embedder
-from umarvel_ray.recipe import Cluster, Recipe, load_recipe
+from umarvel_ray.recipe import Cluster, Data, Recipe, load_recipe
 
 DOCUMENT = [("id", pa.string()), ("text", pa.string()), ("image", pa.binary()), ("modality", pa.string()),
             ("source", pa.string()), ("concept", pa.string())]  # fmt: skip
@@ -30,8 +32,9 @@ def noise_picture(seed: int, width: int = 64, height: int = 64) -> bytes:
     return buffer.getvalue()
 
 
-def make_dataset() -> Dataset:
+def make_dataset(folder: Path) -> Dataset:
     """42 texts and 42 pictures; tasks text → text and picture → picture, with the query's own picture in the pool."""
+    folder.mkdir(parents=True, exist_ok=True)
     documents, names = [], [f"{color} {thing}" for color in COLORS for thing in THINGS]
     for number, name in enumerate(names):
         common = {"source": "test", "concept": name}
@@ -57,10 +60,24 @@ def make_dataset() -> Dataset:
         for split in queries
         for task, ids in (("words_task1", texts), ("pictures_task4", pictures))
     ]
-    tables = {name: pa.Table.from_pylist(rows, pa.schema(QUERY)) for name, rows in queries.items()}
-    return Dataset(
-        Path("small"), pa.Table.from_pylist(documents, pa.schema(DOCUMENT)), pa.Table.from_pylist(pools), tables.get
-    )
+    for name, rows in queries.items():
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema(QUERY)), folder / f"{name}.parquet")
+    pq.write_table(pa.Table.from_pylist(documents, pa.schema(DOCUMENT)), folder / "documents.parquet")
+    pq.write_table(pa.Table.from_pylist(pools), folder / "pools.parquet")
+    return open_dataset(Data(root=str(folder)), folder / "tables")
+
+
+def document_rows(dataset: Dataset) -> list[dict]:
+    """All documents."""
+    return dataset.documents.rows(range(dataset.documents.num_rows))
+
+
+def query_rows(dataset: Dataset, split: str) -> list[dict]:
+    """All queries of a split, with the ids of their positives."""
+    queries, ids = dataset.queries(split), dataset.document_ids.to_pylist()
+    positives = [[ids[row] for row in own] for own in queries.positives.lists()]
+    rows = queries.table.rows(queries.rows)
+    return [row | {"positive_ids": own} for row, own in zip(rows, positives, strict=True)]
 
 
 def make_recipe() -> Recipe:
@@ -74,9 +91,8 @@ def two_embedders(recipe: Recipe) -> EmbedderGroup:
 def embed_all(dataset: Dataset, base: Path, recipe: Recipe) -> dict[str, np.ndarray]:
     """id → vector (d,) of every document and query, by the library's embedder."""
     embedder = Embedder.from_pretrained(base, settings=recipe.model)
-    documents, queries = dataset.documents.to_pylist(), []
-    for split in ("train", "validation", "test"):
-        queries += dataset.queries(split).to_pylist()
+    documents = document_rows(dataset)
+    queries = [row for split in ("train", "validation", "test") for row in query_rows(dataset, split)]
     document_vectors = embedder.encode_document([item_of(row) for row in documents])
     query_vectors = embedder.encode_query([item_of(row) for row in queries])
     found = dict(zip([row["id"] for row in documents], document_vectors, strict=True))
@@ -85,7 +101,7 @@ def embed_all(dataset: Dataset, base: Path, recipe: Recipe) -> dict[str, np.ndar
 
 def expected_ranking(dataset: Dataset, vectors: Mapping[str, np.ndarray], query: dict, ids: Sequence[str]) -> list[str]:
     """Documents sorted by cosine in numpy, without the query's own picture."""
-    images = dict(zip(dataset.documents["id"].to_pylist(), dataset.documents["image"].to_pylist(), strict=True))
+    images = {row["id"]: row["image"] for row in document_rows(dataset)}
     ids = [
         id_ for id_ in ids if query["image"] is None or images[id_] != query["image"] or id_ in query["positive_ids"]
     ]

@@ -63,7 +63,9 @@ def make_run(base: Path, folder: Path, phase: str = "distillation") -> Path:
     embeddings = folder / "evaluation" / phase / "test-documents"
     identity = CheckpointRef.of(folder / "checkpoints" / phase).identity
     [shard] = open_output(embeddings, {"checkpoint": identity}, 1)
-    write_shard(embeddings, shard, embedding_table([row["id"] for row in documents], vectors), [])
+    write_shard(
+        embeddings, shard, embedding_table(list(range(len(documents))), [row["id"] for row in documents], vectors), []
+    )
     close_output(embeddings, len(documents))
     (folder / "recipe.yaml").write_text(dump_recipe(load_recipe("demo", [f"data.root={data}", f"output={folder}"])))
     return folder

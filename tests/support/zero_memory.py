@@ -23,7 +23,7 @@ def weigh(rank: int, world: int, base: str, out: str) -> None:
         gc.collect()
         gc.freeze()  # what exists already does not count and is not scanned again
         module = tempered(base, dtype, Lora(r=64, alpha=8, dropout=0.0)).train()
-        tower = FrozenTower(module.embedder.backbone, module.embedder.scale, "cpu")
+        tower = FrozenTower(module.embedder.backbone, module.embedder.scale)
         sizes = [(p.requires_grad, p.numel()) for p in module.parameters()]
         engine = make_engine(module, STEP, Compute(zero_stage=zero, dtype=dtype))
         vectors, tau = engine(collate(items), {})

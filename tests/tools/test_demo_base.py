@@ -20,7 +20,7 @@ from tools.demo.fast_tower import Tower
 from tools.demo.pair_sampler import NEAR, PairSampler
 from tools.demo.reading import Reader
 from tools.demo.views import patches_of
-from umarvel_ray.data.tables import item_of
+from umarvel_ray.data.dataset import item_of
 from umarvel_ray.model.batch import collate
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.pooling import pool

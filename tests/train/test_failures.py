@@ -6,11 +6,13 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from umarvel_ray.data.plan import PlanStep, read_plan, write_plan
+from umarvel_ray.data.stored import StoredTable, write_stored
 from umarvel_ray.recipe import Compute, ContrastivePhase, ModelSettings
 from umarvel_ray.runs import read_step_log
 from umarvel_ray.train.failures import (
@@ -21,6 +23,7 @@ from umarvel_ray.train.failures import (
     record_failure,
 )
 from umarvel_ray.train.phases import PhaseSpec
+from umarvel_ray.train.stream import Tables
 
 ALLOCATORS = [
     MemoryError("Unable to allocate 12.0 GiB for an array"),
@@ -33,7 +36,7 @@ ALLOCATORS = [
 def spec(tmp_path):
     folder = tmp_path / "train" / "text"
     arrays = {"targets": np.zeros(2, np.int32), "relevant": np.zeros((0, 2), np.int32)}
-    plan = [PlanStep(n, [f"q{n}a", f"q{n}b"], [f"d{n}"], arrays) for n in range(3)]
+    plan = [PlanStep(n, np.array([2 * n + 1, 2 * n]), np.array([n]), arrays) for n in range(3)]
     write_plan(plan, folder / "plan.parquet")
     return PhaseSpec(
         name="text",
@@ -48,14 +51,25 @@ def spec(tmp_path):
     )
 
 
-def test_a_non_finite_number_names_step_and_items():
-    plan = PlanStep(7, ["a", "b", "c", "d"], ["e"], {})
-    check_finite("text", plan, 1.0, 2.0)
+@pytest.fixture
+def tables(tmp_path) -> Tables:
+    """Queries q0 … q9 and documents d0 … d4."""
+
+    def store(letter: str, count: int) -> StoredTable:
+        batch = pa.record_batch({"id": [f"{letter}{n}" for n in range(count)]})
+        return write_stored(tmp_path / f"{letter}.arrow", batch.schema, [batch])
+
+    return Tables(store("q", 10), store("d", 5), "parent", ModelSettings())
+
+
+def test_a_non_finite_number_names_step_and_items(tables):
+    plan = PlanStep(7, np.array([4, 0, 9, 1]), np.array([2]), {})
+    check_finite("text", plan, tables, 1.0, 2.0)
     for loss, norm, message in ((float("nan"), 1.0, "loss is nan"), (1.0, float("inf"), "gradient norm is inf")):
         with pytest.raises(
-            StepError, match=f"^text: {message} at step 7 \\(queries a, b, c, …\\); lower learning_rate"
+            StepError, match=f"^text: {message} at step 7 \\(queries q4, q0, q9, …\\); lower learning_rate"
         ):
-            check_finite("text", plan, loss, norm)
+            check_finite("text", plan, tables, loss, norm)
 
 
 # Under a budget of 100, padded: 60, then 40 + 40, then 30 and 20; the fullest holds 80 tokens. Packed: 60 + 40 first.
@@ -73,7 +87,7 @@ def test_a_rank_out_of_memory_names_what_to_lower(error, packed, fullest, spec):
     assert "\n" not in message
 
 
-def test_the_loop_stops_before_it_logs_a_non_finite_number(spec, monkeypatch):
+def test_the_loop_stops_before_it_logs_a_non_finite_number(spec, tables, monkeypatch):
     """The loop itself, with a fake model, engine and stream; test_resume runs the real ones in `make test-all`."""
     from umarvel_ray.train import loop
 
@@ -83,16 +97,16 @@ def test_the_loop_stops_before_it_logs_a_non_finite_number(spec, monkeypatch):
     engine = SimpleNamespace(train=lambda: None, optimizer=optimizer, device="cpu")
     fakes = {
         "dist": SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1),
-        "make_engine": lambda *_: engine,
+        "start_phase": lambda *_: (engine, None),
         "open_stream": lambda *_: iter(batches),
         "run_step": lambda *_: next(results),
         "take_step": lambda _: 1.0,
+        "start_step": lambda *_: None,
     }
-    fakes |= dict.fromkeys(("build_module", "model_of", "_visual_of", "start_step"), lambda *_, **__: None)
     for name, fake in fakes.items():
         monkeypatch.setattr(loop, name, fake)
-    with pytest.raises(StepError, match=r"text: loss is nan at step 1 \(queries q1a, q1b"):
-        loop._train_phase(spec, None, 1, 1.0, loop.TrainState())
+    with pytest.raises(StepError, match=r"text: loss is nan at step 1 \(queries q3, q2, …"):
+        loop._train_phase(spec, tables, 1, 1.0, None)
     assert [row["step"] for row in read_step_log(spec.log_path)] == [0]
 
 
@@ -112,17 +126,17 @@ def test_a_step_error_takes_precedence_over_lost_connections():
 
 
 @pytest.mark.parametrize(("logged", "step"), [([], 0), ([0], 1), ([0, 1], 2)])
-def test_failures_are_logged_with_the_current_step_and_its_items(logged, step, spec):
+def test_failures_are_logged_with_the_current_step_and_its_items(logged, step, spec, tables):
     spec.log_path.write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in logged))
-    record_failure([spec], {1: RuntimeError("killed")})
-    record_failure([spec], {0: RuntimeError("again"), 1: RuntimeError("other")})
+    record_failure([spec], {"text": tables}, {1: RuntimeError("killed")})
+    record_failure([spec], {"text": tables}, {0: RuntimeError("again"), 1: RuntimeError("other")})
     first, second = read_step_log(spec.failures_path)
-    items = {"query_ids": [f"q{step}a", f"q{step}b"], "document_ids": [f"d{step}"]}
+    items = {"query_ids": [f"q{2 * step + 1}", f"q{2 * step}"], "document_ids": [f"d{step}"]}
     assert first == {"step": step, "ranks": [1], "error": "rank 1: killed"} | items
     assert second["ranks"] == [0, 1]
 
 
-def test_a_failure_after_the_last_step_names_no_items(spec):
+def test_a_failure_after_the_last_step_names_no_items(spec, tables):
     spec.log_path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(3)))
-    record_failure([spec], {0: OSError("disk")})
+    record_failure([spec], {"text": tables}, {0: OSError("disk")})
     assert read_step_log(spec.failures_path)[0]["query_ids"] == []

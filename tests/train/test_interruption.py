@@ -49,7 +49,8 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_ends_a_running_job_in_one_line(tiny_base, tmp_path, small_disk):
     steps = [f"{phase}.max_steps=1" for phase in PHASES]
-    process = start_stage1(tiny_base, small_disk / "run", *steps, "cluster.max_failures=0")
+    tables = f"data.cache={tmp_path / 'tables'}"
+    process = start_stage1(tiny_base, small_disk / "run", *steps, tables, "cluster.max_failures=0")
     try:
         output, _ = process.communicate(timeout=900)
     finally:
@@ -57,4 +58,5 @@ def test_a_full_disk_ends_a_running_job_in_one_line(tiny_base, tmp_path, small_d
     assert "No space left on device" in output.splitlines()[-1]
     assert output.splitlines()[-1].startswith("umarvel: ")
     assert "Traceback" not in output
+    assert list((tmp_path / "tables").glob("text_pairs-*.arrow")), "the disk was full before the job ran"
     assert process.returncode == 2

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.mini_data import make_mini_data
+from tests.support.small_dataset import query_rows
 from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.recipe import Data
@@ -42,6 +43,7 @@ def test_bad_rows_are_set_aside_with_their_reason(ray_cluster, tmp_path):
     dataset = open_dataset(Data(root=str(folder)))
     before = dataset.queries("train")
     clean = without_unusable(dataset, "train", tmp_path / "quarantine")
+    kept = clean.queries("train")
 
     file = pq.read_table(tmp_path / "quarantine" / "train.parquet").to_pylist()
     reasons = {(row["table"], row["id"]): row["reason"] for row in file}
@@ -49,12 +51,35 @@ def test_bad_rows_are_set_aside_with_their_reason(ray_cluster, tmp_path):
     assert all(
         reasons["train", id_].startswith(f"train {id_}: not a picture in a known format (") for id_ in bad_queries
     )
+    for row in file:
+        table = dataset.documents if row["table"] == "documents" else before.table
+        assert table.rows([row["row"]], ["id"]) == [{"id": row["id"]}]
     lost = {row["id"] for row in file if row["table"] == "train"}
     assert {*bad_queries, alone["id"]} <= lost
-    assert clean.queries("train").num_rows + len(lost) == before.num_rows
-    assert bad_document not in {d for ids in clean.queries("train")["positive_ids"].to_pylist() for d in ids}
+    assert reasons["train", alone["id"]] == "none of its positives can be used"
+    assert {*kept.ids()} == {*before.ids()} - lost
+    left = [[id_ for id_ in row["positive_ids"] if id_ != bad_document] for row in query_rows(dataset, "train")]
+    expected = {id_: ids for id_, ids in zip(before.ids(), left, strict=True) if id_ not in lost}
+    assert {row["id"]: row["positive_ids"] for row in query_rows(clean, "train")} == expected
     again = without_unusable(dataset, "train", tmp_path / "quarantine")
-    assert again.queries("train").equals(clean.queries("train"))
+    assert again.queries("train").digest == kept.digest != before.digest
+
+
+def test_the_check_is_done_once_for_the_same_tables(ray_cluster, tmp_path, capsys):
+    folder = make_mini_data(tmp_path / "data")
+    corrupt(folder, "train", "text", [0], None)
+    corrupt(folder, "train", "image", [0], b"not a picture")
+
+    def check() -> str:
+        without_unusable(open_dataset(Data(root=str(folder))), "train", tmp_path / "quarantine")
+        return capsys.readouterr().out
+
+    assert "train: 1 of " in check()
+    assert check() == ""
+    path = folder / "train.parquet"
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table.slice(1), table.slice(0, 1)]), path)
+    assert "train: 1 of " in check(), "row numbers of other tables say nothing"
 
 
 def test_nothing_left_is_an_error(ray_cluster, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tools.demo.corpus import Corpus, rows_of
-from umarvel_ray.data.tables import item_of
+from umarvel_ray.data.dataset import item_of
 from umarvel_ray.items.item import Item
 from umarvel_ray.items.pair_encoder import EncodedPair, PairEncoder, join
 from umarvel_ray.recipe import ModelSettings

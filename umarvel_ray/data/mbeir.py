@@ -14,15 +14,20 @@ from __future__ import annotations
 import csv
 import re
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json as pj
 
+from umarvel_ray.data.stored import StoredTable
+from umarvel_ray.data.writing import Pool, document_rows, store_documents, store_pools, store_queries
 from umarvel_ray.errors import UserError
+from umarvel_ray.ragged import Ragged
 
 DATASETS = (
     "visualnews",
@@ -62,31 +67,146 @@ QUERY = pa.schema(
         ("query_txt", STRING),
         ("query_img_path", STRING),
         ("query_modality", STRING),
-        ("pos_cand_list", STRINGS),
         ("task_id", pa.int64()),
     ]
 )
+POSITIVES = pa.schema([("qid", STRING), ("pos_cand_list", STRINGS)])
+DID = pa.schema([DOCUMENT.field("did")])
+BLOCK = 4 << 20  # bytes of a file that are parsed at once: more than the longest line
 
 Prompts = dict[tuple[int, str, str], list[str]]
 
 
-def read_mbeir(root: Path) -> tuple[pa.Table, pa.Table, Callable[[str], pa.Table]]:
-    """Read documents, pools and a reader of query tables: "train", "validation", "test", or a folder below query/.
+class MbeirFolder:
+    """A folder in the layout above."""
 
-    The instruction of a query is one of its task's prompts, chosen by a hash of the query id; the reference draws one
-    at random in each run (docs/method.md#instruction-choice). Positives come from the qrels where these exist.
+    def __init__(self, root: Path) -> None:
+        self.root = root
 
-    Raises:
-        UserError: a folder or file is missing, or a line is not in M-BEIR's format.
-    """
-    files = sorted(root.glob("cand_pool/*/*.jsonl"))
-    if not files:
-        raise UserError(f"{root}/cand_pool: no *_cand_pool.jsonl; put M-BEIR's candidate pools there")
-    tables = {file: _read_jsonl(file, DOCUMENT) for file in files}
-    documents = _documents(list(tables.values()), root)
-    prompts = _read_prompts(root / "instructions" / "query_instructions.tsv")
-    modality = dict(zip(documents["id"].to_pylist(), documents["modality"].to_pylist(), strict=True))
-    return documents, _pools(tables), lambda name: _queries(root, name, prompts, modality)
+    def files(self, name: str) -> list[Path]:
+        """The files that `name` is read from: "documents", "pools", "train", "validation", "test", or below query/.
+
+        Raises:
+            UserError: there is none.
+        """
+        if name in ("documents", "pools"):
+            files = sorted(self.root.glob("cand_pool/*/*.jsonl"))
+            if not files:
+                raise UserError(f"{self.root}/cand_pool: no *_cand_pool.jsonl; put M-BEIR's candidate pools there")
+            local = {part for file in files if file.parent.name == "local" for part in _splits(file)}
+            return [file for file in files if not (_is_union(file) and local.issuperset(_splits(file)))]
+        files = query_files(self.root, name)
+        if not files:
+            folder = self.root / "query" / _folders(name)[0]
+            raise UserError(f"{folder}: no *.jsonl for the query table '{name}'; put its queries there")
+        return [*files, *filter(Path.is_file, [*map(self._qrels, files), self._prompts])]
+
+    def write_documents(self, path: Path) -> StoredTable:
+        """Convert the documents of all pools, each once; a document is the first line with its id."""
+        return store_documents(path, self._documents(), self.root, f"{self.root}: documents")
+
+    def write_pools(self, path: Path, documents: StoredTable) -> StoredTable:
+        """Convert the pools; the training pools, which M-BEIR does not publish, follow from the training union.
+
+        Raises:
+            UserError: see `store_pools`.
+        """
+        pools: list[Pool] = []
+        for file, rows in self._rows.items():
+            task, split = _name_of(file)
+            if (task, split) == ("union", "train"):
+                pools += _training_pools(rows, documents)
+            elif file.parent.name == "local" or split == "train":
+                pools += [(task, part, rows) for part in _splits(file)]
+            # The other global pools are the unions of the local ones, or belong to pairs, which have no pool.
+        return store_pools(path, pools, f"{self.root}/cand_pool")
+
+    def write_queries(self, path: Path, name: str, documents: StoredTable) -> StoredTable:
+        """Convert a query table.
+
+        The instruction of a query is one of its task's prompts, chosen by a hash of the query id; the reference draws
+        one at random in each run (docs/method.md#instruction-choice). Positives come from the qrels where these exist.
+
+        Raises:
+            UserError: a line is not in M-BEIR's format; see `store_queries`.
+        """
+        files = query_files(self.root, name)
+        listed = [self._positives(file) for file in files]
+        ids = pa.concat_arrays([qids for qids, _ in listed])
+        positives = pa.concat_arrays([lists for _, lists in listed])
+        rows = document_rows(positives, documents)
+        targets = _first_modality(rows, documents)
+        if files[0].parent.name == "union_train":  # it repeats the queries of small datasets; each row is kept
+            ids = _numbered(ids)
+        return store_queries(
+            path, self._queries(files, ids, targets), positives, rows, self.root, f"{self.root}: {name}"
+        )
+
+    @property
+    def _prompts(self) -> Path:
+        return self.root / "instructions" / "query_instructions.tsv"
+
+    def _qrels(self, file: Path) -> Path:
+        return self.root / "qrels" / file.parent.name / f"{file.stem}_qrels.txt"
+
+    @cached_property
+    def _rows(self) -> dict[Path, np.ndarray]:
+        """The row of the document on each line of each pool's file: documents are numbered by their first lines."""
+        files = self.files("documents")
+        ids = [[batch["did"] for batch in _read_jsonl(file, DID)] for file in files]
+        encoded = pa.chunked_array([chunk for of_file in ids for chunk in of_file], STRING).dictionary_encode()
+        rows = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
+        ends = np.cumsum([sum(map(len, of_file)) for of_file in ids])
+        return dict(zip(files, np.split(rows, ends[:-1]), strict=True))
+
+    def _documents(self) -> Iterator[pa.RecordBatch]:
+        written = 0
+        for file, rows in self._rows.items():
+            start = 0
+            for batch in _read_jsonl(file, DOCUMENT):
+                before = np.maximum.accumulate(np.concatenate([[written - 1], rows[start : start + batch.num_rows]]))
+                start += batch.num_rows
+                written = int(before[-1]) + 1
+                fresh = batch.filter(pa.array(before[1:] > before[:-1]))
+                sources = _datasets(fresh["did"], file)
+                columns = [fresh["did"], fresh["txt"], fresh["img_path"], fresh["modality"], sources]
+                yield pa.RecordBatch.from_arrays(columns, names=["id", "text", "image", "modality", "source"])
+
+    def _positives(self, file: Path) -> tuple[pa.Array, pa.ListArray]:
+        """The ids of a file's queries and of each one's positives."""
+        batches = list(_read_jsonl(file, POSITIVES))
+        table = pa.Table.from_batches(batches, POSITIVES).combine_chunks()
+        ids, lists = (table[name].combine_chunks() for name in POSITIVES.names)
+        if qrels := _read_qrels(self._qrels(file)):
+            both = zip(ids.to_pylist(), lists.to_pylist(), strict=True)
+            lists = pa.array([qrels.get(qid, listed) for qid, listed in both], STRINGS)
+        return ids, lists.fill_null([])
+
+    def _queries(self, files: list[Path], ids: pa.Array, targets: pa.Array) -> Iterator[pa.RecordBatch]:
+        """Every column but the positives.
+
+        Args:
+            ids: of the queries.
+            targets: the modality of each query's first known positive.
+        """
+        prompts = _read_prompts(self._prompts)
+        row = 0
+        for file in files:
+            for batch in _read_jsonl(file, QUERY):
+                own = slice(row, row := row + batch.num_rows)
+                sources = _datasets(batch["qid"], file)
+                asked = (batch["qid"], batch["query_modality"], targets[own])
+                asked_rows = zip(*(column.to_pylist() for column in asked), strict=True)
+                columns = {
+                    "id": ids[own],
+                    "text": batch["query_txt"],
+                    "image": batch["query_img_path"],
+                    "modality": batch["query_modality"],
+                    "source": sources,
+                    "instruction": pa.array((_prompt(prompts, *one) for one in asked_rows), STRING),
+                    "task": pc.binary_join_element_wise(sources, batch["task_id"].cast(STRING), "_task"),
+                }
+                yield pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
 
 
 def query_files(root: Path, name: str) -> list[Path]:
@@ -99,87 +219,69 @@ def _folders(name: str) -> tuple[str, ...]:
     return FOLDERS.get(name, (name,))
 
 
-def _documents(tables: list[pa.Table], root: Path) -> pa.Table:
-    rows = pa.concat_tables(tables)
-    first: dict[str, int] = {}
-    for row, did in enumerate(rows["did"].to_pylist()):
-        first.setdefault(did, row)
-    rows = rows.take(pa.array(list(first.values())))
-    return pa.table(
-        {
-            "id": rows["did"],
-            "text": rows["txt"],
-            "image": _paths(rows["img_path"], root),
-            "modality": rows["modality"],
-            "source": pa.array([_dataset(did, root) for did in first], STRING),
-        }
-    )
+def _name_of(file: Path) -> tuple[str, str | None]:
+    """Task and split in the name of a pool's file."""
+    name = re.fullmatch(r"mbeir_(.+?)(?:_(train|val|test))?_cand_pool", file.stem)
+    if not name:
+        raise UserError(f"{file}: pools are named mbeir_DATASET_taskN[_SPLIT]_cand_pool.jsonl; rename the file")
+    return name[1], name[2]
 
 
-def _pools(tables: dict[Path, pa.Table]) -> pa.Table:
-    rows = []
-    for file, table in tables.items():
-        name = re.fullmatch(r"mbeir_(.+?)(?:_(train|val|test))?_cand_pool", file.stem)
-        if not name:
-            raise UserError(f"{file}: pools are named mbeir_DATASET_taskN[_SPLIT]_cand_pool.jsonl; rename the file")
-        task, split = name.groups()
-        if (task, split) == ("union", "train"):
-            rows += _training_pools(table, file)
-            continue
-        if file.parent.name == "global" and split != "train":
-            continue  # evaluation's global pools are the unions of the local ones
-        for part in [{"val": "validation"}.get(split, split)] if split else ["validation", "test"]:
-            rows.append({"task": task, "split": part, "document_ids": table["did"].to_pylist()})
-    return pa.Table.from_pylist(rows, pa.schema([("task", STRING), ("split", STRING), ("document_ids", STRINGS)]))
+def _splits(file: Path) -> list[str]:
+    """The splits that a pool belongs to; one without a split in its name belongs to validation and test."""
+    split = _name_of(file)[1]
+    return [{"val": "validation"}.get(split, split)] if split else ["validation", "test"]
 
 
-def _training_pools(union: pa.Table, file: Path) -> list[dict[str, Any]]:
-    """Local pools for training, which M-BEIR does not publish: by a task's dataset and target modality."""
-    ids = defaultdict(list)
-    for did, modality in zip(union["did"].to_pylist(), union["modality"].to_pylist(), strict=True):
-        ids[_dataset(did, file), modality].append(did)
-    rows = []
+def _is_union(file: Path) -> bool:
+    """Whether the file only repeats the local pools of its split."""
+    task, split = _name_of(file)
+    return task == "union" and split != "train"
+
+
+def _training_pools(union: np.ndarray, documents: StoredTable) -> list[Pool]:
+    """Local pools for training: by a task's dataset and target modality."""
+    source, modality = (_codes(documents, column)[union] for column in ("source", "modality"))
+    names = {column: _names(documents, column) for column in ("source", "modality")}
+    pools = []
     for dataset, numbers in TASKS.items():
+        sources = [names["source"].get(name, -1) for name in (WIKIPEDIA if dataset in WIKIPEDIA else (dataset,))]
         for number in numbers:
-            sources = WIKIPEDIA if dataset in WIKIPEDIA else (dataset,)
-            if pool := [did for source in sources for did in ids[source, TARGETS[number]]]:
-                rows.append({"task": f"{dataset}_task{number}", "split": "train", "document_ids": pool})
-    return rows
+            fits = np.isin(source, sources) & (modality == names["modality"].get(TARGETS[number], -1))
+            # The documents of one source follow those of another, each in the order of the union.
+            rows = np.concatenate([union[fits & (source == part)] for part in sources])
+            if len(rows):
+                pools.append((f"{dataset}_task{number}", "train", rows))
+    return pools
 
 
-def _queries(root: Path, name: str, prompts: Prompts, modality: dict[str, str]) -> pa.Table:
-    files = query_files(root, name)
-    if not files:
-        folder = root / "query" / _folders(name)[0]
-        raise UserError(f"{folder}: no *.jsonl for the query table '{name}'; put its queries there")
-    rows: list[dict[str, Any]] = []
-    seen: Counter[str] = Counter()
-    for file in files:
-        qrels = _read_qrels(root / "qrels" / file.parent.name / f"{file.stem}_qrels.txt")
-        for line, row in enumerate(_read_jsonl(file, QUERY).to_pylist(), 1):
-            where = f"{file}: line {line}"
-            id_ = row["qid"]
-            if file.parent.name == "union_train":  # it repeats the queries of small datasets; each row is kept
-                seen[id_] += 1
-                id_ += f"#{seen[id_]}" if seen[id_] > 1 else ""
-            positives = qrels.get(row["qid"], row["pos_cand_list"] or [])
-            target = next((modality[p] for p in positives if p in modality), None)
-            rows.append(
-                {
-                    "id": id_,
-                    "text": row["query_txt"],
-                    "image": row["query_img_path"],
-                    "modality": row["query_modality"],
-                    "source": _dataset(row["qid"], where),
-                    "instruction": _prompt(prompts, row["qid"], row["query_modality"], target),
-                    "positive_ids": positives,
-                    "task": f"{_dataset(row['qid'], where)}_task{row['task_id']}",
-                }
-            )
-    names = ("id", "text", "image", "modality", "source", "instruction", "positive_ids", "task")
-    schema = pa.schema([(column, STRINGS if column == "positive_ids" else STRING) for column in names])
-    table = pa.Table.from_pylist(rows, schema)
-    return table.set_column(2, "image", _paths(table["image"], root))
+def _codes(documents: StoredTable, column: str) -> np.ndarray:
+    encoded = documents.column(column).combine_chunks().dictionary_encode()
+    codes: np.ndarray = encoded.indices.fill_null(-1).to_numpy()
+    return codes
+
+
+def _names(documents: StoredTable, column: str) -> dict[str, int]:
+    values = documents.column(column).combine_chunks().dictionary_encode().dictionary.to_pylist()
+    return {value: code for code, value in enumerate(values)}
+
+
+def _first_modality(positives: Ragged, documents: StoredTable) -> pa.Array:
+    """The modality of each query's first positive that is a document; null if none is."""
+    known = positives.keep(positives.values >= 0)
+    first = np.full(known.n, -1)
+    first[known.counts > 0] = known.values[known.offsets[:-1][known.counts > 0]]
+    return documents.column("modality").combine_chunks().take(pa.array(first, mask=first < 0))
+
+
+def _numbered(ids: pa.Array) -> pa.Array:
+    """Ids that occur again get a number: a, b, a#2, a#3."""
+    codes = ids.dictionary_encode().indices.to_numpy()
+    order = np.argsort(codes, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(codes))])
+    times = np.empty(len(codes), np.int64)
+    times[order] = np.arange(1, len(codes) + 1) - starts[codes[order]]
+    return pc.if_else(pa.array(times > 1), pc.binary_join_element_wise(ids, pa.array(times).cast(STRING), "#"), ids)
 
 
 def _prompt(prompts: Prompts, qid: str, query: str, target: str | None) -> str | None:
@@ -188,23 +290,31 @@ def _prompt(prompts: Prompts, qid: str, query: str, target: str | None) -> str |
 
 
 def _read_prompts(file: Path) -> Prompts:
-    if not file.is_file():
-        raise UserError(f"{file}: not found; copy M-BEIR's instruction table there")
     prompts: Prompts = {}
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        for line, row in enumerate(rows, 1):
-            if line == 1 or not row:
-                continue
-            if len(row) < 5 or not row[3].isdigit():
-                raise UserError(f"{file}: line {line}: expected two modalities, a name, a dataset number and prompts")
-            prompts[int(row[3]), row[0], row[1]] = [prompt.strip() for prompt in row[4:] if prompt.strip()]
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            for line, row in enumerate(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+                if line == 1 or not row:
+                    continue
+                if len(row) < 5 or not row[3].isdigit():
+                    raise UserError(
+                        f"{file}: line {line}: expected two modalities, a name, a dataset number and prompts"
+                    )
+                prompts[int(row[3]), row[0], row[1]] = [prompt.strip() for prompt in row[4:] if prompt.strip()]
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; copy M-BEIR's instruction table there") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: not UTF-8 text with tabs ({error}); convert it") from None
     return prompts
 
 
 def _read_qrels(file: Path) -> dict[str, list[str]]:
     positives: dict[str, list[str]] = defaultdict(list)
-    for line, text in enumerate(file.read_text().splitlines() if file.is_file() else [], 1):
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error}); convert it") from None
+    for line, text in enumerate(lines, 1):
         fields = text.split()
         if len(fields) not in (4, 5) or not fields[3].lstrip("-").isdigit():
             raise UserError(f"{file}: line {line}: expected 'qid 0 did relevance [task]'")
@@ -213,23 +323,23 @@ def _read_qrels(file: Path) -> dict[str, list[str]]:
     return positives
 
 
-def _read_jsonl(file: Path, schema: pa.Schema) -> pa.Table:
-    options = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+def _read_jsonl(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    parse = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:
-        table = pj.read_json(file, read_options=pj.ReadOptions(block_size=16 << 20), parse_options=options)
+        for batch in pj.open_json(file, read_options=pj.ReadOptions(block_size=BLOCK), parse_options=parse):
+            batch.validate(full=True)  # the parser takes text that is not UTF-8
+            if batch[schema.names[0]].null_count:
+                raise UserError(f"{file}: a line has no '{schema.names[0]}'; add it")
+            yield batch
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file}: not M-BEIR JSON lines ({str(error).splitlines()[0]})") from None
-    if table[schema.names[0]].null_count:
-        raise UserError(f"{file}: a line has no '{schema.names[0]}'; add it")
-    return table
 
 
-def _dataset(name: str, where: object) -> str:
-    number = name.partition(":")[0]
-    if not number.isdigit() or int(number) >= len(DATASETS):
-        raise UserError(f"{where}: id '{name}' is not DATASET:NUMBER with a dataset from 0 to {len(DATASETS) - 1}")
-    return DATASETS[int(number)]
-
-
-def _paths(column: pa.ChunkedArray, root: Path) -> pa.Array:
-    return pa.array([path and str(root.absolute() / path) for path in column.to_pylist()], STRING)
+def _datasets(ids: pa.Array, file: Path) -> pa.Array:
+    """The name of the dataset that each id begins with the number of."""
+    numbers = pc.list_element(pc.split_pattern(ids, ":", max_splits=1), 0)
+    known = pc.index_in(numbers, value_set=pa.array(map(str, range(len(DATASETS))), STRING))
+    if known.null_count:
+        wrong = ids[pc.index(known.is_null(), True).as_py()].as_py()
+        raise UserError(f"{file}: id '{wrong}' is not DATASET:NUMBER with a dataset from 0 to {len(DATASETS) - 1}")
+    return pa.array(DATASETS, STRING).take(known)

@@ -1,6 +1,6 @@
 """The batch plan: which queries and documents meet in each optimizer step.
 
-A plan is a pure function of (tables, phase, seed). For contrastive phases:
+A plan is a pure function of (tables, phase, seed), in row numbers of the tables. For contrastive phases:
 
 1. Each epoch permutes the queries and draws one positive for each.
 2. Queries are grouped: by task for the homogeneous share, together otherwise.
@@ -15,23 +15,28 @@ it as a negative (docs/method.md#in-batch-false-negatives).
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from umarvel_ray.data.dataset import Queries
 from umarvel_ray.errors import UserError
 from umarvel_ray.files import atomic_path
+from umarvel_ray.ragged import Ragged
 from umarvel_ray.recipe import Phase, count_steps
+
+STEP_COLUMNS = ("step", "queries", "documents")
+ANY_TASK = -1
 
 
 @dataclass(frozen=True)
 class PlanStep:
-    """One optimizer step over all ranks, with N queries and M documents.
+    """One optimizer step over all ranks, with N queries and M documents: their row numbers, int64.
 
     `arrays` holds, by kind of phase:
       contrastive: `targets` int32 (N,), column of each query's positive; `relevant` int32 (R, 2), row and column of
@@ -41,40 +46,23 @@ class PlanStep:
     """
 
     step: int
-    query_ids: list[str]
-    document_ids: list[str]
+    queries: np.ndarray
+    documents: np.ndarray
     arrays: dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class QueryRows:
-    """The columns of a query table that planning needs."""
-
-    ids: list[str]
-    tasks: list[str]
-    positives: list[list[str]]
-
-    @classmethod
-    def of(cls, table: pa.Table) -> QueryRows:
-        return cls(
-            table["id"].to_pylist(),
-            table["task"].to_pylist(),
-            table["positive_ids"].to_pylist(),
-        )
-
-
 def contrastive_plan(
-    queries: QueryRows,
+    queries: Queries,
     phase: Phase,
     seed: int,
-    negatives: Mapping[str, Sequence[str]] | None = None,
+    negatives: Ragged | None = None,
     per_query: int = 0,
     in_batch: bool = True,
 ) -> list[PlanStep]:
     """Plan InfoNCE batches.
 
     Args:
-        negatives: mined documents by query id.
+        negatives: each query's mined documents.
         per_query: how many of them to add per query.
         in_batch: whether the documents of a batch's other queries are negatives too.
 
@@ -83,82 +71,86 @@ def contrastive_plan(
     """
     plan = []
     # 4. Point from queries to columns of the batch's distinct documents.
-    for number, rows in enumerate(_batches(queries, phase, seed)):
-        drawn = [row.positive for row in rows]
-        mined = [list((negatives or {}).get(queries.ids[row.index], ()))[:per_query] for row in rows]
-        documents = list(dict.fromkeys([*drawn, *(d for own in mined for d in own)]))
+    for number, drawn in enumerate(_batches(queries, phase, seed)):
+        mined = [negatives.at(row.query)[:per_query].tolist() if negatives is not None else [] for row in drawn]
+        documents = list(dict.fromkeys([*(row.positive for row in drawn), *(d for own in mined for d in own)]))
         column = {d: j for j, d in enumerate(documents)}
-        relevant = [(i, column[d]) for i, row in enumerate(rows) for d in queries.positives[row.index] if d in column]
+        listed = [queries.positives.at(row.query).tolist() for row in drawn]
+        relevant = [(i, column[d]) for i, own in enumerate(listed) for d in own if d in column]
         arrays = {
-            "targets": np.array([column[d] for d in drawn], dtype=np.int32),
+            "targets": np.array([column[row.positive] for row in drawn], dtype=np.int32),
             "relevant": _pairs(relevant),
         }
         if not in_batch:
             arrays["own"] = _pairs([(i, column[d]) for i, own in enumerate(mined) for d in own])
-        plan.append(PlanStep(number, [queries.ids[row.index] for row in rows], documents, arrays))
+        rows = queries.rows[[row.query for row in drawn]]
+        plan.append(PlanStep(number, rows, np.array(documents, np.int64), arrays))
     return plan
 
 
 def distillation_plan(
-    query_ids: Sequence[str],
-    candidates: Sequence[Sequence[str]],
-    teacher: Sequence[Sequence[float]],
-    phase: Phase,
-    seed: int,
+    queries: np.ndarray, candidates: Ragged, teacher: np.ndarray, phase: Phase, seed: int
 ) -> list[PlanStep]:
-    """Plan batches of queries with their own top-k candidates and teacher scores (docs/method.md#distillation)."""
+    """Plan batches of queries with their own top-k candidates and teacher scores (docs/method.md#distillation).
+
+    Args:
+        queries: row numbers, int64 (n,).
+        candidates: each query's documents.
+        teacher: the fused scores of all candidates in order, float32.
+    """
     plan = []
-    width = max(len(c) for c in candidates)
-    order = _epochs(len(query_ids), seed)
-    for number in range(count_steps(phase, len(query_ids))):
-        rows = [next(order) for _ in range(min(phase.batch_size, len(query_ids)))]
-        documents = list(dict.fromkeys(d for r in rows for d in candidates[r]))
-        column = {d: j for j, d in enumerate(documents)}
-        index = np.full((len(rows), width), -1, dtype=np.int32)
-        scores = np.zeros((len(rows), width), dtype=np.float32)
-        for i, r in enumerate(rows):
-            index[i, : len(candidates[r])] = [column[d] for d in candidates[r]]
-            scores[i, : len(candidates[r])] = teacher[r]
-        plan.append(PlanStep(number, [query_ids[r] for r in rows], documents, {"candidates": index, "teacher": scores}))
+    width = int(candidates.counts.max())
+    order = _epochs(len(queries), seed)
+    for number in range(count_steps(phase, len(queries))):
+        rows = np.array([next(order) for _ in range(min(phase.batch_size, len(queries)))])
+        own = candidates.take(rows)
+        # The documents in the order in which they first occur.
+        distinct, first, inverse = np.unique(own.values, return_index=True, return_inverse=True)
+        by_occurrence = np.argsort(first)
+        column = np.empty_like(by_occurrence)
+        column[by_occurrence] = np.arange(len(distinct))
+        inside = np.arange(width) < own.counts[:, None]  # (N, K)
+        index = np.full(inside.shape, -1, np.int32)
+        index[inside] = column[inverse]
+        scores = np.zeros(inside.shape, np.float32)
+        scores[inside] = np.concatenate([teacher[candidates.offsets[r] : candidates.offsets[r + 1]] for r in rows])
+        arrays = {"candidates": index, "teacher": scores}
+        plan.append(PlanStep(number, queries[rows], distinct[by_occurrence], arrays))
     return plan
 
 
-def continue_hard_plan(
-    queries: QueryRows, candidates: Mapping[str, Sequence[str]], phase: Phase, seed: int
-) -> list[PlanStep]:
+def continue_hard_plan(queries: Queries, candidates: Ragged, phase: Phase, seed: int) -> list[PlanStep]:
     """Plan the control for distillation: InfoNCE batches in which a query's own candidates are its only negatives.
 
     As in the paper's control (docs/method.md#distillation): one positive per query; positives are removed from the
     candidates.
     """
-    negatives = {
-        id_: [document for document in candidates.get(id_, ()) if document not in positives]
-        for id_, positives in zip(queries.ids, queries.positives, strict=True)
-    }
-    per_query = max(map(len, negatives.values()))
-    return contrastive_plan(queries, phase, seed, negatives, per_query, in_batch=False)
+    positive = queries.positives.contains_pairs(candidates.owners, candidates.values)
+    negatives = candidates.keep(~positive)
+    return contrastive_plan(queries, phase, seed, negatives, int(negatives.counts.max()), in_batch=False)
 
 
-def rerank_plan(queries: QueryRows, negatives: Mapping[str, Sequence[str]], phase: Phase, seed: int) -> list[PlanStep]:
+def rerank_plan(queries: Queries, negatives: Ragged, phase: Phase, seed: int) -> list[PlanStep]:
     """Plan pairs for the reranker: one positive and one mined negative per query (docs/method.md#reranker).
 
     Raises:
         UserError: no query has a mined negative.
     """
-    usable = [i for i, q in enumerate(queries.ids) if negatives.get(q)]
-    if not usable:
+    usable = np.flatnonzero(negatives.counts)
+    if not len(usable):
         raise UserError("no query has a mined negative; run mining first, or raise mining.depth or max_similarity")
     plan = []
     order = _epochs(len(usable), seed)
     for number in range(count_steps(phase, len(usable))):
         rng = np.random.default_rng((seed, number))
-        query_ids, document_ids, answers = [], [], []
-        for i in (usable[next(order)] for _ in range(phase.batch_size)):
-            for choices, answer in ((queries.positives[i], 1), (negatives[queries.ids[i]], 0)):
-                query_ids.append(queries.ids[i])
-                document_ids.append(choices[int(rng.integers(len(choices)))])
+        rows, documents, answers = [], [], []
+        for i in (int(usable[next(order)]) for _ in range(phase.batch_size)):
+            for choices, answer in ((queries.positives.at(i), 1), (negatives.at(i), 0)):
+                rows.append(queries.rows[i])
+                documents.append(choices[int(rng.integers(len(choices)))])
                 answers.append(answer)
-        plan.append(PlanStep(number, query_ids, document_ids, {"answers": np.array(answers, dtype=np.int32)}))
+        arrays = {"answers": np.array(answers, dtype=np.int32)}
+        plan.append(PlanStep(number, np.array(rows, np.int64), np.array(documents, np.int64), arrays))
     return plan
 
 
@@ -168,40 +160,64 @@ def rank_slice(n: int, rank: int, world: int) -> slice:
 
 
 def write_plan(plan: Sequence[PlanStep], path: Path) -> None:
-    """Store a plan as a Parquet table: one row per step, arrays as nested lists."""
+    """Store a plan as a Parquet table: one row per step, each array as one flat list."""
     names = plan[0].arrays.keys()
     columns = {
-        "step": [p.step for p in plan],
-        "query_ids": [p.query_ids for p in plan],
-        "document_ids": [p.document_ids for p in plan],
-        **{name: [p.arrays[name].tolist() for p in plan] for name in names},
+        "step": pa.array([p.step for p in plan], pa.int64()),
+        "queries": _lists([p.queries for p in plan]),
+        "documents": _lists([p.documents for p in plan]),
+        **{name: _lists([p.arrays[name].reshape(-1) for p in plan]) for name in names},
     }
     with atomic_path(path) as partial:
         pq.write_table(pa.table(columns), partial)
 
 
-def read_plan(path: Path) -> list[PlanStep]:
-    """Read what `write_plan` wrote."""
-    rows = pq.read_table(path).to_pylist()
+def plan_length(path: Path) -> int:
+    """The number of steps in a stored plan."""
+    return int(pq.read_metadata(path).num_rows)
+
+
+def read_plan(path: Path, first: int = 0) -> list[PlanStep]:
+    """Read what `write_plan` wrote, from the step `first`."""
+    table = pq.read_table(path).slice(first)
+    names = [name for name in table.column_names if name not in STEP_COLUMNS]
+    columns = {name: _arrays(table[name].combine_chunks()) for name in ("queries", "documents", *names)}
     return [
         PlanStep(
-            row.pop("step"),
-            row.pop("query_ids"),
-            row.pop("document_ids"),
-            {name: _as_array(name, value) for name, value in row.items()},
+            step,
+            columns["queries"][i],
+            columns["documents"][i],
+            {name: _shaped(name, columns[name][i], len(columns["queries"][i])) for name in names},
         )
-        for row in rows
+        for i, step in enumerate(table["step"].to_pylist())
     ]
+
+
+def _lists(arrays: Sequence[np.ndarray]) -> pa.LargeListArray:
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
+
+
+def _arrays(lists: pa.LargeListArray) -> list[np.ndarray]:
+    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy(zero_copy_only=False)
+    return [values[start:stop] for start, stop in pairwise(offsets)]
+
+
+def _shaped(name: str, flat: np.ndarray, queries: int) -> np.ndarray:
+    shape = {"relevant": (-1, 2), "own": (-1, 2), "candidates": (queries, -1), "teacher": (queries, -1)}
+    return flat.reshape(shape.get(name, (-1,)))
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    index: int
-    positive: str
+    """A query by its position, and the positive drawn for it."""
+
+    query: int
+    positive: int
 
 
-def _batches(queries: QueryRows, phase: Phase, seed: int) -> Iterator[list[_Drawn]]:
-    in_epoch = sum(min(count, phase.max_per_task or count) for count in Counter(queries.tasks).values())
+def _batches(queries: Queries, phase: Phase, seed: int) -> Iterator[list[_Drawn]]:
+    in_epoch = sum(min(count, phase.max_per_task or count) for count in np.bincount(queries.task).tolist())
     total = count_steps(phase, in_epoch)
     made, epoch = 0, 0
     while made < total:
@@ -219,21 +235,23 @@ def _batches(queries: QueryRows, phase: Phase, seed: int) -> Iterator[list[_Draw
         epoch += 1
 
 
-def _epoch_batches(queries: QueryRows, phase: Phase, rng: np.random.Generator) -> list[list[_Drawn]]:
+def _epoch_batches(queries: Queries, phase: Phase, rng: np.random.Generator) -> list[list[_Drawn]]:
+    positives, task = queries.positives, queries.task.tolist()
     # 1. Permute the queries and draw one positive for each.
-    drawn = [
-        _Drawn(int(i), queries.positives[i][rng.integers(len(queries.positives[i]))])
-        for i in rng.permutation(len(queries.ids))
-    ]
+    drawn = []
+    for i in rng.permutation(queries.n).tolist():
+        own = positives.at(i)
+        drawn.append(_Drawn(i, int(own[rng.integers(len(own))])))
     # 2. Group: by task for the homogeneous share, together otherwise.
-    groups: dict[str, list[_Drawn]] = {}
-    used: Counter[str] = Counter()
+    groups: dict[int, list[_Drawn]] = {}
+    used: Counter[int] = Counter()
     for row in drawn:
-        used[queries.tasks[row.index]] += 1
-        if phase.max_per_task and used[queries.tasks[row.index]] > phase.max_per_task:
+        own_task = task[row.query]
+        used[own_task] += 1
+        if phase.max_per_task and used[own_task] > phase.max_per_task:
             continue
         alike = rng.random() < phase.homogeneous
-        groups.setdefault(queries.tasks[row.index] if alike else "", []).append(row)
+        groups.setdefault(own_task if alike else ANY_TASK, []).append(row)
     # 3. Cut each group into batches with distinct positives.
     batches = [batch for rows in groups.values() for batch in _distinct_batches(rows, phase.batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))] if phase.homogeneous else batches
@@ -245,7 +263,7 @@ def _distinct_batches(rows: Sequence[_Drawn], size: int) -> Iterator[list[_Drawn
     fresh = iter(rows)
     while True:
         batch: list[_Drawn] = []
-        taken: set[str] = set()
+        taken: set[int] = set()
         held: deque[_Drawn] = deque()
         while len(batch) < size:
             row = waiting.popleft() if waiting else next(fresh, None)
@@ -265,11 +283,6 @@ def _epochs(n: int, seed: int) -> Iterator[int]:
     while True:
         yield from np.random.default_rng((seed, epoch)).permutation(n).tolist()
         epoch += 1
-
-
-def _as_array(name: str, value: list[Any]) -> np.ndarray:
-    array = np.array(value, dtype=np.float32 if name == "teacher" else np.int32)
-    return array.reshape(-1, 2) if name in ("relevant", "own") else array
 
 
 def _pairs(pairs: list[tuple[int, int]]) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -188,22 +188,30 @@ def read_source(data: Data, name: str) -> Source:
         ends = (known or PUBLISHED["train"]).query, (known or PUBLISHED["train"]).document
         return Source(rows, *ends, "counted")
     if data.format == "parquet" and (root / f"{name}.parquet").is_file():
-        queries = pq.read_table(
-            root / f"{name}.parquet", columns=["modality", "text", "instruction", "task", "positive_ids"]
-        )
-        documents = pq.read_table(root / "documents.parquet", columns=["id", "modality", "text"])
-        positives = pc.index_in(pc.list_flatten(queries["positive_ids"]), documents["id"]).drop_null()
-        return Source(
-            Counter(queries["task"].to_pylist()), _side(queries), _side(documents.take(positives)), "measured"
-        )
+        queries, documents = root / f"{name}.parquet", root / "documents.parquet"
+        own = pq.read_table(queries, columns=["task", "positive_ids"])
+        ids = pq.read_table(documents, columns=["id"])["id"]
+        positives = pc.index_in(pc.list_flatten(own["positive_ids"]), ids).drop_null().to_numpy()
+        rows = Counter({entry["values"]: entry["counts"] for entry in own["task"].value_counts().to_pylist()})
+        return Source(rows, _side(_content(queries)), _side(_content(documents)[positives]), "measured")
     return known or Source(None, Side(1, 32), Side(1, 32), "unknown")
 
 
-def _side(table: pa.Table) -> Side:
-    pictures = pc.mean(pc.cast(pc.match_substring(table["modality"], "image"), "double")).as_py()
-    texts = [table[name] for name in ("text", "instruction") if name in table.column_names]
-    characters = sum(pc.sum(pc.utf8_length(column)).as_py() or 0 for column in texts)
-    return Side(pictures, characters / table.num_rows / CHARACTERS_PER_TOKEN)
+def _content(file: Path) -> np.ndarray:
+    """Whether each row has a picture, and the characters of its texts: float64 (n, 2)."""
+    parquet = pq.ParquetFile(file)
+    texts = [name for name in ("text", "instruction") if name in parquet.schema_arrow.names]
+    parts = [np.empty((0, 2))]
+    for batch in parquet.iter_batches(columns=["modality", *texts]):
+        shown = pc.match_substring(batch["modality"], "image").fill_null(False)
+        characters = [pc.utf8_length(batch[name]).fill_null(0).to_numpy() for name in texts]
+        parts.append(np.stack([shown.to_numpy(zero_copy_only=False), sum(characters)], axis=1))
+    return np.concatenate(parts)
+
+
+def _side(content: np.ndarray) -> Side:
+    pictures, characters = content.mean(axis=0).tolist()
+    return Side(pictures, characters / CHARACTERS_PER_TOKEN)
 
 
 def _as_pairs(load: Load, template: int) -> Load:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+DRAWN = 1_000_000  # queries drawn at once
+
 
 class Interval(NamedTuple):
     """A difference of average recalls and the bounds of its confidence interval."""
@@ -43,6 +45,14 @@ def paired_interval(
     for task in ours:
         difference = np.asarray(ours[task], dtype=float) - np.asarray(theirs[task], dtype=float)  # 1.
         observed.append(difference.mean())
-        drawn += difference[rng.integers(0, len(difference), (resamples, len(difference)))].mean(axis=1)  # 2.
+        drawn += _resampled_means(difference, resamples, rng)  # 2.
     low, high = np.quantile(drawn / len(ours), [(1 - confidence) / 2, (1 + confidence) / 2])  # 3. and 4.
     return Interval(float(np.mean(observed)), float(low), float(high))
+
+
+def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means (resamples,) of values drawn with replacement, as many as there are. The order of draws is row by row."""
+    n = len(values)
+    at_once = max(1, DRAWN // n)
+    counts = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
+    return np.concatenate([values[rng.integers(0, n, (count, n))].mean(axis=1) for count in counts])

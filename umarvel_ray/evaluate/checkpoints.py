@@ -6,18 +6,16 @@ base = evaluate_base(embedders, dataset, recipe, base, run / "evaluation" / "bas
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from pathlib import Path
 
-from umarvel_ray.data.content import digest_of_table
-from umarvel_ray.data.tables import Dataset
-from umarvel_ray.evaluate.results import SCOPES, LadderResult, load_result, save_rankings
+from umarvel_ray.data.content import digest_of
+from umarvel_ray.data.dataset import Dataset
+from umarvel_ray.evaluate.results import SCOPES, LadderResult, load_result, ranking_folder
 from umarvel_ray.inference.embed import EmbedderGroup
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.recipe import Recipe
-from umarvel_ray.retrieve.metrics import not_ranked, positives_of, score_ranking
+from umarvel_ray.retrieve.metrics import score_ranking
 from umarvel_ray.retrieve.rank import embed_split, rank
 
 MIN_DEPTH = 10  # documents kept per query even if no metric or reranker needs them
@@ -45,32 +43,27 @@ def evaluate_checkpoint(
         UserError: an empty or missing pool, an unreadable checkpoint, or a full disk.
     """
     start, folder, split = time.monotonic(), Path(out_dir), split or recipe.evaluate.split
-    identity = _digest(
+    queries, settings = dataset.queries(split), recipe.evaluate
+    identity = digest_of(
         ref.identity,
         name,
         split,
-        recipe.evaluate.model_dump_json(),
-        digest_of_table(dataset.documents),
-        digest_of_table(dataset.queries(split)),
-        digest_of_table(dataset.pools),
+        settings.model_dump_json(),
+        dataset.documents.digest,
+        queries.digest,
+        dataset.digest_of_pools(split),
     )
     if saved := load_result(folder, identity):
         return saved
     embedded = embed_split(embedders, dataset, split, ref, folder)
-    depth = max(recipe.evaluate.rerank_top, MIN_DEPTH, recipe.evaluate.k, *recipe.evaluate.k_of.values())
-    drop = recipe.evaluate.drop_query_image
-    rankings = {scope: rank(embedded, dataset, split, scope, depth, drop) for scope in SCOPES}
-    save_rankings(folder, rankings)
-    positives = positives_of(dataset, split)
-    lost = not_ranked(dataset.queries(split), rankings["local"])
-    result = LadderResult(
-        name,
-        {scope: score_ranking(ranking, positives, recipe.evaluate, lost) for scope, ranking in rankings.items()},
-        folder,
-        identity,
-        time.monotonic() - start,
-        {"pooling": ref.settings.pooling},
-    )
+    depth = max(settings.rerank_top, MIN_DEPTH, settings.k, *settings.k_of.values())
+    scores = {}
+    for scope in SCOPES:
+        place = ranking_folder(folder, scope)
+        ranking = rank(embedded, dataset, split, scope, depth, place, settings.drop_query_image)
+        scores[scope] = score_ranking(ranking, queries, settings)
+    seconds, notes = time.monotonic() - start, {"pooling": ref.settings.pooling}
+    result = LadderResult(name, scores, folder, identity, seconds, notes)
     result.save()
     return result
 
@@ -94,7 +87,3 @@ def evaluate_base(
         for pooling in ("last", "mean")
     ]
     return max(results, key=lambda result: result.local["average"])
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -6,13 +6,15 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from umarvel_ray.data.content import picture_key
-from umarvel_ray.data.tables import Dataset
+from umarvel_ray.data.dataset import Dataset
 from umarvel_ray.evaluate.results import LadderResult
 from umarvel_ray.items.images import BadImage, image_type, open_image, picture_uri
-from umarvel_ray.retrieve.metrics import hit_at_k, positives_of
+from umarvel_ray.retrieve.metrics import find_hits, recall_at_k
 
 SHOWN = 5  # documents per query
 KEEP_BYTES = 6_000  # a picture up to this size is embedded unchanged
@@ -25,15 +27,15 @@ class Pictures:
     """Numbered data URIs, one per distinct picture, up to PICTURE_BUDGET bytes in total."""
 
     def __init__(self) -> None:
-        self._number: dict[str, int | None] = {}
+        self._number: dict[int, int | None] = {}
         self.uris: list[str] = []
         self._bytes = 0
 
     def add(self, image: bytes | str | None) -> int | None:
         """The picture's number; None if there is no picture, it cannot be read, or the budget is used up."""
-        key = picture_key(image)
-        if image is None or key is None:
+        if image is None:
             return None
+        key = picture_key({"image": image})
         if key not in self._number:
             self._number[key] = self._store(image)
         return self._number[key]
@@ -71,70 +73,70 @@ class Example:
     found: dict[str, list[Card]] = field(default_factory=dict)
 
 
-def choose(first: dict[str, float], last: dict[str, float]) -> list[tuple[str, str]]:
+def choose(first: np.ndarray, last: np.ndarray) -> list[tuple[str, int]]:
     """Select up to three queries: one that training fixed, one found all along, and one still missed.
 
     The first query that matches each rule is taken; if a rule has no match, other queries fill the gap.
 
     Args:
-        first, last: recall of each query under the first and the last checkpoint.
+        first, last: bool (n,), whether the first and the last checkpoint found each query's positive.
 
     Returns:
-        (why, query id) of each selected query.
+        (why, number) of each selected query.
     """
-    rules = (
-        ("Found after training", lambda id_: not first[id_] and last[id_]),
-        ("Found all along", lambda id_: first[id_] and last[id_]),
-        ("Still missed", lambda id_: not last[id_]),
-    )
-    chosen: dict[str, str] = {}
-    for why, fits in rules:
-        id_ = next((id_ for id_ in last if fits(id_)), None)
-        if id_ is not None:
-            chosen[id_] = why
-    for id_ in last:
-        if len(chosen) >= len(rules):
-            break
-        chosen.setdefault(id_, "Found" if last[id_] else "Missed")
-    return [(why, id_) for id_, why in chosen.items()]
+    rules = (("Found after training", ~first & last), ("Found all along", first & last), ("Still missed", ~last))
+    chosen = {int(fits.argmax()): why for why, fits in rules if fits.any()}
+    for number in range(min(len(last), len(rules))):
+        if len(chosen) < len(rules):
+            chosen.setdefault(number, "Found" if last[number] else "Missed")
+    return [(why, number) for number, why in chosen.items()]
 
 
 def examples(
     dataset: Dataset, split: str, results: Sequence[LadderResult], final: LadderResult, pictures: Pictures
 ) -> dict[str, list[Example]]:
     """By task, example queries with the first documents of every checkpoint's local ranking."""
-    positives = positives_of(dataset, split)
-    queries = {row["id"]: row for row in dataset.queries(split).to_pylist()}
-    rankings = {result.name: _by_query(result.ranking("local")) for result in results}
+    queries = dataset.queries(split)
+    chosen = _chosen(dataset, split, results[0], final)
+    rows = queries.rows[[position for of_task in chosen.values() for _, position in of_task]]
+    found = {result.name: _first_documents(result.ranking("local"), rows) for result in results}
     shown: dict[str, list[Example]] = {}
-    for task, numbers in final.scores["local"].items():
-        ids = [id_ for id_, row in rankings[final.name].items() if row["task"] == task]
-
-        def recall(name: str, ids: list[str] = ids, k: int = int(numbers["k"])) -> dict[str, float]:
-            found = rankings[name]
-            return {id_: hit_at_k(found[id_]["document_ids"], positives[id_], k) for id_ in ids if id_ in found}
-
-        for why, id_ in choose(recall(results[0].name), recall(final.name)):
-            example = Example(why, _card(queries[id_], pictures))
-            example.query.instruction = queries[id_]["instruction"]
+    for task, of_task in chosen.items():
+        for why, position in of_task:
+            row, positives = int(queries.rows[position]), queries.positives.at(position)
+            [query] = queries.table.rows([row], ("text", "image", "instruction"))
+            example = Example(why, _card(query, pictures))
+            example.query.instruction = query["instruction"]
             for result in results:
-                row = rankings[result.name].get(id_, {"document_ids": [], "scores": []})
+                documents, scores = found[result.name].get(row, ([], []))
+                contents = dataset.documents.rows(documents, ("text", "image"))
                 example.found[result.name] = [
-                    _card(document, pictures, document["id"] in positives[id_], score)
-                    for document, score in zip(
-                        _documents(dataset, row["document_ids"][:SHOWN]), row["scores"][:SHOWN], strict=True
-                    )
+                    _card(content, pictures, document in positives, score)
+                    for document, content, score in zip(documents, contents, scores, strict=True)
                 ]
             shown.setdefault(task, []).append(example)
     return shown
 
 
-def _by_query(ranking: pa.Table) -> dict[str, dict]:
-    return {row["query_id"]: row for row in ranking.to_pylist()}
+def _chosen(dataset: Dataset, split: str, base: LadderResult, final: LadderResult) -> dict[str, list[tuple[str, int]]]:
+    """By task, why and at which position of the split's queries."""
+    queries = dataset.queries(split)
+    last = final.ranking("local")
+    at = np.sort(np.searchsorted(queries.rows, last["query"].to_numpy()))  # of the queries that could be embedded
+    hits = [find_hits(ranking, queries) for ranking in (base.ranking("local"), last)]
+    chosen = {}
+    for task, numbers in final.scores["local"].items():
+        own = at[np.isin(at, queries.of_task(task), assume_unique=True)]
+        k = np.full(queries.n, int(numbers["k"]))
+        first_found, last_found = (recall_at_k(of_result, k)[own] > 0 for of_result in hits)
+        chosen[task] = [(why, int(own[number])) for why, number in choose(first_found, last_found)]
+    return chosen
 
 
-def _documents(dataset: Dataset, ids: Sequence[str]) -> list[dict]:
-    return dataset.documents.take(pa.array([dataset.row_of[id_] for id_ in ids], pa.int64())).to_pylist()
+def _first_documents(ranking: pa.Table, queries: np.ndarray) -> dict[int, tuple[list[int], list[float]]]:
+    """The first documents and their scores for some queries, by row number."""
+    rows = ranking.filter(pc.is_in(ranking["query"], pa.array(queries))).to_pylist()
+    return {row["query"]: (row["documents"][:SHOWN], row["scores"][:SHOWN]) for row in rows}
 
 
 def _card(row: dict, pictures: Pictures, hit: bool = False, score: float | None = None) -> Card:

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
-from umarvel_ray.data.tables import Dataset
+from umarvel_ray.data.dataset import Dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.evaluate.charts import Line, bar_chart, duration, line_chart, smooth
 from umarvel_ray.evaluate.examples import Pictures, examples
@@ -52,10 +52,10 @@ def write_report(run: Run, dataset: Dataset, results: Sequence[LadderResult]) ->
     try:
         write_json(folder / "metrics.json", metrics(results))
         write_text(folder / "table.md", table(results))
+        query_ids = dataset.queries(run.recipe.evaluate.split).table.column("id").combine_chunks()
         for scope, name in (("local", "run.trec"), ("global", "run-global.trec")):
-            rows = final.ranking(scope).to_pylist()
-            ranked = ((row["query_id"], row["document_ids"], row["scores"]) for row in rows)
-            write_run(folder / name, ranked, f"umarvel-{final.name}")
+            ranking, tag = final.ranking(scope), f"umarvel-{final.name}"
+            write_run(folder / name, ranking, query_ids, dataset.document_ids, tag)
         write_text(folder / "index.html", page(run, dataset, results, final))
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error.strerror}") from None

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from umarvel_ray.data.tables import Dataset
-from umarvel_ray.evaluate.results import RERANKED, SCOPES, LadderResult, load_result, save_rankings
+from umarvel_ray.data.dataset import Dataset
+from umarvel_ray.evaluate.results import RERANKED, SCOPES, LadderResult, load_result, ranking_folder
 from umarvel_ray.inference.score import RerankerGroup, score_table
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.recipe import Recipe
-from umarvel_ray.retrieve.fusion import Answers, answers_of, calibrate_weight, candidates_to_score, fuse_rankings
-from umarvel_ray.retrieve.metrics import not_ranked, positives_of, score_ranking
+from umarvel_ray.retrieve.fusion import answers_of, calibrate_weight, candidates_to_score, fuse_rankings
+from umarvel_ray.retrieve.metrics import score_ranking
+from umarvel_ray.retrieve.rank import Scope, write_ranking
 
 VALIDATION = "validation"
 
@@ -44,36 +45,44 @@ def evaluate_reranked(
     identity = f"{test.identity} {ref.identity} {recipe.evaluate.model_dump_json()}"
     if saved := load_result(folder, identity):
         return saved
-    split = recipe.evaluate.split
-    answers = _answers(rerankers, dataset, split, test, ref, top, folder / "test-scores")
-    weight = recipe.evaluate.rerank_weight
-    if weight == "calibrate":
+    if recipe.evaluate.rerank_weight == "calibrate":
         assert validation is not None, "calibrating the weight needs the validation result"
-        known = _answers(rerankers, dataset, VALIDATION, validation, ref, top, folder / "validation-scores")
-        positives = positives_of(dataset, VALIDATION)
-        weights = {
-            scope: calibrate_weight(validation.ranking(scope), known, positives, recipe.evaluate, top)
-            for scope in SCOPES
-        }
+        weights = _calibrated(rerankers, dataset, recipe, ref, validation, folder / "validation-scores")
     else:
-        weights = dict.fromkeys(SCOPES, weight)
-    rankings = {scope: fuse_rankings(test.ranking(scope), answers, weights[scope], top) for scope in SCOPES}
-    save_rankings(folder, rankings)
-    positives = positives_of(dataset, split)
-    lost = not_ranked(dataset.queries(split), rankings["local"])
-    result = LadderResult(
-        RERANKED,
-        {scope: score_ranking(rankings[scope], positives, recipe.evaluate, lost) for scope in SCOPES},
-        folder,
-        identity,
-        time.monotonic() - start,
-        {f"weight {scope}": weight for scope, weight in weights.items()},
-    )
+        weights = dict.fromkeys(SCOPES, recipe.evaluate.rerank_weight)
+    split = recipe.evaluate.split
+    scored = _scored(rerankers, dataset, split, test, ref, top, folder / "test-scores")
+    scores = {}
+    for scope in SCOPES:
+        ranking = test.ranking(scope)
+        fused = fuse_rankings(ranking, answers_of(scored, ranking), weights[scope], top)
+        write_ranking(ranking_folder(folder, scope), fused)
+        scores[scope] = score_ranking(fused, dataset.queries(split), recipe.evaluate)
+    seconds, notes = time.monotonic() - start, {f"weight {scope}": weight for scope, weight in weights.items()}
+    result = LadderResult(RERANKED, scores, folder, identity, seconds, notes)
     result.save()
     return result
 
 
-def _answers(
+def _calibrated(
+    rerankers: RerankerGroup,
+    dataset: Dataset,
+    recipe: Recipe,
+    ref: CheckpointRef,
+    validation: LadderResult,
+    folder: Path,
+) -> dict[Scope, float]:
+    """The weight of each scope that is best on the validation queries."""
+    settings, queries = recipe.evaluate, dataset.queries(VALIDATION)
+    scored = _scored(rerankers, dataset, VALIDATION, validation, ref, settings.rerank_top, folder)
+    weights = {}
+    for scope in SCOPES:
+        ranking = validation.ranking(scope)
+        weights[scope] = calibrate_weight(ranking, answers_of(scored, ranking), queries, settings, settings.rerank_top)
+    return weights
+
+
+def _scored(
     rerankers: RerankerGroup,
     dataset: Dataset,
     split: str,
@@ -81,9 +90,9 @@ def _answers(
     ref: CheckpointRef,
     top: int,
     folder: Path,
-) -> Answers:
-    candidates: pa.Table = candidates_to_score([result.ranking(scope) for scope in SCOPES], top)
-    scored = score_table(
+) -> pa.Table:
+    """The first `top` documents of all rankings with P(yes)."""
+    candidates = candidates_to_score([result.ranking(scope) for scope in SCOPES], top)
+    return score_table(
         rerankers, candidates, dataset.queries(split), dataset.documents, folder, ref, f"{split} queries"
     )
-    return answers_of(scored)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from umarvel_ray.files import atomic_path, write_json
+from umarvel_ray.files import write_json
 from umarvel_ray.retrieve.metrics import mean
-from umarvel_ray.retrieve.rank import Scope
+from umarvel_ray.retrieve.rank import Scope, read_ranking
 
 SCOPES: tuple[Scope, ...] = ("local", "global")
 AVERAGE = "average"
@@ -27,7 +25,7 @@ class LadderResult:
     Attributes:
         name: the phase that made the checkpoint, "base", or `RERANKED`.
         scores: scope → task → {"recall", "ndcg@10", "mrr@10", "chance", "k", "queries"}; recall and chance are at k.
-        folder: holds `ranking-local.parquet` and `ranking-global.parquet` (columns of retrieve.rank.RANKING).
+        folder: holds the rankings, in the folders `ranking-local` and `ranking-global`.
         identity: digest of what was evaluated; equal identities mean equal results.
         seconds: wall time of the evaluation.
         notes: further facts for the report, for example {"pooling": "mean"} or {"weight local": 0.5}.
@@ -56,7 +54,7 @@ class LadderResult:
 
     def ranking(self, scope: str) -> pa.Table:
         """The saved ranking of a scope (columns of retrieve.rank.RANKING)."""
-        return pq.read_table(self.folder / f"ranking-{scope}.parquet")
+        return read_ranking(ranking_folder(self.folder, scope))
 
     def save(self) -> None:
         write_json(self.folder / "result.json", asdict(self) | {"folder": None})
@@ -73,8 +71,6 @@ def load_result(folder: Path, identity: str) -> LadderResult | None:
     return LadderResult(**saved | {"folder": folder}) if saved.get("identity") == identity else None
 
 
-def save_rankings(folder: Path, rankings: Mapping[Scope, pa.Table]) -> None:
-    """Write `ranking-SCOPE.parquet` for each scope."""
-    for scope, ranking in rankings.items():
-        with atomic_path(folder / f"ranking-{scope}.parquet") as partial:
-            pq.write_table(ranking, partial)
+def ranking_folder(folder: Path, scope: str) -> Path:
+    """Where the ranking of a scope is kept in the folder of a result."""
+    return folder / f"ranking-{scope}"

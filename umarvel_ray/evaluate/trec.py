@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.files import atomic_path
+from umarvel_ray.ragged import Ragged
+from umarvel_ray.retrieve.metrics import ranks_in
+
+QUERIES = 1024  # whose lines are in memory at once
 
 
-def write_run(path: Path, rows: Iterable[tuple[str, Sequence[str], Sequence[float]]], tag: str) -> None:
-    """Write (query id, document ids best first, scores) rows atomically.
+def write_run(path: Path, ranking: pa.Table, query_ids: pa.Array, document_ids: pa.Array, tag: str) -> None:
+    """Write a ranking (columns of retrieve.rank.RANKING) atomically.
+
+    Args:
+        query_ids, document_ids: of all rows of the two tables.
 
     Raises:
         UserError: an id is empty or contains white space, which the format cannot represent.
     """
     with atomic_path(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for query, documents, scores in rows:
-            for rank, (document, score) in enumerate(zip(documents, scores, strict=True), start=1):
-                if len(query.split()) != 1 or len(document.split()) != 1:
-                    raise UserError(
-                        f"run file {path}: id {query!r} or {document!r} is empty or contains white space; rename it"
-                    )
-                file.write(f"{query} Q0 {document} {rank} {score:.6f} {tag}\n")
+        for start in range(0, ranking.num_rows, QUERIES):
+            part = ranking.slice(start, QUERIES)
+            documents = Ragged.of_arrow(part["documents"])
+            queries = _ids(path, query_ids, part["query"].combine_chunks())
+            found = _ids(path, document_ids, pa.array(documents.values))
+            file.writelines(_lines(queries, documents, found, pc.list_flatten(part["scores"]).to_pylist(), tag))
+
+
+def _lines(queries: list[str], documents: Ragged, found: list[str], scores: list[float], tag: str) -> Iterator[str]:
+    owners = (queries[row] for row in documents.owners.tolist())
+    ranks = (ranks_in(documents) + 1).tolist()
+    return map("{} Q0 {} {} {:.6f} {}\n".format, owners, found, ranks, scores, repeat(tag))
+
+
+def _ids(path: Path, ids: pa.Array, rows: pa.Array) -> list[str]:
+    found: list[str] = ids.take(rows).to_pylist()
+    bad = next((id_ for id_ in found if len(id_.split()) != 1), None)
+    if bad is not None:
+        raise UserError(f"run file {path}: id '{bad}' is empty or contains white space; rename it")
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from umarvel_ray.data.tables import item_of
+from umarvel_ray.data.dataset import item_of
 
 RERANK_DEPTH = 50  # retrieved candidates that are reranked
 

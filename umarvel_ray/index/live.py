@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
-import pyarrow as pa
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.index.corpus import Corpus, Hit, rows_of
+from umarvel_ray.index.corpus import Corpus, Hit
 from umarvel_ray.index.faiss_index import bitmap_of
 from umarvel_ray.index.log import Damaged, read_log
 from umarvel_ray.index.records import Add, Record, decode
@@ -33,6 +32,7 @@ from umarvel_ray.index.writer import check_index
 
 _FIRST_ROWS = 1024
 
+LABELS = ("modality", "source")  # of a document, by which searches can be filtered
 Codes = tuple[dict[str, int], dict[str, int]]  # a number for each modality and for each source
 
 
@@ -231,32 +231,31 @@ class _Tail:
 
 
 def _base_part(base: Corpus, codes: Codes) -> _Part:
-    table, ids = base.dataset.documents, base.index.ids
-    rows = [base.dataset.row_of[id_] for id_ in ids]
-
     def search(vector: np.ndarray, k: int, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         [scores], [found] = base.index.search_rows(vector[None], k, among)
         return scores, found
 
-    return _part(search, table, rows, ids, codes)
+    labels = [base.documents.column(name).take(base.rows) for name in LABELS]
+    return _part(search, lambda row: base.read(np.array([row]))[0], base.index.ids, labels, codes)
 
 
 def _snapshot_part(snapshot: Snapshot, codes: Codes) -> _Part:
-    ids = snapshot.documents["id"].to_pylist()
-    return _part(partial(_search_exactly, snapshot.vectors), snapshot.documents, range(len(ids)), ids, codes)
+    table = snapshot.documents
+    search, labels = partial(_search_exactly, snapshot.vectors), [table[name] for name in LABELS]
+    # `take` would combine the chunks of each column, and so copy every picture of the snapshot.
+    return _part(search, lambda row: table.slice(row, 1).to_pylist()[0], table["id"].to_pylist(), labels, codes)
 
 
-def _part(search: Callable, table: pa.Table, rows: Sequence[int], ids: list[str], codes: Codes) -> _Part:
-    """A part made of some rows of a table, all alive."""
-    labels = [table[name].take(pa.array(rows, pa.int64())).to_pylist() for name in ("modality", "source")]
-    numbers = [[_code(code_of, name) for name in column] for code_of, column in zip(codes, labels, strict=True)]
-    return _Part(
-        search,
-        lambda row: rows_of(table, [rows[row]])[0],
-        {id_: row for row, id_ in enumerate(ids)},
-        np.array(numbers, np.int32).T,
-        np.ones(len(ids), bool),
+def _part(
+    search: Callable, document: Callable[[int], dict[str, Any]], ids: list[str], labels: list[Any], codes: Codes
+) -> _Part:
+    """A part whose rows are all alive; `labels`: an Arrow column for each of LABELS."""
+    numbers = np.array(
+        [[_code(code_of, name) for name in column.to_pylist()] for code_of, column in zip(codes, labels, strict=True)],
+        np.int32,
     )
+    rows = {id_: row for row, id_ in enumerate(ids)}
+    return _Part(search, document, rows, numbers.T, np.ones(len(ids), bool))
 
 
 def _code(code_of: dict[str, int], name: str) -> int:

@@ -1,6 +1,8 @@
 """Long-lived Ray actors: started once, used for every checkpoint, restarted when they die.
 
 Each call carries everything an actor needs (which checkpoint, which rows), so a restarted actor needs no other state.
+Actors on CPUs live as long as their group, because their caches are worth keeping. Actors on GPUs are stopped when
+something else claims the GPUs (`inference/gpus.py`), and started again on next use.
 """
 
 from __future__ import annotations
@@ -13,9 +15,13 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from umarvel_ray.errors import UserError
+from umarvel_ray.inference.gpus import Gpus
 from umarvel_ray.recipe import Cluster, Compute
+from umarvel_ray.waiting import SAY_EVERY, resources, say_waiting
 
 CALLS_IN_FLIGHT = 2  # per actor: the next call's input is transferred while the current call runs
+SAY_FIRST = 15.0  # seconds; starting an actor takes a few even if there is room for it
+GPU_DEVICE = "cuda"
 
 
 class ActorGroup:
@@ -24,36 +30,56 @@ class ActorGroup:
     Args:
         actor: a Ray actor class whose constructor takes the compute settings, a device and a number of threads.
         cluster: the number of actors, their resources, and how often an actor or a call is retried after a crash.
-        what: the kind of work, for error messages.
+        what: the kind of work, for messages.
+        gpus: shared with whatever else uses the GPUs while this group is open; not used by a group on CPUs.
     """
 
-    def __init__(self, actor: Any, cluster: Cluster, compute: Compute, what: str) -> None:
+    def __init__(self, actor: Any, cluster: Cluster, compute: Compute, what: str, gpus: Gpus | None = None) -> None:
         options = {
             "num_cpus": cluster.cpus_per_embedder,
             "num_gpus": cluster.gpus_per_embedder,
             "max_restarts": cluster.max_failures,
             "max_task_retries": cluster.max_failures,
         }
-        self.device = "cuda" if cluster.gpus_per_embedder > 0 else "cpu"
+        self.device = GPU_DEVICE if cluster.gpus_per_embedder > 0 else "cpu"
         threads = max(1, int(cluster.cpus_per_embedder))
         self._start = lambda: actor.options(**options).remote(compute, self.device, threads)
-        self._count = cluster.embedders
+        self.count = cluster.embedders
+        self._needs = resources(cluster.cpus_per_embedder, cluster.gpus_per_embedder)
         self._what = what
+        self._gpus = (gpus or Gpus()) if cluster.gpus_per_embedder > 0 else None
         self._actors: list[Any] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def actors(self) -> list[Any]:
+        """All actors, alive; waits for them, and says so, while the cluster has no room. A claim ends their lives."""
+        if self._gpus:
+            self._gpus.claim(self)
+        if not self._actors:
+            self._actors = [self._start() for _ in range(self.count)]
+            self._wait()
+        return self._actors
+
+    def stop(self) -> None:
+        """Kill the actors; the next use starts others."""
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
 
-    @property
-    def actors(self) -> list[Any]:
-        if not self._actors:
-            self._actors = [self._start() for _ in range(self._count)]
-        return self._actors
+    def _wait(self) -> None:
+        pending = [actor.__ray_ready__.remote() for actor in self._actors]
+        timeout = SAY_FIRST
+        while pending:  # an actor that cannot start counts as ready: its first call fails
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=timeout)
+            if pending:
+                say_waiting(self._what, len(pending), "actors", self._needs, "cluster.embedders")
+            timeout = SAY_EVERY
 
     def run(self, calls: Sequence[int], submit: Callable[[Any, int], ray.ObjectRef]) -> Iterator[Any]:
         """Run numbered calls and yield their results as they complete.

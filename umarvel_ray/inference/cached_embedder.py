@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from umarvel_ray.caches import ByteCache
-from umarvel_ray.data.tables import ITEM_COLUMNS, item_of
+from umarvel_ray.data.dataset import ITEM_COLUMNS, item_of
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
 from umarvel_ray.items.pictures import Picture
@@ -72,7 +72,7 @@ class CachedEmbedder:
         requested = (ref, truncate_dim)
         if requested == self._loaded:
             return
-        self._current = None  # frees the old weights before the new ones are read
+        self._current = self._loaded = None  # frees the old weights before the new ones are read
         self._current = Embedder.from_pretrained(
             ref.path, self._device, self._dtype, ref.settings, truncate_dim=truncate_dim
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,21 +13,23 @@ from umarvel_ray.inference.shards import is_complete, read_manifest, read_shards
 
 
 class Embeddings(NamedTuple):
-    """Row i of `vectors` embeds `ids[i]`."""
+    """Row i of `vectors`, float32 (n, d) of unit norm, embeds `ids[i]`."""
 
     ids: list[str]
-    vectors: np.ndarray  # float32 (n, d), unit norm
-
-    def row_of(self) -> dict[str, int]:
-        """Row number of each id."""
-        return {id_: row for row, id_ in enumerate(self.ids)}
+    vectors: np.ndarray
 
 
-def embedding_table(ids: list[str], vectors: np.ndarray) -> pa.Table:
-    """A table with columns `id: string` and `embedding: fixed_size_list<float32>[d]`, from vectors (n, d)."""
+def embedding_table(rows: Sequence[int], ids: list[str], vectors: np.ndarray) -> pa.Table:
+    """A table with columns `row: int64`, `id: string` and `embedding: fixed_size_list<float32>[d]`.
+
+    Args:
+        rows: numbers of the embedded rows in their table.
+        vectors: (n, d).
+    """
     flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
     embedding = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-    return pa.table([pa.array(ids, pa.string()), embedding], names=["id", "embedding"])
+    columns = [pa.array(rows, pa.int64()), pa.array(ids, pa.string()), embedding]
+    return pa.table(columns, names=["row", "id", "embedding"])
 
 
 def vectors_of(table: pa.Table) -> np.ndarray:

@@ -19,7 +19,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.files import atomic_path, write_json
 
 QUARANTINE = pa.schema([("id", pa.string()), ("reason", pa.string())])
-_META = b"umarvel.quarantine"
+_META, _FACTS = b"umarvel.quarantine", b"umarvel.facts"
 
 Quarantined = list[tuple[str, str]]
 
@@ -45,13 +45,18 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.parquet"
 
 
-def write_shard(folder: Path, index: int, table: pa.Table, quarantined: Quarantined) -> None:
+def write_shard(
+    folder: Path, index: int, table: pa.Table, quarantined: Quarantined, facts: dict[str, Any] | None = None
+) -> None:
     """Write one shard atomically, together with (id, reason) for each row that could not be used.
+
+    Args:
+        facts: further results, read back by `shard_facts`.
 
     Raises:
         UserError: the file cannot be written.
     """
-    table = table.replace_schema_metadata({_META: json.dumps(quarantined)})
+    table = table.replace_schema_metadata({_META: json.dumps(quarantined), _FACTS: json.dumps(facts)})
     path = shard_path(folder, index)
     try:
         with atomic_path(path) as partial:
@@ -107,13 +112,19 @@ def read_shard(folder: Path, index: int, columns: Sequence[str] | None = None) -
     return pq.read_table(shard_path(folder, index), columns=columns).replace_schema_metadata(None)
 
 
-def read_shards(folder: Path) -> pa.Table:
+def shard_facts(folder: Path, index: int) -> dict[str, Any]:
+    """The facts that a shard was written with."""
+    facts: dict[str, Any] = json.loads(pq.read_schema(shard_path(folder, index)).metadata[_FACTS])
+    return facts
+
+
+def read_shards(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Every row of a complete output, in shard order.
 
     Raises:
         UserError: see `read_manifest`.
     """
-    return pa.concat_tables([read_shard(folder, i) for i in range(read_manifest(folder)["shards"])])
+    return pa.concat_tables([read_shard(folder, i, columns) for i in range(read_manifest(folder)["shards"])])
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -8,82 +8,87 @@ Each candidate gets one verdict, from the first rule that applies:
    positive's cosine less a relative margin.
 4. `kept`: none of the above.
 
-Pure functions of ids and cosines.
+Pure functions of row numbers and cosines; the candidates of many queries are judged at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 
 import numpy as np
 
-GOLD, SAME_CONTENT, TOO_SIMILAR, KEPT = "gold", "same content", "too similar", "kept"
+from umarvel_ray.ragged import Ragged
+
+VERDICTS = GOLD, SAME_CONTENT, TOO_SIMILAR, KEPT = "gold", "same content", "too similar", "kept"
 
 
 def judge(
-    ids: Sequence[str],
-    scores: Sequence[float],
-    contents: Sequence[Hashable],
-    gold: Set[str],
-    gold_contents: Set[Hashable],
-    max_similarity: float,
-    margin: float | None = None,
-    positive_score: float | None = None,
-) -> list[str]:
-    """One verdict per candidate: GOLD, SAME_CONTENT, TOO_SIMILAR or KEPT.
+    candidates: Ragged, scores: np.ndarray, positives: Ragged, content: np.ndarray, ceiling: np.ndarray
+) -> np.ndarray:
+    """One verdict per candidate.
 
     Args:
-        ids, scores, contents: the candidates' ids, cosines to the query, and content keys.
-        gold, gold_contents: the ids and content keys of the query's positives.
-        margin: if set, candidates above positive_score × (1 − margin) are too similar.
-        positive_score: the cosine of the query's nearest positive; None disables the margin.
+        candidates: each query's documents.
+        scores: their cosines, float32 (m,).
+        positives: each query's positives.
+        content: for each document, a number that is equal for documents with equal content.
+        ceiling: the largest cosine that a negative of each query may have, float64 (n,); see `ceilings`.
+
+    Returns:
+        int8 (m,), numbers of VERDICTS.
     """
-    ceiling = max_similarity
-    if margin is not None and positive_score is not None:
-        ceiling = min(ceiling, positive_score * (1.0 - margin))
-    verdicts = []
-    for id_, score, content in zip(ids, scores, contents, strict=True):
-        if id_ in gold:  # 1.
-            verdicts.append(GOLD)
-        elif content in gold_contents:  # 2.
-            verdicts.append(SAME_CONTENT)
-        else:  # 3. and 4.
-            verdicts.append(TOO_SIMILAR if score > ceiling else KEPT)
-    return verdicts
+    owners, documents = candidates.owners, candidates.values
+    gold_content = Ragged(positives.offsets, content[positives.values])
+    verdicts = np.where(scores.astype(np.float64) > ceiling[owners], 2, 3)  # 3. and 4.
+    verdicts[gold_content.contains_pairs(owners, content[documents])] = 1  # 2.
+    verdicts[positives.contains_pairs(owners, documents)] = 0  # 1.
+    return verdicts.astype(np.int8)
 
 
-def choose_negatives(
-    kept: Sequence[str],
-    count: int,
-    min_rank: int,
-    random_mix: float,
-    pool: Sequence[str],
-    forbidden: Set[str],
-    rng: np.random.Generator,
-) -> list[str]:
-    """Choose `count` distinct negatives: the best kept candidates, and a share drawn at random from the pool.
-
-    1. Take the best kept candidates, starting at `min_rank`.
-    2. Fill up with random documents of the pool, also where too few candidates were kept (the reference repeats the
-       first one instead, docs/method.md#too-few-negatives).
+def ceilings(max_similarity: np.ndarray, margin: float | None, positive_scores: np.ndarray | None) -> np.ndarray:
+    """The largest cosine that a negative of each query may have, float64 (n,).
 
     Args:
-        kept: candidates that passed the filters, best first.
-        random_mix: the share of `count` drawn at random.
+        max_similarity: of each query's task.
+        margin: if set, candidates above positive_score × (1 − margin) are too similar.
+        positive_scores: each query's cosine to its nearest positive, NaN if unknown, which disables its margin.
+    """
+    if margin is None or positive_scores is None:
+        return max_similarity
+    lowest: np.ndarray = np.fmin(max_similarity, positive_scores.astype(np.float64) * (1.0 - margin))
+    return lowest
+
+
+def best_kept(candidates: Ragged, kept: np.ndarray, first: int, last: int | np.ndarray) -> Ragged:
+    """Of each query's candidates that were kept, those at ranks `first` to before `last`, which may differ by query."""
+    own = candidates.keep(kept)
+    starts = np.minimum(own.offsets[:-1] + first, own.offsets[1:])
+    return own.spans(starts, np.minimum(own.offsets[:-1] + last, own.offsets[1:]))
+
+
+def fill_at_random(
+    chosen: np.ndarray, count: int, pool: np.ndarray, forbidden: Set[int], rng: np.random.Generator
+) -> list[int]:
+    """One query's negatives: those chosen, and random documents of the pool up to `count` in all.
+
+    The reference repeats the first negative instead where too few were kept (docs/method.md#too-few-negatives).
+
+    Args:
         forbidden: documents that must not be drawn.
 
     Returns:
-        Fewer than `count` ids only if the pool has no other documents outside `forbidden`.
+        Distinct documents; fewer than `count` only if the pool has no others outside `forbidden`.
     """
-    chosen = list(kept[min_rank : min_rank + count - round(count * random_mix)])  # 1.
-    taken = {*forbidden, *chosen}
-    for index in _draws(len(pool), 8 * count, rng):  # 2.
-        if len(chosen) >= count:
+    filled: list[int] = chosen.tolist()
+    taken = {*forbidden, *filled}
+    for index in _draws(len(pool), 8 * count, rng):
+        if len(filled) >= count:
             break
-        if pool[index] not in taken:
-            taken.add(pool[index])
-            chosen.append(pool[index])
-    return chosen
+        document = int(pool[index])
+        if document not in taken:
+            taken.add(document)
+            filled.append(document)
+    return filled
 
 
 def _draws(size: int, tries: int, rng: np.random.Generator) -> Iterator[int]:

@@ -1,44 +1,69 @@
 """Mining: find every training query's nearest documents and choose its hard negatives (docs/method.md#hard-negatives).
 
-    mined = mine(embedders, dataset, recipe, ref, run / "embeddings" / "instruction", run / "mined")
+    mine(embedders, dataset, recipe, ref, run / "embeddings" / "instruction", run / "mined")
 
 1. Embed the training queries and the union of their pools with the instruction checkpoint.
 2. Rank: the exact top `depth` documents of each query.
 3. Judge every candidate (`mining/filters.py`).
 4. Choose each query's negatives from the candidates that were kept.
+
+Steps 2 to 4 go through the queries shard by shard; each shard is written when it is done.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from umarvel_ray.data.content import content_key, digest_of_table, own_pictures
-from umarvel_ray.data.tables import Dataset
-from umarvel_ray.inference.embed import EmbedderGroup
-from umarvel_ray.inference.shards import close_output, is_complete, open_output, read_shards, write_shard
-from umarvel_ray.mining.filters import KEPT, SAME_CONTENT, TOO_SIMILAR, calibrate_threshold, choose_negatives, judge
+from umarvel_ray.data.dataset import Dataset, Queries
+from umarvel_ray.inference.embed import EmbedderGroup, rows_per_shard
+from umarvel_ray.inference.embeddings import vectors_of
+from umarvel_ray.inference.shards import (
+    close_output,
+    is_complete,
+    open_output,
+    read_manifest,
+    read_shard,
+    shard_facts,
+    write_shard,
+)
+from umarvel_ray.mining.documents import Documents
+from umarvel_ray.mining.filters import (
+    GOLD,
+    KEPT,
+    SAME_CONTENT,
+    TOO_SIMILAR,
+    VERDICTS,
+    best_kept,
+    calibrate_threshold,
+    ceilings,
+    fill_at_random,
+    judge,
+)
 from umarvel_ray.model.checkpoint import CheckpointRef
+from umarvel_ray.ragged import Ragged, flat
 from umarvel_ray.recipe import Recipe
-from umarvel_ray.retrieve.rank import Embedded, embed_split, rank
+from umarvel_ray.retrieve.rank import Embedded, OwnPictures, embed_split, rank, rank_shards
 
 MINED = pa.schema(
     [
-        ("query_id", pa.string()),
+        ("query", pa.int64()),  # row number in the query table
         ("task", pa.string()),
-        ("document_ids", pa.list_(pa.string())),  # the exact top `depth`, positives included
-        ("scores", pa.list_(pa.float32())),  # their cosines
-        ("kept", pa.list_(pa.bool_())),  # passed the filters; the reranker's negatives are drawn from these
-        ("negative_ids", pa.list_(pa.string())),  # the hard negatives of stage 2
+        ("documents", pa.large_list(pa.int64())),  # the exact top `depth`, positives included
+        ("scores", pa.large_list(pa.float32())),  # their cosines
+        ("kept", pa.large_list(pa.bool_())),  # passed the filters; the reranker's negatives are drawn from these
+        ("negatives", pa.large_list(pa.int64())),  # the hard negatives of stage 2
     ]
 )
 CALIBRATION_SPLIT = "validation"
+FALSE = "false negative, "
 
-Row = dict[str, Any]  # of a documents or queries table
+Counts = dict[str, Counter[str]]  # verdicts by task
 
 
 def mine(
@@ -48,120 +73,140 @@ def mine(
     ref: CheckpointRef,
     embeddings_dir: Path,
     out_dir: Path,
-) -> pa.Table:
-    """Mine candidates and negatives for the queries of stage 2, or read back what was mined from the same inputs.
+) -> None:
+    """Mine candidates and negatives for the queries of stage 2 into `out_dir`, in resumable shards of MINED.
 
     Embeds into `embeddings_dir` (`retrieve.rank.embed_split`), including the validation split if `max_similarity` is
-    "calibrate". A query's own picture is never a candidate. The verdict counts are printed when mining runs, and stored
+    "calibrate". A query's own picture is never a candidate. The verdict counts are printed when mining ends, and stored
     in `out_dir/manifest.json`.
-
-    Returns:
-        Columns of MINED, in the order of the query table.
 
     Raises:
         UserError: a task without a training pool, an unreadable checkpoint, or a full disk.
     """
-    split = recipe.stage2.train.queries
+    split, mining = recipe.stage2.train.queries, recipe.stage2.mining
     queries = dataset.queries(split)
+    calibrated = dataset.queries(CALIBRATION_SPLIT).digest if mining.max_similarity == "calibrate" else None
     inputs = {
         "checkpoint": ref.identity,
-        "queries": digest_of_table(queries),
-        "documents": digest_of_table(dataset.documents),
-        "mining": recipe.stage2.mining.model_dump(),
+        "queries": queries.digest,
+        "documents": dataset.documents.digest,
+        "pools": dataset.digest_of_pools(split),
+        "calibrated on": calibrated,
+        "mining": mining.model_dump(),
         "negatives": recipe.stage2.train.hard_negatives,
         "seed": recipe.seed,
     }
-    if not open_output(out_dir, inputs, shards=1) and is_complete(out_dir):
-        return read_shards(out_dir)
+    shards = -(-queries.n // rows_per_shard(queries.n))
+    missing = open_output(out_dir, inputs, shards)
+    if not missing and is_complete(out_dir):
+        return
     thresholds = _thresholds(embedders, dataset, recipe, ref, embeddings_dir)
     embedded = embed_split(embedders, dataset, split, ref, embeddings_dir)  # 1.
-    ranking = rank(embedded, dataset, split, recipe.stage2.mining.pool, recipe.stage2.mining.depth)  # 2.
-    mined, counts = _choose(ranking, embedded, dataset, recipe, thresholds)  # 3. and 4.
-    done = {row["query_id"] for row in mined}
-    missing = [id_ for id_ in queries["id"].to_pylist() if id_ not in done]
-    reason = "not embedded, or its task has no pool; see the embeddings' quarantine.parquet"
-    write_shard(out_dir, 0, pa.Table.from_pylist(mined, MINED), [(id_, reason) for id_ in missing])
-    facts = {"max_similarity": thresholds, "candidates": {task: dict(c) for task, c in counts.items()}}
-    print(_summary(close_output(out_dir, queries.num_rows, facts)))
-    return read_shards(out_dir)
+    judge_shard = CandidateJudge(embedded, dataset, recipe, thresholds)
+    for index, ranking, lost in rank_shards(embedded, dataset, split, mining.pool, mining.depth, missing):  # 2.
+        mined, counts = judge_shard(index, ranking)  # 3. and 4.
+        write_shard(out_dir, index, mined, lost, counts)
+    total = _total(shard_facts(out_dir, index) for index in range(shards))
+    facts = {"max_similarity": thresholds, "candidates": total}
+    print(_summary(close_output(out_dir, queries.n, facts)))
 
 
-def _choose(
-    ranking: pa.Table, embedded: Embedded, dataset: Dataset, recipe: Recipe, thresholds: dict[str, float]
-) -> tuple[list[Row], dict[str, Counter[str]]]:
-    """Judge every candidate (step 3) and choose every query's negatives (step 4).
+def negatives_of(out_dir: Path, queries: Queries) -> Ragged:
+    """The hard negatives of each query; none for a query that was not mined."""
+    return _aligned(out_dir, queries, "negatives", lambda shard: Ragged.of_arrow(shard["negatives"]))
 
-    Returns:
-        Rows of MINED in the order of the query table, and verdict counts by task.
-    """
-    mining, count, split = recipe.stage2.mining, recipe.stage2.train.hard_negatives, recipe.stage2.train.queries
-    columns = [
-        name for name in ("id", "text", "image", "concept", "modality") if name in dataset.documents.column_names
-    ]
-    documents = {row["id"]: _without_pixels(row) for row in dataset.documents.select(columns).to_pylist()}
-    with_content, with_picture = defaultdict(list), defaultdict(list)
-    for id_, document in documents.items():
-        with_content[document["content"]].append(id_)
-        with_picture[document["content"][1]].append(id_)
-    queries = {row["id"]: row for row in dataset.queries(split).to_pylist()}
-    positives = _positive_scores(embedded, queries) if mining.margin is not None else {}
-    global_pool = dataset.global_pool(split)
-    pools = {
-        task: global_pool if mining.pool == "global" else dataset.pool(task, split) for task in dataset.tasks(split)
-    }
-    mined: list[Row] = []
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for number, row in enumerate(ranking.to_pylist()):
-        query, ids = queries[row["query_id"]], row["document_ids"]
-        gold = set(query["positive_ids"])
-        gold_contents = {documents[id_]["content"] for id_ in gold}
-        verdicts = judge(  # 3.
-            ids,
-            row["scores"],
-            [documents[id_]["content"] for id_ in ids],
-            gold,
-            gold_contents,
-            thresholds[row["task"]],
-            mining.margin,
-            positives.get(row["query_id"]),
-        )
-        counts[row["task"]].update(verdicts)
-        for id_, verdict in zip(ids, verdicts, strict=True):
-            if id_ not in gold and is_false_negative(query, documents[id_], [documents[g] for g in gold]):
-                counts[row["task"]][f"false negative, {verdict}"] += 1
-        kept = [verdict == KEPT for verdict in verdicts]
+
+def kept_of(out_dir: Path, queries: Queries, top: int) -> Ragged:
+    """The best `top` candidates of each query that passed the filters; none for a query that was not mined."""
+
+    def kept(shard: pa.Table) -> Ragged:
+        mask = flat(shard["kept"])
+        return best_kept(Ragged.of_arrow(shard["documents"]), mask, 0, top)
+
+    return _aligned(out_dir, queries, "documents", kept)
+
+
+def _aligned(out_dir: Path, queries: Queries, column: str, lists_of: Callable[[pa.Table], Ragged]) -> Ragged:
+    """Lists from all shards, in the order of the queries."""
+    parts: deque[tuple[np.ndarray, Ragged]] = deque()
+    for index in range(read_manifest(out_dir)["shards"]):
+        shard = read_shard(out_dir, index, ["query", column, "kept"])
+        parts.append((np.searchsorted(queries.rows, shard["query"].to_numpy()), lists_of(shard)))
+    return Ragged.gathered(parts, queries.n)
+
+
+class CandidateJudge:
+    """Judges the candidates of a shard's queries and chooses their negatives."""
+
+    def __init__(self, embedded: Embedded, dataset: Dataset, recipe: Recipe, thresholds: dict[str, float]) -> None:
+        split = recipe.stage2.train.queries
+        self._embedded, self._recipe, self._thresholds = embedded, recipe, thresholds
+        self._queries = dataset.queries(split)
+        self._documents = Documents(dataset, self._queries)
+        found = embedded.documents.rows
+        self._own = OwnPictures(dataset, self._queries, found)
+        # Only documents that could be embedded may be drawn: the others cannot be trained on either.
+        pools = dict.fromkeys(dataset.tasks(split), found)
+        if recipe.stage2.mining.pool == "local":
+            pools = {task: found[embedded.documents.positions(dataset.pool(task, split))] for task in pools}
+        self._pools = pools
+
+    def __call__(self, index: int, ranking: pa.Table) -> tuple[pa.Table, Counts]:
+        """Columns of MINED, and verdict counts by task, for the ranked queries of a shard."""
+        mining = self._recipe.stage2.mining
+        tasks = np.array(ranking["task"].to_pylist(), dtype=object)
+        at = np.searchsorted(self._queries.rows, ranking["query"].to_numpy())
+        candidates = Ragged.of_arrow(ranking["documents"])
+        scores = flat(ranking["scores"])
+        positives = self._queries.positives.take(at)
+        limits = np.array([self._thresholds[task] for task in tasks])
+        nearest = None if mining.margin is None else self._positive_scores(index, at, positives)
+        ceiling = ceilings(limits, mining.margin, nearest)
+        verdicts = judge(candidates, scores, positives, self._documents.content, ceiling)  # 3.
+        false = self._documents.false_negatives(candidates, at, positives)
+        kept = verdicts == VERDICTS.index(KEPT)
+        negatives = self._choose(at, tasks, candidates, kept, positives)  # 4.
+        columns = [
+            ranking["query"].combine_chunks(),
+            ranking["task"].combine_chunks(),
+            candidates.to_arrow(),
+            pa.LargeListArray.from_arrays(pa.array(candidates.offsets), pa.array(scores)),
+            pa.LargeListArray.from_arrays(pa.array(candidates.offsets), pa.array(kept)),
+            negatives.to_arrow(),
+        ]
+        return pa.table(columns, schema=MINED), _counts(tasks[candidates.owners], verdicts, false)
+
+    def _choose(
+        self, at: np.ndarray, tasks: np.ndarray, candidates: Ragged, kept: np.ndarray, positives: Ragged
+    ) -> Ragged:
+        """Each query's best kept candidates from `min_rank` on, and a share drawn at random from its pool."""
+        mining, count, seed = self._recipe.stage2.mining, self._recipe.stage2.train.hard_negatives, self._recipe.seed
+        mixes = {task: (mining.random_mix_of or {}).get(task, mining.random_mix) for task in self._pools}
+        hard = np.array([count - round(count * mixes[task]) for task in tasks], np.int64)
+        chosen = best_kept(candidates, kept, mining.min_rank, mining.min_rank + hard)
+        short = np.flatnonzero(chosen.counts < count)
+        if not len(short):
+            return chosen
         # Not to be drawn at random either: rejected candidates, and documents that the ranking never contains.
-        forbidden = gold.union(*(with_content[content] for content in gold_contents))
-        forbidden.update(own_pictures(query, gold, with_picture))
-        forbidden.update(id_ for id_, keep in zip(ids, kept, strict=True) if not keep)
-        negatives = choose_negatives(  # 4.
-            [id_ for id_, keep in zip(ids, kept, strict=True) if keep],
-            count,
-            mining.min_rank,
-            (mining.random_mix_of or {}).get(row["task"], mining.random_mix),
-            pools[row["task"]],
-            forbidden,
-            np.random.default_rng([recipe.seed, number]),
-        )
-        mined.append(
-            {name: row[name] for name in ("query_id", "task", "document_ids", "scores")}
-            | {"kept": kept, "negative_ids": negatives}
-        )
-    order = {id_: position for position, id_ in enumerate(queries)}
-    return sorted(mined, key=lambda row: order[row["query_id"]]), counts
+        rejected = candidates.keep(~kept).take(short)
+        twins = self._documents.twins(positives.take(short))
+        own = self._own.of(at[short])
+        lists = [own.tolist() for own in chosen.lists()]
+        for number, query in enumerate(short.tolist()):
+            forbidden = {*rejected.at(number).tolist(), *twins[number], *own.at(number).tolist()}
+            rng = np.random.default_rng([seed, int(self._queries.rows[at[query]])])
+            lists[query] = fill_at_random(chosen.at(query), count, self._pools[tasks[query]], forbidden, rng)
+        return Ragged.of(lists)
 
-
-def is_false_negative(query: Row, document: Row, gold: list[Row]) -> bool:
-    """Whether a document that is not listed as a positive answers the query, judged by the optional `concept` column.
-
-    It does if it shows the query's concept in the modality of a positive. Not counted are queries that ask for a
-    changed picture (image and text in, image out), because the unchanged concept does not answer them.
-    """
-    if query.get("concept") is None or document.get("concept") != query["concept"]:
-        return False
-    modalities = {row["modality"] for row in gold}
-    asks_for_change = query["modality"] == "image,text" and modalities == {"image"}
-    return document["modality"] in modalities and not asks_for_change
+    def _positive_scores(self, index: int, at: np.ndarray, positives: Ragged) -> np.ndarray:
+        """Each query's cosine to its nearest positive that was embedded; NaN if none was."""
+        shard = read_shard(self._embedded.queries, index)
+        vectors = vectors_of(shard)[np.searchsorted(shard["row"].to_numpy(), self._queries.rows[at])]
+        known = positives.keep(np.isin(positives.values, self._embedded.documents.rows))
+        scores = self._embedded.documents.pair_scores(vectors[known.owners], known.values)
+        best = np.full(len(at), np.nan)
+        np.fmax.at(best, known.owners, scores)
+        return best
 
 
 def _thresholds(
@@ -176,47 +221,50 @@ def _thresholds(
     if mining.max_similarity != "calibrate":
         return dict.fromkeys(tasks, mining.max_similarity)
     embedded = embed_split(embedders, dataset, CALIBRATION_SPLIT, ref, embeddings_dir)
-    ranking = rank(embedded, dataset, CALIBRATION_SPLIT, mining.pool, mining.depth)
-    queries = {row["id"]: row for row in dataset.queries(CALIBRATION_SPLIT).select(["id", "positive_ids"]).to_pylist()}
-    gold_scores: dict[str, list[float]] = defaultdict(list)
-    other_scores: dict[str, list[float]] = defaultdict(list)
-    for row in ranking.to_pylist():
-        gold = set(queries[row["query_id"]]["positive_ids"])
-        for id_, score in zip(row["document_ids"], row["scores"], strict=True):
-            (gold_scores if id_ in gold else other_scores)[row["task"]].append(score)
+    folder = embeddings_dir / f"{CALIBRATION_SPLIT}-ranking"
+    ranking = rank(embedded, dataset, CALIBRATION_SPLIT, mining.pool, mining.depth, folder)
+    queries = dataset.queries(CALIBRATION_SPLIT)
+    candidates = Ragged.of_arrow(ranking["documents"])
+    scores = flat(ranking["scores"])
+    at = np.searchsorted(queries.rows, ranking["query"].to_numpy())
+    gold = queries.positives.take(at).contains_pairs(candidates.owners, candidates.values)
+    task = queries.task[at][candidates.owners]
     calibrated = {
-        task: calibrate_threshold(np.array(gold_scores[task]), np.array(other_scores[task]))
-        for task in set(ranking["task"].to_pylist())
+        queries.tasks[code]: calibrate_threshold(scores[(task == code) & gold], scores[(task == code) & ~gold])
+        for code in np.unique(task)
     }
     return {task: calibrated.get(task, float(np.median(list(calibrated.values())))) for task in tasks}
 
 
-def _positive_scores(embedded: Embedded, queries: dict[str, Row]) -> dict[str, float]:
-    """Each query's cosine to its nearest positive."""
-    search, vector_row = embedded.documents, embedded.queries.row_of()
-    pairs = [
-        (id_, vector_row[id_], search.row_of[gold])
-        for id_, query in queries.items()
-        if id_ in vector_row
-        for gold in query["positive_ids"]
-        if gold in search.row_of
-    ]
-    vector_rows, rows = np.array([pair[1] for pair in pairs]), np.array([pair[2] for pair in pairs])
-    best: dict[str, float] = {}
-    for (id_, _, _), score in zip(pairs, search.pair_scores(embedded.queries.vectors[vector_rows], rows), strict=True):
-        best[id_] = max(float(score), best.get(id_, -1.0))
-    return best
+def _counts(tasks: np.ndarray, verdicts: np.ndarray, false: np.ndarray) -> Counts:
+    """How often each verdict was given in each task, and to how many false negatives."""
+    counts: Counts = {}
+    for task in np.unique(tasks):
+        own = tasks == task
+        found = {name: int(((verdicts == code) & own).sum()) for code, name in enumerate(VERDICTS)}
+        wrong = {
+            FALSE + name: int(((verdicts == code) & own & false).sum())
+            for code, name in enumerate(VERDICTS)
+            if name != GOLD
+        }
+        counts[task] = Counter({name: count for name, count in {**found, **wrong}.items() if count})
+    return counts
 
 
-def _without_pixels(row: Row) -> Row:
-    return {"content": content_key(row), "concept": row.get("concept"), "modality": row.get("modality")}
+def _total(parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    total: Counts = {}
+    for counts in parts:
+        for task, own in counts.items():
+            total.setdefault(task, Counter()).update(own)
+    return {task: dict(counts) for task, counts in total.items()}
 
 
 def _summary(manifest: dict[str, Any]) -> str:
     total: Counter[str] = sum((Counter(counts) for counts in manifest["candidates"].values()), Counter())
-    false = {name.removeprefix("false negative, "): n for name, n in total.items() if name.startswith("false")}
-    seen = sum(n for name, n in total.items() if not name.startswith("false"))
-    shares = " · ".join(f"{name} {n / seen:.1%}" for name, n in total.items() if not name.startswith("false"))
+    false = {name.removeprefix(FALSE): n for name, n in total.items() if name.startswith(FALSE)}
+    given = {name: n for name, n in total.items() if not name.startswith(FALSE)}
+    seen = sum(given.values())
+    shares = " · ".join(f"{name} {n / seen:.1%}" for name, n in given.items())
     lines = [f"mined {manifest['written']:,} queries, {seen:,} candidates: {shares}"]
     if false:
         caught = false.get(SAME_CONTENT, 0) + false.get(TOO_SIMILAR, 0)

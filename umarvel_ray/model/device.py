@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
 
+from umarvel_ray.errors import UserError
 from umarvel_ray.items.item import Item
 
 PROBE: Item = {"text": "a red square", "image": Image.new("RGB", (64, 64), "red")}
@@ -19,6 +21,19 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def require_device(device: torch.device | str) -> None:
+    """Check that PyTorch has the device that a caller named.
+
+    Raises:
+        UserError: a GPU that it does not see.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device {device}: PyTorch {torch.__version__} sees no GPU on {platform.node()}; install its CUDA build "
+            f"and a driver there, or use the CPU (cluster.gpus_per_embedder=0, device: cpu)"
+        )
 
 
 def checked_device(device: str, run: Callable[[str], np.ndarray]) -> str:

@@ -18,7 +18,7 @@ from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
 from umarvel_ray.items.item import Item, with_instruction
 from umarvel_ray.model.batch import collate, default_budget, token_buckets
 from umarvel_ray.model.checkpoint import load_settings
-from umarvel_ray.model.device import PROBE, best_device, checked_device
+from umarvel_ray.model.device import PROBE, best_device, checked_device, require_device
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.hub import model_folder
 from umarvel_ray.model.int8 import load_as
@@ -78,7 +78,7 @@ class Embedder:
             revision: branch, tag or commit on the Hub.
 
         Raises:
-            UserError: not a checkpoint; missing or truncated files; another preset; no such dimension.
+            UserError: not a checkpoint; missing or truncated files; another preset; no such dimension or device.
         """
         if preset not in (None, "reference"):
             raise UserError(f"unknown preset '{preset}'; the only one is 'reference'")
@@ -87,6 +87,7 @@ class Embedder:
         folder = model_folder(path, revision)
         settings = settings or load_settings(folder)
         chosen = best_device() if device is None else device
+        require_device(chosen)
         model = load_as(dtype, chosen, partial(EmbeddingModel.from_pretrained, folder, settings))
         encoder = ItemEncoder.from_pretrained(folder, settings)
         if device is None:

@@ -17,8 +17,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class Int8Linear(nn.Module):
     """A linear layer whose weight is stored as int8 `levels` (out, in) times a `scale` (out,).
 
-    Each weight is off by at most scale / 2. Activations are not quantized: their scales would make an item's vector
-    depend on the other items in its batch.
+    Each weight is off by at most scale / 2; levels are from −127 to 127. Activations are not quantized: their scales
+    would make an item's vector depend on the other items in its batch.
     """
 
     levels: torch.Tensor
@@ -26,8 +26,11 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        scale = linear.weight.detach().abs().amax(1).clamp_min(torch.finfo(linear.weight.dtype).tiny) / 127
-        self.register_buffer("levels", (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
+        weight, dtype = linear.weight.detach().float(), linear.weight.dtype
+        scale = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(dtype).tiny).to(dtype)
+        # In fp32: in steps of bfloat16, 127.3 is 127.5, which rounds to 128 and wraps to −128 in int8.
+        levels = (weight / scale.float()[:, None]).round().clamp(-127, 127)
+        self.register_buffer("levels", levels.to(torch.int8))
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 

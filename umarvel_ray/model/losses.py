@@ -41,13 +41,13 @@ def info_nce(
     own = targets[rows]  # (n,), n of the N queries on this rank
     logits = queries[rows].float() @ documents.float().T * scale  # (n, M)
     excluded = relevant[rows].clone()
-    excluded[torch.arange(len(own)), own] = False
+    excluded[torch.arange(len(own), device=own.device), own] = False
     loss = F.cross_entropy(logits.masked_fill(excluded, -torch.inf), own, reduction="sum")
     if two_way:
         back = documents[own].float() @ queries.float().T * scale  # (n, N)
         excluded = relevant.T[own].clone()
         diagonal = torch.arange(rows.start, rows.stop, device=own.device)
-        excluded[torch.arange(len(own)), diagonal] = False
+        excluded[torch.arange(len(own), device=own.device), diagonal] = False
         loss = loss + F.cross_entropy(back.masked_fill(excluded, -torch.inf), diagonal, reduction="sum")
     return loss / len(queries)
 

@@ -72,8 +72,8 @@ def last_hidden_state(
     """The last layer's hidden states after its norm: (B, L, D), or (1, L, D) when packed.
 
     Args:
-        features: by picture key, of every picture in the batch. If the batch has no pictures, they do not change the
-            output but still receive a gradient, which is zero.
+        features: by picture key, of every picture in the batch, on any device: caches keep them where there is room.
+            If the batch has no pictures, they do not change the output but still receive a gradient, which is zero.
         positions, attention_mask: override the batch's when it continues what `cache` holds.
     """
     core: Any = backbone.model
@@ -81,14 +81,14 @@ def last_hidden_state(
     embeds: torch.Tensor = core.get_input_embeddings()(batch.input_ids)  # (B, L, D)
     deepstack: dict[str, Any] = {}
     if batch.pictures:
-        shown = torch.cat([features[picture.key] for picture in batch.pictures]).to(embeds)  # (tokens, (1 + k) · D)
+        shown = torch.cat([features[picture.key].to(embeds) for picture in batch.pictures])  # (tokens, (1 + k) · D)
         first, *later = torch.split(shown, embeds.shape[-1], dim=-1)
         is_picture = (batch.input_ids == config.image_token_id) | (batch.input_ids == config.video_token_id)  # (B, L)
         embeds = embeds.masked_scatter(is_picture.unsqueeze(-1), first)
         if later:
             deepstack = {"visual_pos_masks": is_picture, "deepstack_visual_embeds": later}
     elif features:
-        embeds = embeds + 0 * sum(feature.sum() for feature in features.values())
+        embeds = embeds + 0 * sum(feature.sum().to(embeds) for feature in features.values())
     if batch.bounds is None:
         attention = {"attention_mask": batch.attention_mask if attention_mask is None else attention_mask}
     else:

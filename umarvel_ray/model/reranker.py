@@ -30,7 +30,7 @@ from umarvel_ray.items.pictures import Picture, PictureFormat, PixelScale
 from umarvel_ray.model.backbone import load_backbone
 from umarvel_ray.model.batch import PairBatch, collate_pairs, token_buckets
 from umarvel_ray.model.checkpoint import PROVENANCE, load_settings, read_provenance
-from umarvel_ray.model.device import PROBE, best_device, checked_device
+from umarvel_ray.model.device import PROBE, best_device, checked_device, require_device
 from umarvel_ray.model.hub import model_folder
 from umarvel_ray.model.int8 import load_as
 from umarvel_ray.model.multimodal import last_hidden_state, read_pictures, tower_features
@@ -174,7 +174,7 @@ class Reranker:
             revision: branch, tag or commit on the Hub.
 
         Raises:
-            UserError: not a checkpoint, or that of another phase; missing or truncated files.
+            UserError: not a checkpoint, or that of another phase; missing or truncated files; no such device.
         """
         folder = model_folder(path, revision)
         phase = read_provenance(folder).get("phase")
@@ -183,6 +183,7 @@ class Reranker:
         settings = load_settings(folder)
         encoder = PairEncoder.from_pretrained(folder, settings, settings.max_text_tokens)
         chosen = best_device() if device is None else device
+        require_device(chosen)
         model = load_as(dtype, chosen, partial(RerankerModel.from_pretrained, folder, settings))
         if device is None:
             chosen = checked_device(str(chosen), lambda tried: cls(model, encoder, tried).score(PROBE, [PROBE]))

@@ -34,7 +34,10 @@ class VisionCache:
 
     @torch.no_grad()
     def features(self, model: HasTower, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
-        """Features of every picture by its key; the tower runs once, on the pictures that are not cached."""
+        """Features of every picture by its key; the tower runs once, on the pictures that are not cached.
+
+        Cached ones are on the cache's device, new ones on the tower's: `last_hidden_state` takes both.
+        """
         shown = distinct(pictures)
         found = {key: feature for key in shown if (feature := self._kept.get(key)) is not None}
         new = {key: picture for key, picture in shown.items() if key not in found}

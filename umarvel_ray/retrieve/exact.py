@@ -1,96 +1,164 @@
 """Exact search over embedding shards, distributed over the embedding actors.
 
-Each actor holds a slice of the corpus in its node's object store, queries arrive in blocks, and the driver merges the
-partial results. There is no approximation, and the corpus never passes through the driver.
+Each actor holds a slice of the corpus, queries arrive in blocks, and the driver merges the partial results. There is no
+approximation, and the corpus never passes through the driver. Every call names the files of its slice, so an actor that
+was restarted reads them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import ray
+import torch
 
 from umarvel_ray.inference.embed import EmbedderGroup
 from umarvel_ray.inference.embeddings import vectors_of
-from umarvel_ray.inference.shards import read_manifest, read_shard
-from umarvel_ray.retrieve.topk import TopK, merge_topk, topk_of_rows
+from umarvel_ray.inference.shards import read_manifest, read_shard, shard_path
+from umarvel_ray.ragged import Ragged
+from umarvel_ray.retrieve.topk import TopK, Vectors, merge_topk, topk_of_rows
 
 QUERY_BLOCK = 4096
 
 
 class ExactSearch:
-    """Exact search over the documents embedded in `folder`, by row number; `ids[row]` is the document id of a row.
+    """Exact search over the documents embedded in `folder`; results are row numbers of the document table.
+
+    Attributes:
+        rows: int64 (n,), ascending: the documents that can be found. The search itself counts in positions, the numbers
+            of embedded documents, because quarantined documents have no vector.
 
     Raises:
         UserError: the folder holds no finished embed job.
     """
 
     def __init__(self, embedders: EmbedderGroup, folder: str | Path) -> None:
-        folder = Path(folder)
-        columns = [
-            read_shard(folder, index, ["id"])["id"].to_pylist() for index in range(read_manifest(folder)["shards"])
-        ]
-        self.ids: list[str] = [id_ for ids in columns for id_ in ids]
-        self.row_of = {id_: row for row, id_ in enumerate(self.ids)}
-        self._embedders = embedders
-        starts = np.concatenate([[0], np.cumsum([len(ids) for ids in columns])])
-        actors = embedders.actors
-        shards = [part.tolist() for part in np.array_split(np.arange(len(columns)), len(actors)) if len(part)]
-        self._slices = [
-            (actor, int(starts[numbers[0]]), actor.call.remote(_read_vectors, folder, numbers))
-            for actor, numbers in zip(actors, shards, strict=False)
-        ]
+        self._embedders, self.folder = embedders, Path(folder)
+        manifest = read_manifest(self.folder)
+        self._identity = str(manifest["inputs"])
+        parts = [read_shard(self.folder, shard, ["row"])["row"].to_numpy() for shard in range(manifest["shards"])]
+        self.rows = np.concatenate(parts)
+        starts = np.cumsum([0, *map(len, parts)])
+        shards = [part for part in np.array_split(np.arange(len(parts)), embedders.count) if len(part)]
+        self._slices = [(tuple(part.tolist()), int(starts[part[0]]), int(starts[part[-1] + 1])) for part in shards]
 
-    def rows(self, ids: Sequence[str]) -> np.ndarray:
-        """The ascending row numbers of ids; quarantined documents have none and are skipped."""
-        return np.array(sorted(self.row_of[id_] for id_ in ids if id_ in self.row_of), np.int64)
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """The ascending positions of documents; those without a vector are left out."""
+        positions, known = self._find(np.unique(rows))
+        ascending: np.ndarray = positions[known]
+        return ascending
 
     def topk(
-        self,
-        queries: np.ndarray,
-        k: int,
-        rows: np.ndarray | None = None,
-        exclude: Sequence[np.ndarray] | None = None,
-    ) -> TopK:
-        """Scores float32 (n, k) and row numbers int64 (n, k), equal to those of `topk` over the whole corpus.
+        self, queries: np.ndarray, k: int, pool: ray.ObjectRef[Any] | None = None, exclude: Ragged | None = None
+    ) -> Callable[[], TopK]:
+        """Start a search; the result is waited for when it is called.
 
         Args:
             queries: float32 (n, d).
-            rows: ascending row numbers to search among; None for all.
-            exclude: per query, row numbers that must not be returned.
+            pool: ascending positions to search in, in the object store; None for all.
+            exclude: for each query, documents that must not be returned.
+
+        Returns:
+            Scores float32 (n, k) and row numbers int64 (n, k), as of `topk` over the whole corpus.
         """
-        calls = []
-        for first in range(0, len(queries), QUERY_BLOCK):
-            inside = slice(first, first + QUERY_BLOCK)
-            block = ray.put(queries[inside])
-            excluded = None if exclude is None else list(exclude[inside])
-            calls.append(
-                [
-                    actor.call.remote(topk_of_rows, block, vectors, start, k, rows, excluded, self._embedders.device)
-                    for actor, start, vectors in self._slices
-                ]
-            )
-        merged = [merge_topk(self._embedders.get(refs), k) for refs in calls]
-        scores, found = zip(*merged, strict=True)
-        return np.concatenate(scores), np.concatenate(found)
+        blocks = [self._start(queries, k, pool, exclude, first) for first in range(0, len(queries), QUERY_BLOCK)]
+
+        def wait() -> TopK:
+            merged = [merge_topk(self._embedders.get(refs), k) for refs in blocks]
+            scores, positions = (np.concatenate(parts) for parts in zip(*merged, strict=True))
+            return scores, np.where(positions >= 0, self.rows[positions], -1)
+
+        return wait
 
     def pair_scores(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Cosines float32 (n,) of query i with row `rows[i]`, for queries (n, d) and row numbers (n,)."""
+        """Cosines float32 (n,) of query i with document `rows[i]`, which has a vector, for queries (n, d)."""
         scores = np.empty(len(rows), np.float32)
-        stops = [*(start for _, start, _ in self._slices[1:]), len(self.ids)]
-        for (actor, start, vectors), stop in zip(self._slices, stops, strict=True):
-            inside = np.flatnonzero((rows >= start) & (rows < stop))
-            ref = actor.call.remote(_pair_scores, vectors, queries[inside], rows[inside] - start)
+        positions = np.searchsorted(self.rows, rows)
+        started = []
+        for slice_, actor in zip(self._slices, self._embedders.actors, strict=False):
+            inside = np.flatnonzero((positions >= slice_[1]) & (positions < slice_[2]))
+            args = (self.folder, self._identity, slice_, queries[inside], positions[inside], self._embedders.device)
+            started.append((inside, actor.call.remote(_pair_scores, *args)))
+        for inside, ref in started:
             scores[inside] = self._embedders.get(ref)
         return scores
 
+    def _find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The position of each document, and whether it has one."""
+        positions = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        return positions, self.rows[positions] == rows
 
-def _read_vectors(folder: Path, shards: Sequence[int]) -> np.ndarray:
-    return np.concatenate([vectors_of(read_shard(folder, index)) for index in shards])
+    def _start(
+        self, queries: np.ndarray, k: int, pool: ray.ObjectRef[Any] | None, exclude: Ragged | None, first: int
+    ) -> list[ray.ObjectRef[Any]]:
+        inside = np.arange(first, min(first + QUERY_BLOCK, len(queries)))
+        block, excluded = ray.put(queries[inside]), None
+        if exclude is not None:
+            own = exclude.take(inside)
+            positions, known = self._find(own.values)
+            excluded = Ragged(own.offsets, positions).keep(known)
+        device = self._embedders.device
+        return [
+            actor.call.remote(_topk, self.folder, self._identity, slice_, block, k, pool, excluded, device)
+            for slice_, actor in zip(self._slices, self._embedders.actors, strict=False)
+        ]
 
 
-def _pair_scores(vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    scores: np.ndarray = np.einsum("nd,nd->n", queries, vectors[rows])
+Slice = tuple[tuple[int, ...], int, int]  # numbers of shards, and the positions of their vectors: from, and to before
+
+
+def _topk(
+    folder: Path,
+    identity: str,
+    slice_: Slice,
+    queries: np.ndarray,
+    k: int,
+    pool: np.ndarray | None,
+    exclude: Ragged | None,
+    device: str,
+) -> TopK:
+    vectors = _vectors(folder, identity, slice_, device)
+    return topk_of_rows(queries, vectors, slice_[1], k, pool, exclude, device)
+
+
+def _pair_scores(
+    folder: Path, identity: str, slice_: Slice, queries: np.ndarray, positions: np.ndarray, device: str
+) -> np.ndarray:
+    vectors = _vectors(folder, identity, slice_, device)[positions - slice_[1]]
+    scores: np.ndarray = np.einsum("nd,nd->n", queries, torch.as_tensor(vectors).cpu().numpy())
     return scores
+
+
+_held: dict[tuple[Path, str, Slice], Vectors] = {}  # an actor's slice
+
+
+def _vectors(folder: Path, identity: str, slice_: Slice, device: str) -> Vectors:
+    """A slice, float32 (n, d), on the device if there is room; it is kept until another one is asked for.
+
+    Args:
+        identity: tells reused folders apart.
+    """
+    key = folder, identity, slice_
+    if key not in _held:
+        _held.clear()  # before the next one is read: two may not fit
+        _held[key] = _read_vectors(folder, slice_, device)
+    return _held[key]
+
+
+def _read_vectors(folder: Path, slice_: Slice, device: str) -> Vectors:
+    shards, start, stop = slice_
+    dimension = pq.read_schema(shard_path(folder, shards[0])).field("embedding").type.list_size
+    vectors = np.empty((stop - start, dimension), np.float32)
+    filled = 0
+    for shard in shards:
+        part = vectors_of(read_shard(folder, shard, ["embedding"]))
+        vectors[filled : filled + len(part)] = part
+        filled += len(part)
+    try:
+        return vectors if device == "cpu" else torch.from_numpy(vectors).to(device)
+    except torch.OutOfMemoryError:
+        return vectors  # copied block by block

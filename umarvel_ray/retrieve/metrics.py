@@ -1,41 +1,133 @@
 """Ranking metrics with binary relevance, and the expected recall of a random ranking (docs/method.md#evaluation).
 
 Recall@k is M-BEIR's: 1 if any relevant document is among the first k, otherwise 0.
+
+Rankings (`retrieve.rank.RANKING`) are read block by block. What remains of one are its hits: few, and all that the
+metrics depend on.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
-from math import comb, log2
+from collections.abc import Iterator, Sequence
+from math import comb
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
-from umarvel_ray.data.tables import Dataset
+from umarvel_ray.data.dataset import Queries
+from umarvel_ray.ragged import Ragged
 from umarvel_ray.recipe import Evaluate
 
-
-def hit_at_k(ranked: Sequence[str], relevant: Set[str], k: int) -> float:
-    """M-BEIR's Recall@k: 1.0 if any of the first k documents is relevant."""
-    return float(any(id_ in relevant for id_ in ranked[:k]))
-
-
-def ndcg_at_k(ranked: Sequence[str], relevant: Set[str], k: int = 10) -> float:
-    """DCG of the first k with binary gains, divided by the DCG of an ideal ranking."""
-    gain = sum(1.0 / log2(rank + 2) for rank, id_ in enumerate(ranked[:k]) if id_ in relevant)
-    ideal = sum(1.0 / log2(rank + 2) for rank in range(min(k, len(relevant))))
-    return gain / ideal if ideal else 0.0
+CUT = 10  # of nDCG and MRR
+GAINS = 1.0 / np.log2(np.arange(CUT) + 2)
+BLOCK = 16_384  # queries of a ranking that are in numpy arrays at once
 
 
-def mrr_at_k(ranked: Sequence[str], relevant: Set[str], k: int = 10) -> float:
-    """The reciprocal rank of the first relevant document if it is among the first k, otherwise 0."""
-    return next((1.0 / (rank + 1) for rank, id_ in enumerate(ranked[:k]) if id_ in relevant), 0.0)
+class Hits(NamedTuple):
+    """The relevant documents in a ranking.
+
+    Attributes:
+        queries: int64 (h,), the position of the query that each was found for.
+        ranks: int64 (h,), from 0.
+    """
+
+    queries: np.ndarray
+    ranks: np.ndarray
 
 
-def chance_at_k(pool_size: int, relevant: int, k: int) -> float:
-    """The expected `hit_at_k` of a uniformly random ranking of N documents with R relevant: 1 − C(N−R, k) / C(N, k)."""
-    k = min(k, pool_size)
-    return 1.0 - comb(pool_size - relevant, k) / comb(pool_size, k)
+def find_hits(ranking: pa.Table, queries: Queries) -> Hits:
+    """The hits of a ranking of these queries; a query without a ranking has none."""
+    parts = [_hits_of(part, queries) for part in blocks(ranking)]
+    none = np.empty(0, np.int64)
+    return Hits(*(np.concatenate([none, *arrays]) for arrays in zip(*parts, (none, none), strict=True)))
+
+
+def recall_at_k(hits: Hits, k: np.ndarray) -> np.ndarray:
+    """M-BEIR's Recall@k: float64 (n,), 1.0 if any of a query's first k documents is relevant.
+
+    Args:
+        k: int64 (n,), of each query.
+    """
+    found = np.zeros(len(k))
+    found[hits.queries[hits.ranks < k[hits.queries]]] = 1.0
+    return found
+
+
+def ndcg_at_10(hits: Hits, relevant: np.ndarray) -> np.ndarray:
+    """DCG of the first 10 with binary gains, divided by the DCG of an ideal ranking: float64 (n,).
+
+    Args:
+        relevant: int64 (n,), how many documents are relevant to each query; at least 1.
+    """
+    inside = hits.ranks < CUT
+    gain = np.bincount(hits.queries[inside], GAINS[hits.ranks[inside]], len(relevant))
+    scores: np.ndarray = gain / np.cumsum(GAINS)[np.minimum(relevant, CUT) - 1]
+    return scores
+
+
+def mrr_at_10(hits: Hits, n: int) -> np.ndarray:
+    """The reciprocal rank of each query's first hit if it is among the first 10, otherwise 0: float64 (n,)."""
+    first = np.full(n, CUT)
+    np.minimum.at(first, hits.queries, hits.ranks)
+    return np.where(first < CUT, 1.0 / (first + 1), 0.0)
+
+
+def chance_at_k(pool_sizes: np.ndarray, relevant: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """The expected recall of uniformly random rankings of N documents with R relevant: 1 − C(N−R, k) / C(N, k).
+
+    Args:
+        pool_sizes, relevant, k: int64 (n,) each: N, R and k of each query. 0 where N is 0.
+
+    Returns:
+        float64 (n,).
+    """
+    cases = np.stack([pool_sizes, np.minimum(relevant, pool_sizes), np.minimum(k, pool_sizes)], axis=1)
+    distinct, case = np.unique(cases, axis=0, return_inverse=True)
+    values = [1.0 - comb(size - found, depth) / comb(size, depth) for size, found, depth in distinct.tolist()]
+    return np.array(values, np.float64)[case]
+
+
+def score_ranking(ranking: pa.Table, queries: Queries, settings: Evaluate) -> dict[str, dict[str, float]]:
+    """Metrics by task: {"recall", "ndcg@10", "mrr@10", "chance", "k", "queries"}.
+
+    Args:
+        ranking: columns of `retrieve.rank.RANKING`. A query without a ranking, because it could not be embedded, counts
+            with 0 in every mean.
+    """
+    hits, k, relevant = find_hits(ranking, queries), k_of(queries, settings), count_distinct(queries.positives)
+    pool_sizes = np.zeros(queries.n, np.int64)
+    pool_sizes[np.searchsorted(queries.rows, ranking["query"].to_numpy())] = ranking["pool_size"].to_numpy()
+    values = {
+        "recall": recall_at_k(hits, k),
+        "ndcg@10": ndcg_at_10(hits, relevant),
+        "mrr@10": mrr_at_10(hits, queries.n),
+        "chance": chance_at_k(pool_sizes, relevant, k),
+    }
+    columns = {name: by_task(of_query, queries) for name, of_query in values.items()}
+    return {
+        task: {name: float(column[task].mean()) for name, column in columns.items()}
+        | {"k": settings.k_of.get(task, settings.k), "queries": len(own)}
+        for task, own in columns["recall"].items()
+    }
+
+
+def k_of(queries: Queries, settings: Evaluate) -> np.ndarray:
+    """int64 (n,): the k of each query's task."""
+    ks: np.ndarray = np.array([settings.k_of.get(task, settings.k) for task in queries.tasks], np.int64)[queries.task]
+    return ks
+
+
+def by_task(values: np.ndarray, queries: Queries) -> dict[str, np.ndarray]:
+    """The values (n,) of the queries of each task that has any, in the order of the query table."""
+    own = {task: queries.of_task(task) for task in queries.tasks}
+    return {task: values[at] for task, at in own.items() if len(at)}
+
+
+def count_distinct(lists: Ragged) -> np.ndarray:
+    """int64 (n,): the number of distinct values in each list."""
+    span = int(lists.values.max(initial=0)) + 1
+    return np.bincount(np.unique(lists.owners * span + lists.values) // span, minlength=lists.n)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -43,47 +135,20 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def positives_of(dataset: Dataset, split: str) -> dict[str, set[str]]:
-    """The ids of each query's positives."""
-    table = dataset.queries(split).select(["id", "positive_ids"])
-    return {row["id"]: set(row["positive_ids"]) for row in table.to_pylist()}
+def blocks(table: pa.Table) -> Iterator[pa.Table]:
+    """Slices of at most BLOCK rows."""
+    return (table.slice(start, BLOCK) for start in range(0, table.num_rows, BLOCK))
 
 
-def not_ranked(queries: pa.Table, ranking: pa.Table) -> dict[str, list[str]]:
-    """By task, the ids of queries without a ranking because they could not be embedded."""
-    ranked = set(ranking["query_id"].to_pylist())
-    lost = defaultdict(list)
-    for id_, task in zip(queries["id"].to_pylist(), queries["task"].to_pylist(), strict=True):
-        if id_ not in ranked:
-            lost[task].append(id_)
-    return lost
+def ranks_in(lists: Ragged) -> np.ndarray:
+    """int64 (m,): the place of each value in its list."""
+    ranks: np.ndarray = np.arange(len(lists.values)) - np.repeat(lists.offsets[:-1], lists.counts)
+    return ranks
 
 
-def score_ranking(
-    ranking: pa.Table, positives: Mapping[str, Set[str]], settings: Evaluate, lost: Mapping[str, list[str]]
-) -> dict[str, dict[str, float]]:
-    """Metrics by task: {"recall", "ndcg@10", "mrr@10", "chance", "k", "queries"}.
-
-    Args:
-        ranking: columns of `retrieve.rank.RANKING`.
-        lost: by task, queries that could not be embedded; they count with a recall of 0.
-    """
-    numbers: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for row in ranking.to_pylist():
-        ids, relevant = row["document_ids"], positives[row["query_id"]]
-        k = settings.k_of.get(row["task"], settings.k)
-        numbers[row["task"]].append(
-            {
-                "recall": hit_at_k(ids, relevant, k),
-                "ndcg@10": ndcg_at_k(ids, relevant),
-                "mrr@10": mrr_at_k(ids, relevant),
-                "chance": chance_at_k(row["pool_size"], min(len(relevant), row["pool_size"]), k),
-            }
-        )
-    for task, ids in lost.items():
-        numbers[task] += [dict.fromkeys(("recall", "ndcg@10", "mrr@10", "chance"), 0.0)] * len(ids)
-    return {
-        task: {name: mean([row[name] for row in rows]) for name in rows[0]}
-        | {"k": settings.k_of.get(task, settings.k), "queries": len(rows)}
-        for task, rows in numbers.items()
-    }
+def _hits_of(ranking: pa.Table, queries: Queries) -> Hits:
+    position = np.searchsorted(queries.rows, ranking["query"].to_numpy())
+    documents = Ragged.of_arrow(ranking["documents"])
+    owners = documents.owners
+    relevant = np.flatnonzero(queries.positives.take(position).contains_pairs(owners, documents.values))
+    return Hits(position[owners[relevant]], ranks_in(documents)[relevant])

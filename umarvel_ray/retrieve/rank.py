@@ -1,42 +1,59 @@
 """Rankings: exact search of each query in its task's pool (local) or in the union of all pools (global).
 
-Mining and evaluation share this code, so mining sees exactly what would be retrieved.
+Mining and evaluation share this code, so mining sees exactly what would be retrieved. A ranking is made shard by shard,
+one for each shard of embedded queries, so that its size is bounded by the disk.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import ray
 
-from umarvel_ray.data.content import own_pictures, picture_key
-from umarvel_ray.data.tables import Dataset
+from umarvel_ray.data.content import NO_PICTURE
+from umarvel_ray.data.dataset import Dataset, Queries, Selection
 from umarvel_ray.inference.embed import EmbedderGroup, embed_table
-from umarvel_ray.inference.embeddings import Embeddings
+from umarvel_ray.inference.embeddings import vectors_of
+from umarvel_ray.inference.shards import (
+    Quarantined,
+    close_output,
+    is_complete,
+    open_output,
+    read_manifest,
+    read_shard,
+    read_shards,
+    write_shard,
+)
 from umarvel_ray.model.checkpoint import CheckpointRef
+from umarvel_ray.ragged import Ragged, RowsByKey
 from umarvel_ray.retrieve.exact import ExactSearch
+from umarvel_ray.retrieve.topk import TopK
 
 RANKING = pa.schema(
     [
-        ("query_id", pa.string()),
+        ("query", pa.int64()),  # row number in the query table
         ("task", pa.string()),
-        ("document_ids", pa.list_(pa.string())),
-        ("scores", pa.list_(pa.float32())),
+        ("documents", pa.large_list(pa.int64())),  # row numbers in the document table, best first
+        ("scores", pa.large_list(pa.float32())),
         ("pool_size", pa.int64()),
     ]
 )
+AHEAD = 2  # shards whose search is started before the first one is done
+NO_RANKING = "not embedded, or its task has no pool; see the embeddings' quarantine.parquet"
 
 Scope = Literal["local", "global"]
 
 
 class Embedded(NamedTuple):
-    """One split embedded by one checkpoint: the documents of its pools, searchable, and its queries."""
+    """One split embedded by one checkpoint: the documents of its pools, searchable, and the folder of its queries."""
 
     documents: ExactSearch
-    queries: Embeddings
+    queries: Path
 
 
 def embed_split(
@@ -46,71 +63,189 @@ def embed_split(
     ref: CheckpointRef,
     folder: Path,
 ) -> Embedded:
-    """Embed the queries of a split and the union of its pools, resuming an interrupted attempt.
+    """Embed the queries of a split, task by task, and the union of its pools, resuming an interrupted attempt.
 
     Writes `folder/SPLIT-queries` and `folder/SPLIT-documents`.
 
     Raises:
         UserError: see `embed_table`; an empty pool.
     """
-    rows = pa.array([dataset.row_of[id_] for id_ in dataset.global_pool(split)], pa.int64())
     documents_dir, queries_dir = folder / f"{split}-documents", folder / f"{split}-queries"
-    embed_table(embedders, dataset.documents.take(rows), "document", documents_dir, ref, f"{split} documents")
-    queries = embed_table(embedders, dataset.queries(split), "query", queries_dir, ref, f"{split} queries")
-    return Embedded(ExactSearch(embedders, documents_dir), queries)
+    pool = Selection(dataset.documents, dataset.global_pool(split))
+    embed_table(embedders, pool, "document", documents_dir, ref, f"{split} documents")
+    queries = dataset.queries(split)
+    by_task = Selection(queries.table, queries.rows[np.argsort(queries.task, kind="stable")])
+    embed_table(embedders, by_task, "query", queries_dir, ref, f"{split} queries")
+    return Embedded(ExactSearch(embedders, documents_dir), queries_dir)
 
 
 def rank(
-    embedded: Embedded, dataset: Dataset, split: str, scope: Scope, depth: int, drop_query_image: bool = True
+    embedded: Embedded,
+    dataset: Dataset,
+    split: str,
+    scope: Scope,
+    depth: int,
+    folder: Path,
+    drop_query_image: bool = True,
 ) -> pa.Table:
-    """The `depth` nearest documents of every embedded query of the split.
+    """The `depth` nearest documents of every embedded query of the split; written to `folder` in resumable shards.
 
     Args:
         drop_query_image: remove documents that show the query's own picture from its pool, unless they are its
             positives (docs/method.md#query-image-in-pool).
 
     Returns:
-        Columns of RANKING, one row per query, tasks in the order of the pools. Documents come best first, `scores` are
+        Columns of RANKING, one row per query, in the order of the query shards. Documents come best first, `scores` are
         cosines, and `pool_size` is the number of documents that the query was ranked against.
     """
-    search = embedded.documents
-    columns = [name for name in ("id", "image", "positive_ids", "task") if name in dataset.queries(split).column_names]
-    by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in dataset.queries(split).select(columns).to_pylist():
-        by_task[row["task"]].append(row)
-    vector_row = embedded.queries.row_of()
-    with_picture = _documents_by_picture(dataset, search.ids) if drop_query_image else {}
-    all_rows = np.arange(len(search.ids))
-    tables = []
-    for task in dataset.tasks(split):
-        queries = [row for row in by_task[task] if row["id"] in vector_row]
-        if not queries:
-            continue
-        rows = all_rows if scope == "global" else search.rows(dataset.pool(task, split))
-        exclude = [search.rows(own_pictures(row, set(row["positive_ids"]), with_picture)) for row in queries]
-        vectors = embedded.queries.vectors[[vector_row[row["id"]] for row in queries]]
-        scores, found = search.topk(vectors, depth, None if scope == "global" else rows, exclude)
-        valid = found >= 0
-        tables.append(
-            pa.table(
-                [
-                    [row["id"] for row in queries],
-                    [task] * len(queries),
-                    [[search.ids[i] for i in line[ok]] for line, ok in zip(found, valid, strict=True)],
-                    [line[ok] for line, ok in zip(scores, valid, strict=True)],
-                    [len(rows) - int(np.isin(excluded, rows).sum()) for excluded in exclude],
-                ],
-                schema=RANKING,
-            )
-        )
-    return pa.concat_tables(tables) if tables else RANKING.empty_table()
+    queries = dataset.queries(split)
+    inputs = ranking_inputs(embedded, dataset, split) | {"scope": scope, "depth": depth, "drop": drop_query_image}
+    missing = open_output(folder, inputs, query_shards(embedded))
+    if missing or not is_complete(folder):
+        for index, ranking, lost in rank_shards(embedded, dataset, split, scope, depth, missing, drop_query_image):
+            write_shard(folder, index, ranking, lost)
+        close_output(folder, queries.n)
+    return read_ranking(folder)
 
 
-def _documents_by_picture(dataset: Dataset, ids: list[str]) -> dict[str, list[str]]:
-    images = dataset.documents["image"].take(pa.array([dataset.row_of[id_] for id_ in ids], pa.int64()))
-    with_picture: dict[str, list[str]] = defaultdict(list)
-    for id_, image in zip(ids, images.to_pylist(), strict=True):
-        key = picture_key(image)
-        if key is not None:
-            with_picture[key].append(id_)
-    return with_picture
+def read_ranking(folder: Path) -> pa.Table:
+    """What `rank` wrote."""
+    return read_shards(folder)
+
+
+def write_ranking(folder: Path, ranking: pa.Table) -> None:
+    """Write a ranking that was computed in memory, for `read_ranking`."""
+    open_output(folder, {"rows": ranking.num_rows}, 1)
+    write_shard(folder, 0, ranking, [])
+    close_output(folder, ranking.num_rows)
+
+
+def ranking_inputs(embedded: Embedded, dataset: Dataset, split: str) -> dict[str, object]:
+    """What a ranking depends on, for the manifest of anything computed from it."""
+    return {
+        "queries": dataset.queries(split).digest,
+        "pools": dataset.digest_of_pools(split),
+        "embedded": [read_manifest(folder)["inputs"] for folder in (embedded.documents.folder, embedded.queries)],
+    }
+
+
+def query_shards(embedded: Embedded) -> int:
+    """The number of shards of embedded queries, and so of a ranking."""
+    return int(read_manifest(embedded.queries)["shards"])
+
+
+def rank_shards(
+    embedded: Embedded,
+    dataset: Dataset,
+    split: str,
+    scope: Scope,
+    depth: int,
+    shards: Iterable[int],
+    drop_query_image: bool = True,
+) -> Iterator[tuple[int, pa.Table, Quarantined]]:
+    """Rank the queries of some shards: (number, columns of RANKING, the shard's queries that have no ranking).
+
+    The next shards are searched while the caller works on one. See `rank`.
+    """
+    ranker = _Ranker(embedded, dataset, split, scope, depth, drop_query_image)
+    waiting: deque[tuple[int, Callable[[], tuple[pa.Table, Quarantined]]]] = deque()
+    for index in shards:
+        waiting.append((index, ranker.start(index)))
+        if len(waiting) > AHEAD:
+            number, wait = waiting.popleft()
+            yield number, *wait()
+    for number, wait in waiting:
+        yield number, *wait()
+
+
+class OwnPictures:
+    """Which documents show a query's own picture but are not its positives, and so are trivial matches.
+
+    Args:
+        documents: int64 (m,), rows of the documents to look among.
+    """
+
+    def __init__(self, dataset: Dataset, queries: Queries, documents: np.ndarray) -> None:
+        self._positives = queries.positives
+        self._asked = queries.table.column("picture_key").to_numpy()[queries.rows]
+        keys = dataset.documents.column("picture_key").to_numpy()[documents]
+        shown = keys != NO_PICTURE
+        self._shown = RowsByKey(keys[shown], documents[shown])
+
+    def of(self, at: np.ndarray) -> Ragged:
+        """The documents of the queries at these positions."""
+        shown = self._shown.having(self._asked[at])
+        return shown.keep(~self._positives.take(at).contains_pairs(shown.owners, shown.values))
+
+
+class _Ranker:
+    """Everything that is the same for all shards."""
+
+    def __init__(
+        self, embedded: Embedded, dataset: Dataset, split: str, scope: Scope, depth: int, drop_query_image: bool
+    ) -> None:
+        self._search, self._folder = embedded
+        self._dataset, self._split, self._scope, self._depth = dataset, split, scope, depth
+        self._queries = dataset.queries(split)
+        self._by_task = self._queries.rows[np.argsort(self._queries.task, kind="stable")]
+        self._tasks = set(dataset.tasks(split))
+        self._shared: dict[str, tuple[ray.ObjectRef[Any] | None, np.ndarray]] = {}
+        shown = self._search.rows if drop_query_image else self._search.rows[:0]
+        self._own = OwnPictures(dataset, self._queries, shown)
+
+    def start(self, index: int) -> Callable[[], tuple[pa.Table, Quarantined]]:
+        """Start the search for the queries of a shard."""
+        shard = read_shard(self._folder, index)
+        rows, vectors = shard["row"].to_numpy(), vectors_of(shard)
+        at = np.searchsorted(self._queries.rows, rows)
+        started = []
+        for code in np.unique(self._queries.task[at]):
+            task = self._queries.tasks[code]
+            inside = np.flatnonzero(self._queries.task[at] == code)
+            if task in self._tasks:
+                pool, members = self._pool(task)
+                exclude = self._own.of(at[inside])
+                search = self._search.topk(vectors[inside], self._depth, pool, exclude)
+                sizes = len(members) - _count_inside(exclude, members)
+                started.append((task, rows[inside], sizes, search))
+
+        def wait() -> tuple[pa.Table, Quarantined]:
+            tables = [_ranking(task, own, sizes, search()) for task, own, sizes, search in started]
+            ranking = pa.concat_tables([RANKING.empty_table(), *tables])
+            return ranking, self._lost(index, ranking)
+
+        return wait
+
+    def _pool(self, task: str) -> tuple[ray.ObjectRef[Any] | None, np.ndarray]:
+        """What a task is searched in, and its members as ascending rows of documents."""
+        name = task if self._scope == "local" else ""
+        if name not in self._shared:
+            if self._scope == "global":
+                self._shared[name] = None, self._search.rows
+            else:
+                positions = self._search.positions(self._dataset.pool(task, self._split))
+                self._shared[name] = ray.put(positions), self._search.rows[positions]
+        return self._shared[name]
+
+    def _lost(self, index: int, ranking: pa.Table) -> Quarantined:
+        manifest = read_manifest(self._folder)
+        size = manifest["inputs"]["shard_rows"]
+        asked = self._by_task[index * size : (index + 1) * size]
+        lost = asked[~np.isin(asked, ranking["query"].to_numpy())]
+        return [(row["id"], NO_RANKING) for row in self._queries.table.rows(lost, ["id"])]
+
+
+def _count_inside(lists: Ragged, members: np.ndarray) -> np.ndarray:
+    """How many values of each list are among ascending `members`."""
+    found = np.minimum(np.searchsorted(members, lists.values), max(0, len(members) - 1))
+    inside = members[found] == lists.values if len(members) else np.zeros(len(found), bool)
+    return lists.keep(inside).counts
+
+
+def _ranking(task: str, queries: np.ndarray, pool_sizes: np.ndarray, found: TopK) -> pa.Table:
+    scores, rows = found
+    valid = rows >= 0
+    documents = Ragged.of_counts(valid.sum(1), rows[valid]).to_arrow()
+    cosines = pa.LargeListArray.from_arrays(documents.offsets, pa.array(scores[valid]))
+    columns = [queries, pa.array([task] * len(queries), pa.string()), documents, cosines, pool_sizes]
+    return pa.table(columns, schema=RANKING)

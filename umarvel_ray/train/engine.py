@@ -11,6 +11,7 @@ accumulates the chunks' gradients in bfloat16, and under ZeRO-0 keeps its master
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -150,29 +151,32 @@ def capture(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     return state
 
 
-def restore(engine: deepspeed.DeepSpeedEngine, state: dict[str, torch.Tensor], steps: int) -> None:
-    """Load a captured state into a fresh engine; `steps` is the number of optimizer steps it was captured after."""
+def restore(engine: deepspeed.DeepSpeedEngine, state: Mapping[str, torch.Tensor], steps: int) -> None:
+    """Load a captured state into a fresh engine; `steps` is the number of optimizer steps it was captured after.
+
+    Looks up one tensor of the state at a time, and keeps none.
+    """
     reset_adam(engine, [p for _, p in _trainable(engine)], steps)
-    stage = engine.zero_optimization_stage()
     for name, p in _trainable(engine):
-        values = {key: state[f"{key}.{name}"].to(engine.device) for key in ("param", *MOMENTS)}
-        if stage == 3:
-            # DeepSpeed's setters for full tensors do not handle a last partition that is all padding.
-            own = {key: own_partition(value, p) for key, value in values.items()}
-            safe_set_local_fp32_param(p, own["param"])
-            for key in MOMENTS:
-                safe_set_local_optimizer_state(p, own[key], key)
-        elif stage:
-            safe_set_full_fp32_param(p, values["param"])
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(p, values[key], key)
-        else:
-            for key in MOMENTS:
-                engine.basic_optimizer.state[p][key].copy_(values[key])
+        for key in ("param", *MOMENTS):
+            _set(engine, p, key, state[f"{key}.{name}"].to(engine.device))
 
 
-def load_trainable(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Copy captured parameters into a plain module, before it is wrapped or to merge and save it."""
+def _set(engine: deepspeed.DeepSpeedEngine, p: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
+    """Set a parameter, or one of its moments, from a whole tensor."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        (p.data if key == "param" else engine.basic_optimizer.state[p][key]).copy_(value)
+    elif stage == 3:
+        # DeepSpeed's setters for full tensors do not handle a last partition that is all padding.
+        own = own_partition(value, p)
+        safe_set_local_fp32_param(p, own) if key == "param" else safe_set_local_optimizer_state(p, own, key)
+    else:
+        safe_set_full_fp32_param(p, value) if key == "param" else safe_set_full_optimizer_state(p, value, key)
+
+
+def load_trainable(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy captured parameters into a plain module, before it is wrapped or to merge and save it; see `restore`."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             if p.requires_grad:

@@ -12,25 +12,32 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from umarvel_ray.data.plan import PlanStep, read_plan
+from umarvel_ray.data.stored import StoredTable
 from umarvel_ray.model.batch import token_buckets
 from umarvel_ray.runs import read_step_log
 from umarvel_ray.train.phases import PhaseSpec
+from umarvel_ray.train.stream import Tables
 
 
 class StepError(RuntimeError):
     """A step failed and may be retried. The message is one line: phase, step, what happened, what to do."""
 
 
-def check_finite(name: str, plan: PlanStep, loss: float, grad_norm: float) -> None:
+def check_finite(name: str, plan: PlanStep, tables: Tables, loss: float, grad_norm: float) -> None:
     """Check a step's loss and gradient norm. Both are global, so either all ranks raise or none does.
+
+    Args:
+        tables: what the plan's row numbers refer to.
 
     Raises:
         StepError: one is NaN or infinite.
     """
     for quantity, value in (("loss", loss), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
-            first_queries = ", ".join(plan.query_ids[:3])
+            first_queries = ", ".join(ids_of(tables.queries, plan.queries[:3]))
             raise StepError(
                 f"{name}: {quantity} is {value} at step {plan.step} (queries {first_queries}, …); "
                 f"lower learning_rate or check those rows"
@@ -66,6 +73,11 @@ def explain_out_of_memory(
         ) from error
 
 
+def ids_of(table: StoredTable, rows: np.ndarray) -> list[str]:
+    """The ids of rows."""
+    return [row["id"] for row in table.rows(rows, ["id"])]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, CUDA or torch's CPU allocator reports a failed allocation."""
     signs = ("out of memory", "DefaultCPUAllocator")
@@ -93,19 +105,19 @@ def current_phase(specs: Sequence[PhaseSpec]) -> PhaseSpec:
     return next((spec for spec in specs if not spec.done), specs[-1])
 
 
-def record_failure(specs: Sequence[PhaseSpec], errors: Mapping[int, Exception]) -> None:
+def record_failure(specs: Sequence[PhaseSpec], tables: Mapping[str, Tables], errors: Mapping[int, Exception]) -> None:
     """Append a failed worker group to the `failures.jsonl` of the current phase, with its step and items."""
     spec = current_phase(specs)
     done = read_step_log(spec.log_path)
     step = done[-1]["step"] + 1 if done else 0
-    plan = read_plan(spec.plan_path)
-    items = plan[step] if step < len(plan) else None  # None: only the checkpoint was left to write
+    plan = read_plan(spec.plan_path, step)[:1]  # empty: only the checkpoint was left to write
+    own = tables[spec.name]
     line = {
         "step": step,
         "ranks": sorted(errors),
         "error": describe(errors),
-        "query_ids": items.query_ids if items else [],
-        "document_ids": items.document_ids if items else [],
+        "query_ids": [id_ for items in plan for id_ in ids_of(own.queries, items.queries)],
+        "document_ids": [id_ for items in plan for id_ in ids_of(own.documents, items.documents)],
     }
     with spec.failures_path.open("a") as file:
         file.write(json.dumps(line) + "\n")

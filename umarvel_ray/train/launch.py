@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util import placement_group_table
 
-from umarvel_ray.data.plan import read_plan
+from umarvel_ray.data.plan import plan_length
+from umarvel_ray.data.stored import StoredTable
 from umarvel_ray.errors import UserError
 from umarvel_ray.progress import progress
 from umarvel_ray.recipe import Cluster
@@ -23,13 +24,14 @@ from umarvel_ray.runs import read_step_log
 from umarvel_ray.train.failures import current_phase, describe, record_failure
 from umarvel_ray.train.phases import PhaseSpec
 from umarvel_ray.train.stream import Tables
+from umarvel_ray.waiting import SAY_EVERY, resources, say_waiting
 
 
 def train_phases(
     stage: str,
     specs: Sequence[PhaseSpec],
-    queries: dict[str, pa.Table],
-    documents: pa.Table,
+    queries: dict[str, StoredTable],
+    documents: StoredTable,
     cluster: Cluster,
     run_dir: Path,
 ) -> None:
@@ -47,10 +49,8 @@ def train_phases(
         return
     for spec in todo:
         spec.error_path.unlink(missing_ok=True)
-    trainer = _trainer(stage, todo, _shared_tables(todo, queries, documents), cluster, run_dir)
-    needs = ", ".join(f"{number:g} {kind}" for kind, number in _resources(cluster).items())
-    print(f"{stage}: waiting for {cluster.workers} workers ({needs} each)", file=sys.stderr, flush=True)
-    with _progress_of(todo):
+    trainer = _trainer(stage, todo, _tables(todo, queries, documents), cluster, run_dir)
+    with _progress_of(todo), _saying_what_it_waits_for(stage, cluster):
         try:
             trainer.fit()
         except ray.train.WorkerGroupError as error:
@@ -59,11 +59,10 @@ def train_phases(
         raise UserError(message)
 
 
-def _shared_tables(specs: Sequence[PhaseSpec], queries: dict[str, pa.Table], documents: pa.Table) -> dict[str, Tables]:
-    """The tables of each phase in Ray's object store, by the phase's name."""
-    corpus = ray.put(documents)
+def _tables(specs: Sequence[PhaseSpec], queries: dict[str, StoredTable], documents: StoredTable) -> dict[str, Tables]:
+    """The tables of each phase, by the phase's name."""
     processor = specs[0].parent  # later parents do not exist yet; all have the same tokenizer
-    return {spec.name: Tables(ray.put(queries[spec.name]), corpus, processor, spec.settings) for spec in specs}
+    return {spec.name: Tables(queries[spec.name], documents, processor, spec.settings) for spec in specs}
 
 
 def _trainer(
@@ -82,22 +81,16 @@ def _trainer(
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker=_resources(cluster),
+            resources_per_worker=resources(cluster.cpus_per_worker, cluster.gpus_per_worker),
         ),
         run_config=RunConfig(
             name=stage,
             storage_path=str(run_dir / "train_state"),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[_FailureLog(specs)],  # type: ignore[list-item]
+            callbacks=[_FailureLog(specs, tables)],  # type: ignore[list-item]
         ),
     )
-
-
-def _resources(cluster: Cluster) -> dict[str, float]:
-    """What each worker needs."""
-    needs = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    return {kind: number for kind, number in needs.items() if number}
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -127,7 +120,7 @@ def _progress_of(specs: Sequence[PhaseSpec]) -> Iterator[None]:
 
 def _follow(specs: Sequence[PhaseSpec], finished: threading.Event) -> None:
     for spec in specs:
-        with progress(len(read_plan(spec.plan_path)), f"train {spec.name}", "step") as bar:
+        with progress(plan_length(spec.plan_path), f"train {spec.name}", "step") as bar:
             shown = 0
             while not finished.is_set() and not spec.done:
                 time.sleep(1)
@@ -138,15 +131,45 @@ def _follow(specs: Sequence[PhaseSpec], finished: threading.Event) -> None:
             return
 
 
+@contextmanager
+def _saying_what_it_waits_for(stage: str, cluster: Cluster) -> Iterator[None]:
+    """Say at once that workers are awaited, and from another thread again while Ray has no room for them."""
+    needs = resources(cluster.cpus_per_worker, cluster.gpus_per_worker)
+    say = partial(say_waiting, stage, cluster.workers, "workers", needs, "cluster.workers")
+    say()
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(SAY_EVERY):
+            if _is_pending([needs] * cluster.workers):
+                say()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
+
+
+def _is_pending(bundles: Sequence[dict[str, float]]) -> bool:
+    """Whether a placement group of these bundles, in which Ray Train starts its workers, waits for room."""
+    return any(
+        group["state"] == "PENDING" and list(group["bundles"].values()) == list(bundles)
+        for group in placement_group_table().values()
+    )
+
+
 class _FailureLog(UserCallback):
     """Records every failure of the worker group from Ray Train's controller: a lost worker cannot report its own."""
 
-    def __init__(self, specs: Sequence[PhaseSpec]) -> None:
-        self.specs = list(specs)
+    def __init__(self, specs: Sequence[PhaseSpec], tables: dict[str, Tables]) -> None:
+        self.specs, self.tables = list(specs), tables
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         with suppress(OSError):  # the failure may be a full disk
-            record_failure(self.specs, worker_exceptions)
+            record_failure(self.specs, self.tables, worker_exceptions)
 
 
 def _last_failure(stage: str, specs: Sequence[PhaseSpec], error: ray.train.WorkerGroupError) -> str:

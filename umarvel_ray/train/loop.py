@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import ray.train
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from umarvel_ray.data.plan import read_plan
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.packing import is_packed
-from umarvel_ray.model.reranker import RerankerModel
 from umarvel_ray.model.vision_cache import VisionCache
 from umarvel_ray.recipe import RerankPhase
 from umarvel_ray.train.build import build_module, model_of, save_merged
@@ -40,62 +36,43 @@ from umarvel_ray.train.engine import (
 from umarvel_ray.train.failures import check_finite, explain_out_of_memory
 from umarvel_ray.train.frozen_tower import FrozenTower
 from umarvel_ray.train.phases import VISION_CACHE_BYTES, PhaseSpec
+from umarvel_ray.train.state import TrainState, open_state, phase_of
 from umarvel_ray.train.step_log import StepLog
 from umarvel_ray.train.steps import run_step
 from umarvel_ray.train.stream import Tables, open_stream
-
-TENSORS, POSITION = "state.safetensors", "position.txt"
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """How far a phase has come.
-
-    Attributes:
-        steps: optimizer steps taken.
-        tensors: trainable parameters and Adam moments after them (see `engine.capture`); empty before the first step.
-    """
-
-    steps: int = 0
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def save(self, phase: str, folder: Path) -> None:
-        """Write the state of a phase as the files of a Ray Train checkpoint."""
-        save_file(self.tensors, folder / TENSORS)
-        (folder / POSITION).write_text(f"{phase} {self.steps}")
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker; `config`: specs, tables (by phase name), tasks, cpus_per_task, threads."""
     torch.set_num_threads(config["threads"])
-    resumed = _resumed_state(config["specs"])
+    # Asked for once: later checkpoints are known to rank 0 only, and this one is deleted by then.
+    checkpoint = ray.train.get_checkpoint()
+    interrupted = phase_of(checkpoint)
     for spec in config["specs"]:
         if spec.error_path.exists():
             return  # an earlier attempt ended in a user error, which a retry cannot fix
         if not spec.done:
             try:
-                state = resumed.pop(spec.name, TrainState())
-                _train_phase(spec, config["tables"][spec.name], config["tasks"], config["cpus_per_task"], state)
+                resumed = checkpoint if spec.name == interrupted else None
+                _train_phase(spec, config["tables"][spec.name], config["tasks"], config["cpus_per_task"], resumed)
             except UserError as error:
                 spec.error_path.write_text(str(error))
                 raise
         dist.barrier()
 
 
-def _train_phase(spec: PhaseSpec, tables: Tables, tasks: int, cpus: float, state: TrainState) -> None:
+def _train_phase(
+    spec: PhaseSpec, tables: Tables, tasks: int, cpus: float, resumed: ray.train.Checkpoint | None
+) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = read_plan(spec.plan_path)
-    module = build_module(spec, quantized=spec.phase.language_model == "qlora")
-    if state.tensors:
-        load_trainable(module, state.tensors)
-    visual_of = _visual_of(spec, model_of(module))
-    engine = make_engine(module, spec.phase, spec.compute)
-    if state.tensors:
-        restore(engine, state.tensors, state.steps)
+    with open_state(resumed) as state:
+        first = state.steps
+        engine, visual_of = start_phase(spec, state)
     packed = is_packed(spec.compute.packed, engine.device)
     passes = Passes(spec.compute.token_budget, spec.compute.gradient_cache, packed)
-    stream = open_stream(plan[state.steps :], tables, rank, world, isinstance(spec.phase, RerankPhase), tasks, cpus)
-    log = StepLog(spec.log_path, state.steps) if rank == 0 else None
+    stream = open_stream(plan[first:], tables, rank, world, isinstance(spec.phase, RerankPhase), tasks, cpus)
+    log = StepLog(spec.log_path, first) if rank == 0 else None
     clock = time.monotonic()
     for batch in stream:
         step = batch.plan.step
@@ -105,7 +82,7 @@ def _train_phase(spec: PhaseSpec, tables: Tables, tasks: int, cpus: float, state
         with explain_out_of_memory(spec, step, rank, batch.lengths, packed):
             loss, temperature, tokens = run_step(engine, spec, batch, passes, visual_of)
             grad_norm = take_step(engine)
-        check_finite(spec.name, batch.plan, loss, grad_norm)
+        check_finite(spec.name, batch.plan, tables, loss, grad_norm)
         seconds = time.monotonic() - clock
         clock = time.monotonic()
         metrics = {
@@ -116,7 +93,7 @@ def _train_phase(spec: PhaseSpec, tables: Tables, tasks: int, cpus: float, state
             "learning_rate": engine.optimizer.param_groups[0]["lr"],
             "seconds": seconds,
             "wait_share": waited / seconds,
-            "samples_per_s": len(batch.plan.query_ids) / seconds,
+            "samples_per_s": len(batch.plan.queries) / seconds,
             "tokens_per_s": tokens / seconds,
         }
         if log:
@@ -131,27 +108,23 @@ def _train_phase(spec: PhaseSpec, tables: Tables, tasks: int, cpus: float, state
     _report(spec.name, final, metrics)
 
 
-def _visual_of(spec: PhaseSpec, model: EmbeddingModel | RerankerModel) -> VisualOf:
-    """A frozen tower is taken out of the module and cached; one that is trained, even in part, stays and runs in it."""
-    if spec.phase.vision != "frozen":
-        return lambda pictures: None
-    tower = FrozenTower(model.backbone, model.scale, "cuda" if torch.cuda.is_available() else "cpu")
-    return partial(VisionCache(VISION_CACHE_BYTES if spec.compute.cache_vision else 0).features, tower)
+def start_phase(spec: PhaseSpec, state: TrainState) -> tuple[deepspeed.DeepSpeedEngine, VisualOf]:
+    """The engine as it was after `state.steps` steps, and what gives it the features of pictures.
 
-
-def _resumed_state(specs: Sequence[PhaseSpec]) -> dict[str, TrainState]:
-    """The last reported state of the phase that was interrupted, by its name; empty if there is none.
-
-    Called once, as the group starts: later checkpoints are known to rank 0 only, and this one is deleted by then.
+    A frozen tower is taken out of the module and cached; one that is trained, even in part, stays and runs in it.
     """
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return {}
-    with checkpoint.as_directory() as folder:
-        name, steps = (Path(folder) / POSITION).read_text().split()
-        if all(spec.done or spec.name != name for spec in specs):
-            return {}
-        return {name: TrainState(int(steps), load_file(Path(folder) / TENSORS))}
+    module = build_module(spec, quantized=spec.phase.language_model == "qlora")
+    if state.tensors:
+        load_trainable(module, state.tensors)
+    model = model_of(module)
+    tower = FrozenTower(model.backbone, model.scale) if spec.phase.vision == "frozen" else None
+    engine = make_engine(module, spec.phase, spec.compute)
+    if state.tensors:
+        restore(engine, state.tensors, state.steps)
+    if tower is None:
+        return engine, lambda pictures: None
+    cache = VisionCache(VISION_CACHE_BYTES if spec.compute.cache_vision else 0)
+    return engine, partial(cache.features, tower.to(engine.device))
 
 
 def _report(phase: str, state: TrainState, metrics: dict[str, float]) -> None:

@@ -1,30 +1,38 @@
 """Quarantine before training: open every item that a query table needs, and set aside the rows that are unusable.
 
 A batch plan is fixed before any picture is decoded, so bad pictures must be known by then. Unusable rows are written to
-`quarantine/NAME.parquet` (table, id, reason); the file's existence also marks the check as done.
+`quarantine/NAME.parquet` (table, row, id, reason), which also marks the check of these tables as done.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
-from umarvel_ray.data.tables import Dataset, item_of
+from umarvel_ray.data.content import digest_of
+from umarvel_ray.data.dataset import Dataset, Queries, Selection, item_of
+from umarvel_ray.data.stored import StoredTable
 from umarvel_ray.errors import UserError
 from umarvel_ray.files import atomic_path
 from umarvel_ray.items.images import open_image
 from umarvel_ray.items.item import check_item
 from umarvel_ray.items.videos import open_video
 
-Row = dict[str, Any]
-
-ROWS_PER_TASK = 4096
-QUARANTINE = pa.schema([("table", pa.string()), ("id", pa.string()), ("reason", pa.string())])
+DOCUMENTS = "documents"
+TASK_ROWS = 4096
+READ_ROWS = 64  # rows in a task's memory at once
+TASKS_AHEAD = 64  # submitted before the first one is done
+INPUTS = b"inputs"  # key of the file's metadata: what was checked
+QUARANTINE = pa.schema([("table", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string())])
 
 
 def without_unusable(dataset: Dataset, name: str, folder: Path) -> Dataset:
@@ -38,30 +46,22 @@ def without_unusable(dataset: Dataset, name: str, folder: Path) -> Dataset:
     """
     file = folder / f"{name}.parquet"
     queries = dataset.queries(name)
-    first_check = not file.exists()
+    inputs = digest_of(dataset.documents.digest, queries.digest)
+    first_check = not _is_check_of(file, inputs)
     if first_check:
-        _write(_unusable(dataset, name, queries), file)
-    bad = pq.read_table(file)
+        _write_unusable(dataset.documents, name, queries, file, inputs)
+    bad = pq.read_table(file, columns=["table", "row"])
     if not bad.num_rows:
         return dataset
-    bad_documents = set(bad.filter(pc.equal(bad["table"], "documents"))["id"].to_pylist())
-    bad_queries = set(bad.filter(pc.equal(bad["table"], name))["id"].to_pylist())
-    kept, positives = [], []
-    for row, (id_, ids) in enumerate(zip(queries["id"].to_pylist(), queries["positive_ids"].to_pylist(), strict=True)):
-        usable = [document for document in ids if document not in bad_documents]
-        if usable and id_ not in bad_queries:
-            kept.append(row)
-            positives.append(usable)
+    kept = _usable(queries, _rows_of(bad, DOCUMENTS), _rows_of(bad, name))
     if first_check:
-        print(f"{name}: {len(bad_queries):,} of {queries.num_rows:,} queries set aside; reasons in {file}")
-    if not kept:
+        print(f"{name}: {queries.n - kept.n:,} of {queries.n:,} queries set aside; reasons in {file}")
+    if not kept.n:
         raise UserError(f"{dataset.root}: no usable query in '{name}'; reasons in {file}")
-    clean = queries.take(pa.array(kept))
-    column = clean.column_names.index("positive_ids")
-    return dataset.with_queries(name, clean.set_column(column, "positive_ids", pa.array(positives)))
+    return dataset.with_queries(name, kept)
 
 
-def reason_against(row: Row, where: str) -> str | None:
+def reason_against(row: Mapping[str, Any], where: str) -> str | None:
     """Why a row of a document or query table cannot be embedded; None if it can."""
     try:
         item = check_item(item_of(row), where)
@@ -75,31 +75,56 @@ def reason_against(row: Row, where: str) -> str | None:
     return None
 
 
-def _unusable(dataset: Dataset, name: str, queries: pa.Table) -> list[Row]:
-    """A {"table", "id", "reason"} for every unusable query and positive."""
-    wanted = pc.unique(pc.list_flatten(queries["positive_ids"])).to_pylist()
-    documents = dataset.documents.take(pa.array([dataset.row_of[id_] for id_ in wanted], pa.int64()))
-    found: list[Row] = []
-    for table, rows in (("documents", documents), (name, queries)):
-        shared = ray.put(rows)
-        starts = range(0, rows.num_rows, ROWS_PER_TASK)
-        found += [bad for part in ray.get([_check.remote(shared, start, table) for start in starts]) for bad in part]
-    bad_documents = {row["id"] for row in found if row["table"] == "documents"}
-    bad_queries = {row["id"] for row in found if row["table"] == name}
-    for row in queries.select(["id", "positive_ids"]).to_pylist() if bad_documents else []:
-        if row["id"] not in bad_queries and bad_documents.issuperset(row["positive_ids"]):
-            found.append({"table": name, "id": row["id"], "reason": "none of its positives can be used"})
-    return found
+def _usable(queries: Queries, bad_documents: np.ndarray, bad_queries: np.ndarray) -> Queries:
+    """The queries that are not bad, and that have a positive which is not; without the bad positives."""
+    positives = queries.positives.keep(~np.isin(queries.positives.values, bad_documents))
+    good = (positives.counts > 0) & ~np.isin(queries.rows, bad_queries)
+    return replace(queries, positives=positives).take(np.flatnonzero(good))
+
+
+def _is_check_of(file: Path, inputs: str) -> bool:
+    return file.exists() and (pq.read_schema(file).metadata or {}).get(INPUTS) == inputs.encode()
+
+
+def _write_unusable(documents: StoredTable, name: str, queries: Queries, file: Path, inputs: str) -> None:
+    """Write a row of QUARANTINE for every unusable query and positive, as they are found."""
+    schema = QUARANTINE.with_metadata({INPUTS: inputs})
+    with atomic_path(file) as partial, pq.ParquetWriter(partial, schema) as writer:
+        bad = {}
+        positives = Selection(documents, np.unique(queries.positives.values))
+        for table, rows in ((DOCUMENTS, positives), (name, queries.selection)):
+            numbers = [np.empty(0, np.int64)]
+            for found in _check_all(rows, table):
+                writer.write_table(found.cast(schema))
+                numbers.append(found["row"].to_numpy())
+            bad[table] = np.concatenate(numbers)
+        usable = _usable(queries, bad[DOCUMENTS], bad[name])
+        lost = np.setdiff1d(queries.rows, np.concatenate([usable.rows, bad[name]]))
+        ids = queries.table.fetch(lost, ["id"])["id"]
+        reasons = pa.repeat("none of its positives can be used", len(lost))
+        writer.write_table(pa.table([pa.repeat(name, len(lost)), lost, ids, reasons], schema))
+
+
+def _check_all(rows: Selection, table: str) -> Iterator[pa.Table]:
+    """Check rows in Ray tasks; what they find comes in order."""
+    waiting: deque[ray.ObjectRef] = deque()
+    for start in range(0, rows.n, TASK_ROWS):
+        waiting.append(_check.remote(rows.part(start, start + TASK_ROWS), table))
+        if len(waiting) == TASKS_AHEAD:
+            yield ray.get(waiting.popleft())
+    while waiting:
+        yield ray.get(waiting.popleft())
 
 
 @ray.remote(num_cpus=0.5)
-def _check(rows: pa.Table, start: int, table: str) -> list[Row]:
-    reasons = (
-        (row["id"], reason_against(row, f"{table} {row['id']}")) for row in rows.slice(start, ROWS_PER_TASK).to_pylist()
-    )
-    return [{"table": table, "id": id_, "reason": reason} for id_, reason in reasons if reason]
+def _check(rows: Selection, table: str) -> pa.Table:
+    parts = (rows.part(start, start + READ_ROWS) for start in range(0, rows.n, READ_ROWS))
+    numbered = ((number, row) for part in parts for number, row in zip(part.rows.tolist(), part.items(), strict=True))
+    reasons = ((number, row["id"], reason_against(row, f"{table} {row['id']}")) for number, row in numbered)
+    found = [{"table": table, "row": number, "id": id_, "reason": reason} for number, id_, reason in reasons if reason]
+    return pa.Table.from_pylist(found, QUARANTINE)
 
 
-def _write(found: list[Row], file: Path) -> None:
-    with atomic_path(file) as partial:
-        pq.write_table(pa.Table.from_pylist(found, QUARANTINE), partial)
+def _rows_of(bad: pa.Table, table: str) -> np.ndarray:
+    rows: np.ndarray = bad.filter(pc.equal(bad["table"], table))["row"].to_numpy()
+    return rows

@@ -35,7 +35,7 @@ def run_step(
     """
     seed = spec.seed + batch.plan.step
     if isinstance(batch, RankPairs):
-        loss = rerank_step(engine, batch.pairs, len(batch.plan.query_ids), passes, visual_of, seed)
+        loss = rerank_step(engine, batch.pairs, len(batch.plan.queries), passes, visual_of, seed)
         return loss, 0.0, _total(sum(batch.lengths), engine.device)
     loss_of = _loss_of(batch.plan, spec.phase)
     loss, temperature = embedding_step(engine, batch.queries, batch.documents, loss_of, passes, visual_of, seed)
@@ -47,7 +47,7 @@ def not_negatives(plan: PlanStep) -> np.ndarray:
 
     These are the query's listed positives and, if the plan lists each query's `own` negatives, all other documents.
     """
-    matrix = np.full((len(plan.query_ids), len(plan.document_ids)), "own" in plan.arrays)
+    matrix = np.full((len(plan.queries), len(plan.documents)), "own" in plan.arrays)
     for name, value in (("own", False), ("relevant", True)):
         if name in plan.arrays:
             matrix[tuple(plan.arrays[name].T)] = value

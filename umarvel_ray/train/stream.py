@@ -1,7 +1,8 @@
-"""The stream of encoded batches: Ray Data prepares one row per step of the batch plan, in order, ahead of the trainer.
+"""The stream of encoded batches: Ray Data prepares the items of the batch plan, in order, ahead of the trainer.
 
 Each rank opens a stream over its own slice of the plan; CPU tasks anywhere in the cluster read, decode, resize and
-tokenize. Plan rows carry row numbers and the tables are in the object store, so a task touches only its own rows.
+tokenize. A task gets row numbers and reads these rows from the tables' files. Its output is one row per item, so a step
+may be of any size: no cell and no block ever holds a whole one.
 """
 
 from __future__ import annotations
@@ -10,33 +11,37 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import ray
 from ray.data import DataContext, ExecutionResources
 
 from umarvel_ray.compat.ray import pause_scheduling
+from umarvel_ray.data.dataset import ITEM_COLUMNS, item_of
 from umarvel_ray.data.plan import PlanStep, rank_slice
-from umarvel_ray.data.tables import item_of
-from umarvel_ray.errors import UserError
+from umarvel_ray.data.stored import StoredTable
 from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
-from umarvel_ray.items.item import Item
 from umarvel_ray.items.pair_encoder import EncodedPair, PairEncoder
 from umarvel_ray.recipe import ModelSettings
+
+TASK_ITEMS = 128  # items that one task prepares, or more if there would be too many tasks
+MOST_TASKS = 10_000  # of a stream: Ray Data needs about a millisecond to set one up
+BLOCK_ITEMS = 16  # items that a task reads and hands over at a time
+BLOCK_BYTES = 16 << 20  # up to which Ray Data joins what is handed over
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Where a plan's items come from: both tables in the object store, and what the encoders are built from.
+    """Where a plan's items come from, and what the encoders are built from.
 
     Attributes:
         processor: directory with tokenizer, chat template and image processor.
     """
 
-    queries: ray.ObjectRef
-    documents: ray.ObjectRef
+    queries: StoredTable
+    documents: StoredTable
     processor: str
     settings: ModelSettings
 
@@ -77,71 +82,83 @@ def open_stream(
         pairs: encode aligned (query, document) pairs for the reranker instead of separate items.
         tasks: preprocessing tasks that may run at once for this rank.
         cpus: logical CPUs of each task.
-
-    Raises:
-        UserError: the plan names a row that the tables do not have.
     """
     if not plan:
         return
-    query_row = _row_numbers(ray.get(tables.queries))
-    document_row = _row_numbers(ray.get(tables.documents))
-    rows = []
-    for step in plan:
-        q = step.query_ids[rank_slice(len(step.query_ids), rank, world)]
-        d = step.document_ids[rank_slice(len(step.document_ids), rank, world)]
-        row = {
-            "queries": [_find(query_row, i, "query") for i in q],
-            "documents": [_find(document_row, i, "document") for i in d],
-        }
-        if pairs:
-            row["answers"] = step.arrays["answers"][rank_slice(len(step.query_ids), rank, world)].tolist()
-        rows.append(row)
+    shares = [_share(step, rank, world, pairs) for step in plan]
+    size = max(TASK_ITEMS, sum(len(share["query"]) + len(share["document"]) for share in shares) // MOST_TASKS)
+    work = [part for share in shares for part in _parts(share, size)]
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(cpu=tasks * cpus)
+    context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
     pause_scheduling(context)
     with DataContext.current(context):
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            cast(Any, _encode_row), batch_size=1, num_cpus=cpus, fn_kwargs={"tables": tables, "pairs": pairs}
+        dataset = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
+            cast(Any, _encode), batch_size=1, num_cpus=cpus, fn_kwargs={"tables": tables}
         )
-        stream = dataset.iter_batches(batch_size=1, prefetch_batches=2 * tasks, batch_format="pyarrow")
-        encoded: Any
-        for step, encoded in zip(plan, stream, strict=True):
-            first, second = pickle.loads(encoded["payload"][0].as_buffer())
-            yield RankPairs(step, first) if pairs else RankItems(step, first, second)
+        blocks = dataset.iter_batches(batch_size=None, prefetch_batches=2 * tasks, batch_format="pyarrow")
+        encoded: Any = (pickle.loads(cell.as_buffer()) for block in blocks for cell in block["item"])
+        for step, share in zip(plan, shares, strict=True):
+            first = list(islice(encoded, len(share["query"])))
+            yield (
+                RankPairs(step, first)
+                if pairs
+                else RankItems(step, first, list(islice(encoded, len(share["document"]))))
+            )
 
 
-def _encode_row(rows: dict[str, np.ndarray], tables: Tables, pairs: bool) -> dict[str, list[bytes]]:
-    """A Ray Data batch of one plan row → its pickled items or pairs."""
-    queries, documents = ray.get([tables.queries, tables.documents])
-    q, d = rows["queries"][0], rows["documents"][0]
-    payload: tuple[list[Any], list[Any] | None]
+def _share(step: PlanStep, rank: int, world: int, pairs: bool) -> dict[str, np.ndarray]:
+    """A rank's row numbers of a step: its queries, then its documents, or pairs of both with their answers."""
+    share = {
+        "query": step.queries[rank_slice(len(step.queries), rank, world)],
+        "document": step.documents[rank_slice(len(step.documents), rank, world)],
+    }
     if pairs:
-        pair_encoder = _pair_encoder(tables.processor, tables.settings)
-        aligned = zip(_items(queries, q), _items(documents, d), rows["answers"][0], strict=True)
-        payload = ([pair_encoder.encode(query, document, bool(answer)) for query, document, answer in aligned], None)
-    else:
-        encoder = _item_encoder(tables.processor, tables.settings)
-        payload = (
-            [encoder.encode(item, "query") for item in _items(queries, q)],
-            [encoder.encode(item, "document") for item in _items(documents, d)],
-        )
-    return {"payload": [pickle.dumps(payload, protocol=5)]}
+        share["answer"] = step.arrays["answers"][rank_slice(len(step.queries), rank, world)]
+    return share
 
 
-def _items(table: pa.Table, rows: np.ndarray) -> list[Item]:
-    return [item_of(row) for row in table.take(pa.array(rows, type=pa.int64())).to_pylist()]
+def _parts(share: dict[str, np.ndarray], size: int) -> Iterator[dict[str, list[int]]]:
+    """What one task prepares, in order: `size` pairs, or `size` items of which queries come before documents."""
+    if "answer" in share:
+        for start in range(0, len(share["query"]), size):
+            yield {name: rows[start : start + size].tolist() for name, rows in share.items()}
+        return
+    queries, documents = share["query"].tolist(), share["document"].tolist()
+    for start in range(0, len(queries) + len(documents), size):
+        inside = slice(max(0, start - len(queries)), max(0, start + size - len(queries)))
+        yield {"query": queries[start : start + size], "document": documents[inside], "answer": []}
 
 
-def _row_numbers(table: pa.Table) -> dict[str, int]:
-    return {name: i for i, name in enumerate(table["id"].to_pylist())}
+def _encode(work: dict[str, np.ndarray], tables: Tables) -> Iterator[dict[str, list[bytes]]]:
+    """A Ray Data batch of one part → its items or pairs, each pickled in a row of its own."""
+    query, document, answer = (work[name][0] for name in ("query", "document", "answer"))
+    encoded: Iterator[Any]
+    encoded = _pairs(query, document, answer, tables) if len(answer) else _items(query, document, tables)
+    while block := [pickle.dumps(item, protocol=5) for item in islice(encoded, BLOCK_ITEMS)]:
+        yield {"item": block}
 
 
-def _find(row_of: dict[str, int], name: str, kind: str) -> int:
-    if name not in row_of:
-        raise UserError(f"plan: {kind} '{name}' is in no table; remove the plan from the run folder to rebuild it")
-    return row_of[name]
+def _items(query: np.ndarray, document: np.ndarray, tables: Tables) -> Iterator[EncodedItem]:
+    encoder = _item_encoder(tables.processor, tables.settings)
+    for side, table, rows in (("query", tables.queries, query), ("document", tables.documents, document)):
+        for item in _read(table, rows):
+            yield encoder.encode(item, side)
+
+
+def _pairs(query: np.ndarray, document: np.ndarray, answer: np.ndarray, tables: Tables) -> Iterator[EncodedPair]:
+    encoder = _pair_encoder(tables.processor, tables.settings)
+    both = zip(_read(tables.queries, query), _read(tables.documents, document), answer, strict=True)
+    for first, second, yes in both:
+        yield encoder.encode(first, second, bool(yes))
+
+
+def _read(table: StoredTable, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+    """The items in rows, of which few are in memory at once."""
+    for start in range(0, len(rows), BLOCK_ITEMS):
+        yield from map(item_of, table.rows(rows[start : start + BLOCK_ITEMS], ITEM_COLUMNS))
 
 
 @lru_cache(maxsize=2)

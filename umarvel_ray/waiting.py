@@ -1,0 +1,34 @@
+"""What a job waits for while the cluster has no room for it: one line, said again and again, never silence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+import ray
+
+SAY_EVERY = 30.0  # seconds
+
+
+def resources(cpus: float, gpus: float) -> dict[str, float]:
+    """What each actor or worker needs, by Ray's names."""
+    return {kind: number for kind, number in (("CPU", cpus), ("GPU", gpus)) if number}
+
+
+def say_waiting(what: str, count: int, kind: str, needs: Mapping[str, float], setting: str) -> None:
+    """Print what a job waits for, what the cluster has, and whether that can never be enough.
+
+    A cluster that is too small may still grow, so this never ends a job.
+
+    Args:
+        what: the work, such as "embedding" or "stage1"; kind: "actors" or "workers".
+        count: how many of them have not started; needs: see `resources`.
+        setting: the recipe's key that lowers their number.
+    """
+    total, free = ray.cluster_resources(), ray.available_resources()
+    each = ", ".join(f"{number:g} {name}" for name, number in needs.items())
+    has = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}" for name in needs)
+    line = f"{what}: waiting for {count} {kind} ({each} each); free in the cluster: {has}"
+    if short := [name for name, number in needs.items() if count * number > total.get(name, 0)]:
+        line += f"; it has too few {' and '.join(short)}s in all: add nodes, or lower {setting}"
+    print(line, file=sys.stderr, flush=True)
