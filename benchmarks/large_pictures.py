@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from benchmarks.common.memory import memory_of
 from benchmarks.common.results import text_arguments, write_result
 from umarvel_ray.ray_session import OBJECT_STORE_BYTES
 
@@ -58,7 +59,7 @@ def watch(command: list[str]) -> dict[str, float]:
     begin, process = time.monotonic(), psutil.Popen(command)
     total, single, shared = 0, 0, 0
     while process.poll() is None:
-        members = [_status(member.pid) for member in (process, *process.children(recursive=True))]
+        members = [memory_of(member.pid) for member in (process, *process.children(recursive=True))]
         total = max(total, sum(own["RssAnon"] for own in members))
         single = max(single, max((own["RssAnon"] for own in members), default=0))
         shared = max(shared, max((own["RssShmem"] for own in members), default=0))
@@ -104,20 +105,6 @@ def _picture(seed: int) -> bytes:
 
 def _row(id_: str, image: bytes) -> dict[str, Any]:
     return {"id": id_, "text": None, "image": image, "modality": "image", "source": "noise"}
-
-
-def _status(pid: int) -> dict[str, int]:
-    """Bytes of the process's memory by kind; zero if it has ended."""
-    sizes = {"RssAnon": 0, "RssShmem": 0}
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return sizes
-    return sizes | {
-        name: int(value.split()[0]) * 1024
-        for name, _, value in (line.partition(":") for line in lines)
-        if name in sizes
-    }
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ import psutil
 import pyarrow as pa
 
 from benchmarks.common.mbeir_folder import write_mbeir_folder
+from benchmarks.common.memory import memory_of
 from benchmarks.common.results import print_table, write_result
 from umarvel_ray.data.dataset import Dataset, Queries, Selection
 from umarvel_ray.data.plan import contrastive_plan, read_plan, rerank_plan, write_plan
@@ -82,8 +84,7 @@ class GivenVectors:
     def remote(self, ref: Ref, _: object, rows: Selection, side: str, folder: Path, index: int) -> int:
         vectors = np.random.default_rng([index, side == "query"]).standard_normal((rows.n, DIMENSION), np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        ids = rows.table.fetch(rows.rows, ["id"])["id"].to_pylist()
-        write_shard(folder, index, embedding_table(rows.rows.tolist(), ids, vectors), [])
+        write_shard(folder, index, embedding_table(rows.rows.tolist(), rows.table.ids(rows.rows), vectors), [])
         return rows.n
 
 
@@ -119,10 +120,8 @@ class Size:
         dataset, embedders = self.open(), GivenVectors()
         shards = 0
         for split in (TRAIN, TEST):
-            queries = dataset.queries(split)
-            by_task = Selection(queries.table, queries.rows[np.argsort(queries.task, kind="stable")])
             pool = Selection(dataset.documents, dataset.global_pool(split))
-            for rows, side in ((by_task, "query"), (pool, "document")):
+            for rows, side in ((dataset.queries(split).by_task(), "query"), (pool, "document")):
                 folder = self._vectors(split, side)
                 embed_table(embedders, rows, side, folder, Ref(), f"{split} {side}")
                 shards += read_manifest(folder)["shards"]
@@ -140,7 +139,7 @@ class Size:
             ranked = rank_shards(embedded, dataset, TRAIN, "global", depth, shards)
             queries_ranked = sum(table.num_rows for _, table, _ in ranked)
             seconds = time.perf_counter() - begin
-            actors = max(_anonymous(process) for process in psutil.process_iter() if _is_actor(process))
+            actors = max(memory_of(process.pid)["RssAnon"] for process in psutil.process_iter() if _is_actor(process))
         documents = np.concatenate([vectors_of(part) for part in _shards(self._vectors(TRAIN, "document"))])
         queries = [vectors_of(read_shard(folder, shard)) for shard in shards]
         topk(queries[0], documents, depth)
@@ -187,7 +186,7 @@ class Size:
         scores = [score_ranking(ranking, queries, settings) for ranking in rankings]
         candidates = candidates_to_score(rankings, RERANKED)
         answers = np.random.default_rng(3).random(len(flat(candidates["scores"])), np.float32)
-        lists = pa.LargeListArray.from_arrays(Ragged.of_arrow(candidates["documents"]).offsets, pa.array(answers))
+        lists = Ragged.of_arrow(candidates["documents"]).like(answers)
         known = answers_of(candidates.append_column(SCORED.field("rerank_scores"), lists), rankings[0])
         weight = calibrate_weight(rankings[0], known, queries, settings, RERANKED)
         fused = fuse_rankings(rankings[0], known, weight, RERANKED)
@@ -226,12 +225,12 @@ def _random_ranking(queries: Queries, rows: np.ndarray, pool: np.ndarray, depth:
     first = queries.positives.values[queries.positives.offsets[at]]
     documents[np.arange(len(rows)), rng.integers(0, depth, len(rows))] = first
     scores = -np.sort(-rng.uniform(0.3, 0.8, documents.shape).astype(np.float32), axis=1)
-    offsets = pa.array(np.arange(len(rows) + 1) * depth)
+    lists = Ragged.of_counts(np.full(len(rows), depth), documents.reshape(-1))
     columns = [
         pa.array(rows),
         pa.array(np.array(queries.tasks)[queries.task[at]], pa.string()),
-        pa.LargeListArray.from_arrays(offsets, pa.array(documents.reshape(-1))),
-        pa.LargeListArray.from_arrays(offsets, pa.array(scores.reshape(-1))),
+        lists.to_arrow(),
+        lists.like(scores.reshape(-1)),
         pa.array(np.full(len(rows), len(pool))),
     ]
     return pa.table(columns, schema=RANKING)
@@ -248,11 +247,6 @@ def _is_actor(process: psutil.Process) -> bool:
         return False
 
 
-def _anonymous(process: psutil.Process) -> int:
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
 class _Peak:
     """Watches this process from a thread."""
 
@@ -262,14 +256,14 @@ class _Peak:
 
     def _watch(self) -> None:
         while True:
-            self.anonymous = max(self.anonymous, _anonymous(self._own))
+            self.anonymous = max(self.anonymous, memory_of(self._own.pid)["RssAnon"])
             self.resident = max(self.resident, self._own.memory_info().rss)
             time.sleep(0.05)
 
 
 def run_step(step: str, root: Path, scale: float) -> dict[str, Any]:
     """Run a step in this process."""
-    peak, before = _Peak(), _anonymous(psutil.Process())
+    peak, before = _Peak(), memory_of(os.getpid())["RssAnon"]
     begin = time.perf_counter()
     figures = getattr(Size(root, scale), step)()
     seconds = time.perf_counter() - begin

@@ -65,7 +65,11 @@ class Ragged(NamedTuple):
 
     def to_arrow(self) -> pa.LargeListArray:
         """As an Arrow column, large_list<int64>."""
-        return pa.LargeListArray.from_arrays(pa.array(self.offsets), pa.array(self.values))
+        return self.like(self.values)
+
+    def like(self, values: np.ndarray) -> pa.LargeListArray:
+        """Other values (m,) in lists of the same lengths, as an Arrow column."""
+        return pa.LargeListArray.from_arrays(pa.array(self.offsets), pa.array(values))
 
     @property
     def n(self) -> int:
@@ -120,10 +124,16 @@ class Ragged(NamedTuple):
         if not len(self.values) or not values.size:
             return np.zeros(values.shape, bool)
         span = int(max(self.values.max(), values.max())) + 2
-        own = np.sort(self.owners * span + self.values)
-        asked = owners * span + values
-        found = np.minimum(np.searchsorted(own, asked), len(own) - 1)
-        return cast(np.ndarray, (own[found] == asked) & (values >= 0))
+        _, found = find(np.sort(self.owners * span + self.values), owners * span + values)
+        return cast(np.ndarray, found & (values >= 0))
+
+
+def find(ascending: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The place of each value that is asked for in ascending values, and whether it is there at all."""
+    if not len(ascending):
+        return np.zeros(asked.shape, np.int64), np.zeros(asked.shape, bool)
+    places = np.minimum(np.searchsorted(ascending, asked), len(ascending) - 1)
+    return places, ascending[places] == asked
 
 
 def flat(column: pa.ChunkedArray | pa.Array) -> np.ndarray:

@@ -6,7 +6,7 @@ numbers of the document table, so that no id has to be looked up after a table h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -54,6 +54,10 @@ class Selection:
         """The rows from position `start` to before `stop`."""
         return Selection(self.table, self.rows[start:stop])
 
+    def parts(self, size: int) -> Iterator[Selection]:
+        """`size` rows after the other; the last part may be smaller."""
+        return (self.part(start, start + size) for start in range(0, self.n, size))
+
     def items(self) -> list[dict[str, Any]]:
         """One dict per row: its id, and the columns of its item."""
         return self.table.rows(self.rows, ("id", *ITEM_COLUMNS))
@@ -80,14 +84,9 @@ class Queries:
     @classmethod
     def of(cls, table: StoredTable) -> Queries:
         """All rows of a table that was stored with its positives."""
-        codes = table.column("task").combine_chunks().dictionary_encode()
-        return cls(
-            table,
-            np.arange(table.num_rows),
-            Ragged.of_arrow(table.column("positive_rows")),
-            tuple(codes.dictionary.to_pylist()),
-            codes.indices.to_numpy(zero_copy_only=False).astype(np.int64),
-        )
+        task, names = table.codes("task")
+        positives = Ragged.of_arrow(table.column("positive_rows"))
+        return cls(table, np.arange(table.num_rows), positives, tuple(names), task)
 
     @property
     def n(self) -> int:
@@ -101,13 +100,16 @@ class Queries:
     def selection(self) -> Selection:
         return Selection(self.table, self.rows)
 
+    def by_task(self) -> Selection:
+        """The rows task by task, in the order of `tasks`."""
+        return Selection(self.table, self.rows[np.argsort(self.task, kind="stable")])
+
     def take(self, indices: np.ndarray) -> Queries:
         """The queries at these positions."""
         return replace(self, rows=self.rows[indices], positives=self.positives.take(indices), task=self.task[indices])
 
     def ids(self) -> list[str]:
-        found: list[str] = self.table.column("id").take(self.rows).to_pylist()
-        return found
+        return self.table.ids(self.rows)
 
     def of_task(self, name: str) -> np.ndarray:
         """The positions of a task's queries."""

@@ -241,29 +241,21 @@ def _is_union(file: Path) -> bool:
 
 def _training_pools(union: np.ndarray, documents: StoredTable) -> list[Pool]:
     """Local pools for training: by a task's dataset and target modality."""
-    source, modality = (_codes(documents, column)[union] for column in ("source", "modality"))
-    names = {column: _names(documents, column) for column in ("source", "modality")}
+    of_source, sources = documents.codes("source")
+    of_modality, modalities = documents.codes("modality")
+    source, modality = of_source[union], of_modality[union]
     pools = []
     for dataset, numbers in TASKS.items():
-        sources = [names["source"].get(name, -1) for name in (WIKIPEDIA if dataset in WIKIPEDIA else (dataset,))]
+        own = [sources.index(name) for name in (WIKIPEDIA if dataset in WIKIPEDIA else (dataset,)) if name in sources]
         for number in numbers:
-            fits = np.isin(source, sources) & (modality == names["modality"].get(TARGETS[number], -1))
+            if TARGETS[number] not in modalities:
+                continue
+            fits = np.isin(source, own) & (modality == modalities.index(TARGETS[number]))
             # The documents of one source follow those of another, each in the order of the union.
-            rows = np.concatenate([union[fits & (source == part)] for part in sources])
+            rows = np.concatenate([union[:0], *(union[fits & (source == part)] for part in own)])
             if len(rows):
                 pools.append((f"{dataset}_task{number}", "train", rows))
     return pools
-
-
-def _codes(documents: StoredTable, column: str) -> np.ndarray:
-    encoded = documents.column(column).combine_chunks().dictionary_encode()
-    codes: np.ndarray = encoded.indices.fill_null(-1).to_numpy()
-    return codes
-
-
-def _names(documents: StoredTable, column: str) -> dict[str, int]:
-    values = documents.column(column).combine_chunks().dictionary_encode().dictionary.to_pylist()
-    return {value: code for code, value in enumerate(values)}
 
 
 def _first_modality(positives: Ragged, documents: StoredTable) -> pa.Array:

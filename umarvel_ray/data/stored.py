@@ -84,7 +84,7 @@ class StoredTable:
             return schema.empty_table()
         order = np.argsort(wanted, kind="stable")
         ordered = wanted[order]
-        size = self._batches.get_batch(0).num_rows  # of all but the last
+        size = self._batch_rows
         starts = np.flatnonzero(np.diff(ordered // size, prepend=-1))
         parts = [
             _pick(self._batches.get_batch(int(part[0]) // size).select(names), part % size)
@@ -102,11 +102,27 @@ class StoredTable:
         found: list[dict[str, Any]] = self.fetch(rows, columns).to_pylist()
         return found
 
+    def ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The ids of rows."""
+        found: list[str] = self.fetch(rows, ["id"])["id"].to_pylist()
+        return found
+
+    def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """A column of few distinct strings as numbers: int64 (n,), −1 for null, and the string of each number."""
+        encoded = self.column(name).combine_chunks().dictionary_encode()
+        numbers: np.ndarray = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        return numbers.astype(np.int64), encoded.dictionary.to_pylist()
+
     def find(self, ids: pa.ChunkedArray | pa.Array) -> np.ndarray:
         """Row numbers int64 (n,) of ids; −1 for an unknown id. Each call reads the whole `id` column."""
         values = self.column("id").combine_chunks()
         rows: np.ndarray = pc.index_in(ids.cast(values.type), value_set=values).fill_null(-1).to_numpy()
         return rows.astype(np.int64)
+
+    @cached_property
+    def _batch_rows(self) -> int:
+        """The rows of each batch but the last."""
+        return int(self._batches.get_batch(0).num_rows)
 
     @cached_property
     def _batches(self) -> pa.ipc.RecordBatchFileReader:

@@ -219,14 +219,14 @@ def _check_tasks(table: StoredTable, where: str) -> None:
 
 def _check_positives(table: StoredTable, positives: pa.ListArray, rows: Ragged, where: str) -> None:
     if (lonely := np.flatnonzero(rows.counts == 0)).size:
-        [query] = table.rows(lonely[:1], ["id"])
-        raise UserError(f"{where}, row {lonely[0]}: query '{query['id']}' has no positive; add one or drop the row")
+        [query] = table.ids(lonely[:1])
+        raise UserError(f"{where}, row {lonely[0]}: query '{query}' has no positive; add one or drop the row")
     if (unknown := np.flatnonzero(rows.values < 0)).size:
         row = int(rows.owners[unknown[0]])
-        [query] = table.rows([row], ["id"])
+        [query] = table.ids([row])
         document = pc.list_flatten(positives)[int(unknown[0])].as_py()
         raise UserError(
-            f"{where}, row {row}: query '{query['id']}' names the unknown document '{document}' as positive; "
+            f"{where}, row {row}: query '{query}' names the unknown document '{document}' as positive; "
             "add it to the documents or drop it"
         )
 

@@ -54,8 +54,7 @@ class EmbedderActor:
         """Embed and write one shard; returns the number of input rows."""
         self._embedder.load(ref, truncate_dim)
         parts, quarantined = [], []
-        for start in range(0, rows.n, READ_ROWS):
-            part = rows.part(start, start + READ_ROWS)
+        for part in rows.parts(READ_ROWS):
             items = part.items()
             number_of = {item["id"]: number for item, number in zip(items, part.rows.tolist(), strict=True)}
             ids, vectors, unusable = self._embedder.embed(items, side)

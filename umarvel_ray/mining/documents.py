@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from umarvel_ray.data.dataset import Dataset, Queries
-from umarvel_ray.data.stored import StoredTable
 from umarvel_ray.ragged import Ragged, RowsByKey
 
 UNKNOWN = -1
@@ -24,13 +23,14 @@ class Documents:
         table = dataset.documents
         self.content = np.unique(table.column("content_key").to_numpy(), return_inverse=True)[1]
         self._with_content = RowsByKey(self.content, np.arange(table.num_rows))
-        self._modality = _codes(table, "modality", None)
-        self._image = _code_of(table, "modality", "image")
-        self._concept = _codes(table, "concept", None) if "concept" in table.schema.names else None
-        if self._concept is not None and "concept" in queries.table.schema.names:
-            self._asked = _codes(queries.table, "concept", table)[queries.rows]
-        else:
-            self._asked = np.full(queries.n, UNKNOWN)
+        self._modality, modalities = table.codes("modality")
+        self._image = modalities.index("image") if "image" in modalities else UNKNOWN
+        self._concept, self._asked = None, np.full(queries.n, UNKNOWN)
+        if "concept" in table.schema.names:
+            self._concept, concepts = table.codes("concept")
+            if "concept" in queries.table.schema.names:
+                asked = pc.index_in(queries.table.column("concept"), value_set=pa.array(concepts, pa.string()))
+                self._asked = asked.fill_null(UNKNOWN).to_numpy().astype(np.int64)[queries.rows]
         modality = queries.table.column("modality").combine_chunks()
         self._composed = pc.equal(modality, "image,text").fill_null(False).to_numpy(zero_copy_only=False)[queries.rows]
 
@@ -66,18 +66,3 @@ class Documents:
             & ~positives.contains_pairs(owners, documents)
         )
         return answers
-
-
-def _codes(table: StoredTable, column: str, among: StoredTable | None) -> np.ndarray:
-    """Numbers of a column's values among the distinct values of a table; UNKNOWN for null and for any other value."""
-    values = _distinct(among or table, column)
-    codes: np.ndarray = pc.index_in(table.column(column), value_set=values).fill_null(UNKNOWN).to_numpy()
-    return codes.astype(np.int64)
-
-
-def _code_of(table: StoredTable, column: str, value: str) -> int:
-    return int(pc.index(_distinct(table, column), value).as_py())
-
-
-def _distinct(table: StoredTable, column: str) -> pa.Array:
-    return table.column(column).unique().drop_null()

@@ -13,7 +13,7 @@ Steps 2 to 4 go through the queries shard by shard; each shard is written when i
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from umarvel_ray.mining.filters import (
     judge,
 )
 from umarvel_ray.model.checkpoint import CheckpointRef
-from umarvel_ray.ragged import Ragged, flat
+from umarvel_ray.ragged import Ragged, find, flat
 from umarvel_ray.recipe import Recipe
 from umarvel_ray.retrieve.rank import Embedded, OwnPictures, embed_split, rank, rank_shards
 
@@ -113,24 +113,23 @@ def mine(
 
 def negatives_of(out_dir: Path, queries: Queries) -> Ragged:
     """The hard negatives of each query; none for a query that was not mined."""
-    return _aligned(out_dir, queries, "negatives", lambda shard: Ragged.of_arrow(shard["negatives"]))
+    return _aligned(out_dir, queries, ("negatives",), lambda shard: Ragged.of_arrow(shard["negatives"]))
 
 
 def kept_of(out_dir: Path, queries: Queries, top: int) -> Ragged:
     """The best `top` candidates of each query that passed the filters; none for a query that was not mined."""
 
     def kept(shard: pa.Table) -> Ragged:
-        mask = flat(shard["kept"])
-        return best_kept(Ragged.of_arrow(shard["documents"]), mask, 0, top)
+        return best_kept(Ragged.of_arrow(shard["documents"]), flat(shard["kept"]), 0, top)
 
-    return _aligned(out_dir, queries, "documents", kept)
+    return _aligned(out_dir, queries, ("documents", "kept"), kept)
 
 
-def _aligned(out_dir: Path, queries: Queries, column: str, lists_of: Callable[[pa.Table], Ragged]) -> Ragged:
-    """Lists from all shards, in the order of the queries."""
+def _aligned(out_dir: Path, queries: Queries, columns: Sequence[str], lists_of: Callable[[pa.Table], Ragged]) -> Ragged:
+    """Lists made of some columns of all shards, in the order of the queries."""
     parts: deque[tuple[np.ndarray, Ragged]] = deque()
     for index in range(read_manifest(out_dir)["shards"]):
-        shard = read_shard(out_dir, index, ["query", column, "kept"])
+        shard = read_shard(out_dir, index, ["query", *columns])
         parts.append((np.searchsorted(queries.rows, shard["query"].to_numpy()), lists_of(shard)))
     return Ragged.gathered(parts, queries.n)
 
@@ -170,8 +169,8 @@ class CandidateJudge:
             ranking["query"].combine_chunks(),
             ranking["task"].combine_chunks(),
             candidates.to_arrow(),
-            pa.LargeListArray.from_arrays(pa.array(candidates.offsets), pa.array(scores)),
-            pa.LargeListArray.from_arrays(pa.array(candidates.offsets), pa.array(kept)),
+            candidates.like(scores),
+            candidates.like(kept),
             negatives.to_arrow(),
         ]
         return pa.table(columns, schema=MINED), _counts(tasks[candidates.owners], verdicts, false)
@@ -202,7 +201,7 @@ class CandidateJudge:
         """Each query's cosine to its nearest positive that was embedded; NaN if none was."""
         shard = read_shard(self._embedded.queries, index)
         vectors = vectors_of(shard)[np.searchsorted(shard["row"].to_numpy(), self._queries.rows[at])]
-        known = positives.keep(np.isin(positives.values, self._embedded.documents.rows))
+        known = positives.keep(find(self._embedded.documents.rows, positives.values)[1])
         scores = self._embedded.documents.pair_scores(vectors[known.owners], known.values)
         best = np.full(len(at), np.nan)
         np.fmax.at(best, known.owners, scores)

@@ -19,7 +19,7 @@ import torch
 from umarvel_ray.inference.embed import EmbedderGroup
 from umarvel_ray.inference.embeddings import vectors_of
 from umarvel_ray.inference.shards import read_manifest, read_shard, shard_path
-from umarvel_ray.ragged import Ragged
+from umarvel_ray.ragged import Ragged, find
 from umarvel_ray.retrieve.topk import TopK, Vectors, merge_topk, topk_of_rows
 
 QUERY_BLOCK = 4096
@@ -48,7 +48,7 @@ class ExactSearch:
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
         """The ascending positions of documents; those without a vector are left out."""
-        positions, known = self._find(np.unique(rows))
+        positions, known = find(self.rows, np.unique(rows))
         ascending: np.ndarray = positions[known]
         return ascending
 
@@ -87,11 +87,6 @@ class ExactSearch:
             scores[inside] = self._embedders.get(ref)
         return scores
 
-    def _find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The position of each document, and whether it has one."""
-        positions = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
-        return positions, self.rows[positions] == rows
-
     def _start(
         self, queries: np.ndarray, k: int, pool: ray.ObjectRef[Any] | None, exclude: Ragged | None, first: int
     ) -> list[ray.ObjectRef[Any]]:
@@ -99,7 +94,7 @@ class ExactSearch:
         block, excluded = ray.put(queries[inside]), None
         if exclude is not None:
             own = exclude.take(inside)
-            positions, known = self._find(own.values)
+            positions, known = find(self.rows, own.values)
             excluded = Ragged(own.offsets, positions).keep(known)
         device = self._embedders.device
         return [

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from umarvel_ray.data.dataset import Queries
-from umarvel_ray.ragged import Ragged
+from umarvel_ray.ragged import Ragged, flat
 from umarvel_ray.recipe import Evaluate
 from umarvel_ray.retrieve.metrics import BLOCK, blocks, mean, ranks_in, score_ranking
 
@@ -57,7 +57,7 @@ def answers_of(scored: pa.Table, ranking: pa.Table) -> np.ndarray:
         documents = Ragged.of_arrow(part["documents"])
         span = int(max(pairs.values.max(initial=0), documents.values.max(initial=0))) + 1
         keys = present[pairs.owners] * span + pairs.values
-        answers.append(_look_up(keys, _flat(known["rerank_scores"]), documents.owners * span + documents.values))
+        answers.append(_look_up(keys, flat(known["rerank_scores"]), documents.owners * span + documents.values))
     return np.concatenate(answers)
 
 
@@ -111,12 +111,12 @@ def _union(queries: np.ndarray, rankings: Sequence[pa.Table], rows: Sequence[np.
         table = _at(ranking, own[present])
         documents = Ragged.of_arrow(table["documents"])
         head = ranks_in(documents) < top
-        parts.append((present[documents.owners[head]], documents.values[head], _flat(table["scores"])[head]))
+        parts.append((present[documents.owners[head]], documents.values[head], flat(table["scores"])[head]))
     owners, values, scores = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     _, first = np.unique(owners * (int(values.max(initial=0)) + 1) + values, return_index=True)
     order = first[np.lexsort((first, owners[first]))]
     documents = Ragged.of_counts(np.bincount(owners[order], minlength=len(queries)), values[order])
-    return pa.table([pa.array(queries), documents.to_arrow(), _lists(documents, scores[order])], schema=CANDIDATES)
+    return pa.table([pa.array(queries), documents.to_arrow(), documents.like(scores[order])], schema=CANDIDATES)
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
@@ -129,7 +129,7 @@ def _look_up(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndar
 
 
 def _fused(ranking: pa.Table, answers: np.ndarray, weight: float, top: int) -> pa.Table:
-    documents, scores = Ragged.of_arrow(ranking["documents"]), _flat(ranking["scores"]).copy()
+    documents, scores = Ragged.of_arrow(ranking["documents"]), flat(ranking["scores"]).copy()
     head = np.flatnonzero(ranks_in(documents) < top)
     fused = scores[head].astype(np.float64) + weight * answers[head].astype(np.float64)
     order = np.lexsort((-fused, documents.owners[head]))  # stable
@@ -137,17 +137,7 @@ def _fused(ranking: pa.Table, answers: np.ndarray, weight: float, top: int) -> p
     values[head], scores[head] = documents.values[head[order]], fused[order]
     for name, column in (
         ("documents", Ragged(documents.offsets, values).to_arrow()),
-        ("scores", _lists(documents, scores)),
+        ("scores", documents.like(scores)),
     ):
         ranking = ranking.set_column(ranking.schema.get_field_index(name), name, column)
     return ranking
-
-
-def _flat(column: pa.ChunkedArray) -> np.ndarray:
-    values: np.ndarray = pc.list_flatten(column).to_numpy()
-    return values
-
-
-def _lists(lists: Ragged, values: np.ndarray) -> pa.LargeListArray:
-    """Values (m,) as lists of the same lengths."""
-    return pa.LargeListArray.from_arrays(pa.array(lists.offsets), pa.array(values))

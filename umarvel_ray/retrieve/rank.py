@@ -30,7 +30,7 @@ from umarvel_ray.inference.shards import (
     write_shard,
 )
 from umarvel_ray.model.checkpoint import CheckpointRef
-from umarvel_ray.ragged import Ragged, RowsByKey
+from umarvel_ray.ragged import Ragged, RowsByKey, find
 from umarvel_ray.retrieve.exact import ExactSearch
 from umarvel_ray.retrieve.topk import TopK
 
@@ -73,9 +73,7 @@ def embed_split(
     documents_dir, queries_dir = folder / f"{split}-documents", folder / f"{split}-queries"
     pool = Selection(dataset.documents, dataset.global_pool(split))
     embed_table(embedders, pool, "document", documents_dir, ref, f"{split} documents")
-    queries = dataset.queries(split)
-    by_task = Selection(queries.table, queries.rows[np.argsort(queries.task, kind="stable")])
-    embed_table(embedders, by_task, "query", queries_dir, ref, f"{split} queries")
+    embed_table(embedders, dataset.queries(split).by_task(), "query", queries_dir, ref, f"{split} queries")
     return Embedded(ExactSearch(embedders, documents_dir), queries_dir)
 
 
@@ -98,9 +96,16 @@ def rank(
         Columns of RANKING, one row per query, in the order of the query shards. Documents come best first, `scores` are
         cosines, and `pool_size` is the number of documents that the query was ranked against.
     """
-    queries = dataset.queries(split)
-    inputs = ranking_inputs(embedded, dataset, split) | {"scope": scope, "depth": depth, "drop": drop_query_image}
-    missing = open_output(folder, inputs, query_shards(embedded))
+    queries, asked = dataset.queries(split), read_manifest(embedded.queries)
+    inputs = {
+        "queries": queries.digest,
+        "pools": dataset.digest_of_pools(split),
+        "embedded": [read_manifest(embedded.documents.folder)["inputs"], asked["inputs"]],
+        "scope": scope,
+        "depth": depth,
+        "drop": drop_query_image,
+    }
+    missing = open_output(folder, inputs, asked["shards"])
     if missing or not is_complete(folder):
         for index, ranking, lost in rank_shards(embedded, dataset, split, scope, depth, missing, drop_query_image):
             write_shard(folder, index, ranking, lost)
@@ -118,20 +123,6 @@ def write_ranking(folder: Path, ranking: pa.Table) -> None:
     open_output(folder, {"rows": ranking.num_rows}, 1)
     write_shard(folder, 0, ranking, [])
     close_output(folder, ranking.num_rows)
-
-
-def ranking_inputs(embedded: Embedded, dataset: Dataset, split: str) -> dict[str, object]:
-    """What a ranking depends on, for the manifest of anything computed from it."""
-    return {
-        "queries": dataset.queries(split).digest,
-        "pools": dataset.digest_of_pools(split),
-        "embedded": [read_manifest(folder)["inputs"] for folder in (embedded.documents.folder, embedded.queries)],
-    }
-
-
-def query_shards(embedded: Embedded) -> int:
-    """The number of shards of embedded queries, and so of a ranking."""
-    return int(read_manifest(embedded.queries)["shards"])
 
 
 def rank_shards(
@@ -187,7 +178,7 @@ class _Ranker:
         self._search, self._folder = embedded
         self._dataset, self._split, self._scope, self._depth = dataset, split, scope, depth
         self._queries = dataset.queries(split)
-        self._by_task = self._queries.rows[np.argsort(self._queries.task, kind="stable")]
+        self._by_task, self._shard_rows = self._queries.by_task(), read_manifest(self._folder)["inputs"]["shard_rows"]
         self._tasks = set(dataset.tasks(split))
         self._shared: dict[str, tuple[ray.ObjectRef[Any] | None, np.ndarray]] = {}
         shown = self._search.rows if drop_query_image else self._search.rows[:0]
@@ -228,24 +219,19 @@ class _Ranker:
         return self._shared[name]
 
     def _lost(self, index: int, ranking: pa.Table) -> Quarantined:
-        manifest = read_manifest(self._folder)
-        size = manifest["inputs"]["shard_rows"]
-        asked = self._by_task[index * size : (index + 1) * size]
+        asked = self._by_task.part(index * self._shard_rows, (index + 1) * self._shard_rows).rows
         lost = asked[~np.isin(asked, ranking["query"].to_numpy())]
-        return [(row["id"], NO_RANKING) for row in self._queries.table.rows(lost, ["id"])]
+        return [(id_, NO_RANKING) for id_ in self._queries.table.ids(lost)]
 
 
 def _count_inside(lists: Ragged, members: np.ndarray) -> np.ndarray:
     """How many values of each list are among ascending `members`."""
-    found = np.minimum(np.searchsorted(members, lists.values), max(0, len(members) - 1))
-    inside = members[found] == lists.values if len(members) else np.zeros(len(found), bool)
-    return lists.keep(inside).counts
+    return lists.keep(find(members, lists.values)[1]).counts
 
 
 def _ranking(task: str, queries: np.ndarray, pool_sizes: np.ndarray, found: TopK) -> pa.Table:
     scores, rows = found
     valid = rows >= 0
-    documents = Ragged.of_counts(valid.sum(1), rows[valid]).to_arrow()
-    cosines = pa.LargeListArray.from_arrays(documents.offsets, pa.array(scores[valid]))
-    columns = [queries, pa.array([task] * len(queries), pa.string()), documents, cosines, pool_sizes]
-    return pa.table(columns, schema=RANKING)
+    documents = Ragged.of_counts(valid.sum(1), rows[valid])
+    tasks = pa.array([task] * len(queries), pa.string())
+    return pa.table([queries, tasks, documents.to_arrow(), documents.like(scores[valid]), pool_sizes], schema=RANKING)

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from umarvel_ray.ragged import Ragged
+from umarvel_ray.ragged import Ragged, find
 
 Vectors = np.ndarray | torch.Tensor
 TopK = tuple[np.ndarray, np.ndarray]  # scores float32 (n, k), descending, and indices int64 (n, k)
@@ -85,8 +85,8 @@ def topk_of_rows(
         scores, found = _search(queries, documents, None, k, exclude, device, blocks)
         return scores, np.where(found >= 0, found + start, -1)
     if exclude is not None:
-        places = np.minimum(np.searchsorted(rows, exclude.values), len(rows) - 1)
-        exclude = Ragged(exclude.offsets, places).keep(rows[places] == exclude.values)
+        places, known = find(rows, exclude.values)
+        exclude = Ragged(exclude.offsets, places).keep(known)
     scores, found = _search(queries, documents, rows - start, k, exclude, device, blocks)
     return scores, np.where(found >= 0, rows[found], -1)
 

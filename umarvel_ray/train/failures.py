@@ -12,10 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-
 from umarvel_ray.data.plan import PlanStep, read_plan
-from umarvel_ray.data.stored import StoredTable
 from umarvel_ray.model.batch import token_buckets
 from umarvel_ray.runs import read_step_log
 from umarvel_ray.train.phases import PhaseSpec
@@ -37,7 +34,7 @@ def check_finite(name: str, plan: PlanStep, tables: Tables, loss: float, grad_no
     """
     for quantity, value in (("loss", loss), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
-            first_queries = ", ".join(ids_of(tables.queries, plan.queries[:3]))
+            first_queries = ", ".join(tables.queries.ids(plan.queries[:3]))
             raise StepError(
                 f"{name}: {quantity} is {value} at step {plan.step} (queries {first_queries}, …); "
                 f"lower learning_rate or check those rows"
@@ -71,11 +68,6 @@ def explain_out_of_memory(
             f"and {max(lengths)} in an item; lower compute.token_budget ({budget}), or model.max_pixels if an item "
             f"is larger than that; compute.gradient_cache and compute.activation_checkpointing also save memory"
         ) from error
-
-
-def ids_of(table: StoredTable, rows: np.ndarray) -> list[str]:
-    """The ids of rows."""
-    return [row["id"] for row in table.rows(rows, ["id"])]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -116,8 +108,8 @@ def record_failure(specs: Sequence[PhaseSpec], tables: Mapping[str, Tables], err
         "step": step,
         "ranks": sorted(errors),
         "error": describe(errors),
-        "query_ids": [id_ for items in plan for id_ in ids_of(own.queries, items.queries)],
-        "document_ids": [id_ for items in plan for id_ in ids_of(own.documents, items.documents)],
+        "query_ids": [id_ for items in plan for id_ in own.queries.ids(items.queries)],
+        "document_ids": [id_ for items in plan for id_ in own.documents.ids(items.documents)],
     }
     with spec.failures_path.open("a") as file:
         file.write(json.dumps(line) + "\n")

@@ -108,8 +108,8 @@ def _write_unusable(documents: StoredTable, name: str, queries: Queries, file: P
 def _check_all(rows: Selection, table: str) -> Iterator[pa.Table]:
     """Check rows in Ray tasks; what they find comes in order."""
     waiting: deque[ray.ObjectRef] = deque()
-    for start in range(0, rows.n, TASK_ROWS):
-        waiting.append(_check.remote(rows.part(start, start + TASK_ROWS), table))
+    for part in rows.parts(TASK_ROWS):
+        waiting.append(_check.remote(part, table))
         if len(waiting) == TASKS_AHEAD:
             yield ray.get(waiting.popleft())
     while waiting:
@@ -118,7 +118,7 @@ def _check_all(rows: Selection, table: str) -> Iterator[pa.Table]:
 
 @ray.remote(num_cpus=0.5)
 def _check(rows: Selection, table: str) -> pa.Table:
-    parts = (rows.part(start, start + READ_ROWS) for start in range(0, rows.n, READ_ROWS))
+    parts = rows.parts(READ_ROWS)
     numbered = ((number, row) for part in parts for number, row in zip(part.rows.tolist(), part.items(), strict=True))
     reasons = ((number, row["id"], reason_against(row, f"{table} {row['id']}")) for number, row in numbered)
     found = [{"table": table, "row": number, "id": id_, "reason": reason} for number, id_, reason in reasons if reason]

@@ -19,7 +19,7 @@ import ray
 from ray.data import DataContext, ExecutionResources
 
 from umarvel_ray.compat.ray import pause_scheduling
-from umarvel_ray.data.dataset import ITEM_COLUMNS, item_of
+from umarvel_ray.data.dataset import Selection, item_of
 from umarvel_ray.data.plan import PlanStep, rank_slice
 from umarvel_ray.data.stored import StoredTable
 from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
@@ -144,21 +144,20 @@ def _encode(work: dict[str, np.ndarray], tables: Tables) -> Iterator[dict[str, l
 def _items(query: np.ndarray, document: np.ndarray, tables: Tables) -> Iterator[EncodedItem]:
     encoder = _item_encoder(tables.processor, tables.settings)
     for side, table, rows in (("query", tables.queries, query), ("document", tables.documents, document)):
-        for item in _read(table, rows):
+        for item in _read(Selection(table, rows)):
             yield encoder.encode(item, side)
 
 
 def _pairs(query: np.ndarray, document: np.ndarray, answer: np.ndarray, tables: Tables) -> Iterator[EncodedPair]:
     encoder = _pair_encoder(tables.processor, tables.settings)
-    both = zip(_read(tables.queries, query), _read(tables.documents, document), answer, strict=True)
-    for first, second, yes in both:
+    sides = Selection(tables.queries, query), Selection(tables.documents, document)
+    for first, second, yes in zip(*map(_read, sides), answer, strict=True):
         yield encoder.encode(first, second, bool(yes))
 
 
-def _read(table: StoredTable, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+def _read(rows: Selection) -> Iterator[dict[str, Any]]:
     """The items in rows, of which few are in memory at once."""
-    for start in range(0, len(rows), BLOCK_ITEMS):
-        yield from map(item_of, table.rows(rows[start : start + BLOCK_ITEMS], ITEM_COLUMNS))
+    return (item_of(row) for part in rows.parts(BLOCK_ITEMS) for row in part.items())
 
 
 @lru_cache(maxsize=2)
