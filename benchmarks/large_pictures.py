@@ -10,8 +10,10 @@ and mining in the pool of all documents. DIR needs as many gigabytes for the con
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def watch(command: list[str]) -> dict[str, float]:
     begin, process = time.monotonic(), psutil.Popen(command)
     total, single, shared = 0, 0, 0
     while process.poll() is None:
-        members = [memory_of(member.pid) for member in (process, *process.children(recursive=True))]
+        members = [memory_of(pid) for pid in _with_children(process)]
         total = max(total, sum(own["RssAnon"] for own in members))
         single = max(single, max((own["RssAnon"] for own in members), default=0))
         shared = max(shared, max((own["RssShmem"] for own in members), default=0))
@@ -70,11 +72,18 @@ def watch(command: list[str]) -> dict[str, float]:
     return {"seconds": time.monotonic() - begin, **{name: size / 2**30 for name, size in sizes.items()}}
 
 
+def _with_children(process: psutil.Process) -> list[int]:
+    with suppress(psutil.NoSuchProcess):
+        return [process.pid, *(child.pid for child in process.children(recursive=True))]
+    return []
+
+
 def main(folder: Path, gigabytes: str = "30", out: str | None = None) -> None:
     documents = round(float(gigabytes) * 1e9 / (3 * SIDE**2))
     data, run = folder / f"data-{gigabytes}", folder / f"run-{gigabytes}"
     if not (data / "pools.parquet").exists():
         write_folder(data, documents)
+    shutil.rmtree(run, ignore_errors=True)
     recipe = [
         "demo", f"data.root={data}", f"output={run}", "stage1.text=null", "stage1.image_text=null",
         f"stage1.instruction={PHASE}", "stage2.mining={pool: global, depth: 50, max_similarity: 0.999}",

@@ -5,8 +5,8 @@
 
 The folder is generated (benchmarks/common/mbeir_folder.py); vectors are random, of 64 dimensions, because the model's
 own time is not what is measured. Each step runs in a process of its own, which is the driver of a run; its peak memory
-is what it allocates itself (RssAnon) and, beside it, everything resident, with the pages of mapped files (RSS), which
-the system takes back when it needs them.
+is what it allocates itself (RssAnon); the resident size (RSS) includes pages of mapped files, which the system takes
+back when it needs them.
 
 - load: convert the folder, open all query tables, validate pools;
 - reopen: the same again, from the converted tables;
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -46,7 +47,7 @@ from umarvel_ray.inference.embed import EmbedderGroup, embed_table
 from umarvel_ray.inference.embeddings import embedding_table, vectors_of
 from umarvel_ray.inference.score import SCORED
 from umarvel_ray.inference.shards import close_output, open_output, read_manifest, read_shard, write_shard
-from umarvel_ray.mining.mine import CandidateJudge, kept_of, negatives_of
+from umarvel_ray.mining.mine import CandidateJudge, easy_of, kept_of, negatives_of
 from umarvel_ray.ragged import Ragged, flat
 from umarvel_ray.ray_session import prepare_environment, start_ray
 from umarvel_ray.recipe import Data, Recipe, load_recipe
@@ -100,6 +101,10 @@ class Size:
         return open_dataset(Data(root=str(self.data), format="mbeir"), self.work / "tables")
 
     def load(self) -> dict[str, Any]:
+        shutil.rmtree(self.work, ignore_errors=True)
+        return self.reopen()
+
+    def reopen(self) -> dict[str, Any]:
         dataset = self.open()
         for split in (TRAIN, "validation", TEST):
             dataset.validate(split)
@@ -109,14 +114,16 @@ class Size:
             "test queries": dataset.queries(TEST).n,
         }
 
-    reopen = load
-
     def plan(self) -> dict[str, Any]:
         path = self.work / "plan.parquet"
-        write_plan(contrastive_plan(self.open().queries(TRAIN), self.phase, self.recipe.seed), path)
+        dataset = self.open()
+        write_plan(contrastive_plan(dataset.queries(TRAIN), self.phase, self.recipe.seed, dataset.content()), path)
         return {"steps": len(read_plan(path))}
 
     def embed(self) -> dict[str, Any]:
+        for old in self.work.glob("*-query"), self.work.glob("*-document"):
+            for folder in old:
+                shutil.rmtree(folder)
         dataset, embedders = self.open(), GivenVectors()
         shards = 0
         for split in (TRAIN, TEST):
@@ -163,6 +170,7 @@ class Size:
         judge = CandidateJudge(embedded, dataset, recipe, dict.fromkeys(dataset.tasks(TRAIN), 0.7))
         shards = read_manifest(embedded.queries)["shards"]
         out = self.work / "mined"
+        shutil.rmtree(out, ignore_errors=True)
         for index in open_output(out, {"shards": shards}, shards):
             rows = read_shard(embedded.queries, index, ["row"])["row"].to_numpy()
             ranking = _random_ranking(queries, rows, embedded.documents.rows, recipe.stage2.mining.depth, index)
@@ -172,12 +180,14 @@ class Size:
         return {"candidates": queries.n * recipe.stage2.mining.depth}
 
     def stage2(self) -> dict[str, Any]:
-        queries, recipe = self.open().queries(TRAIN), self.recipe
+        dataset, recipe = self.open(), self.recipe
+        queries = dataset.queries(TRAIN)
         phase = recipe.stage2.train
         negatives = negatives_of(self.work / "mined", queries)
-        steps = len(contrastive_plan(queries, phase, recipe.seed, negatives, phase.hard_negatives))
-        kept = kept_of(self.work / "mined", queries, recipe.reranker.negatives_top)
-        return {"steps": steps, "reranker": len(rerank_plan(queries, kept, recipe.reranker.train, recipe.seed))}
+        steps = len(contrastive_plan(queries, phase, recipe.seed, dataset.content(), negatives, phase.hard_negatives))
+        kept = kept_of(self.work / "mined", queries, 0, recipe.reranker.negatives_top)
+        easy = easy_of(self.work / "mined", queries)
+        return {"steps": steps, "reranker": len(rerank_plan(queries, kept, easy, recipe.reranker.train, recipe.seed))}
 
     def evaluate(self) -> dict[str, Any]:
         dataset, settings = self.open(), self.recipe.evaluate
@@ -209,7 +219,7 @@ def _recipe(scale: float) -> Recipe:
     return load_recipe(
         "qwen2vl-7b",
         [
-            "cluster.embedders=2", "cluster.gpus_per_embedder=0", "cluster.cpus_per_embedder=1",
+            "cluster.workers=1", "cluster.embedders=2", "cluster.gpus_per_embedder=0", "cluster.cpus_per_embedder=1",
             f"stage1.instruction.batch_size={batch}", "stage1.instruction.lr_scaling=none",
             f"stage2.train.batch_size={max(16, round(1088 * scale))}", "stage2.train.lr_scaling=none",
             "reranker.train.max_steps=null",

@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     data.validate("train")
     queries = data.queries("train")
     spec = phase_spec(run, HARD_NEGATIVES, phase, parent="base")
-    write_plan(contrastive_plan(queries, phase, run.recipe.seed, negatives, phase.hard_negatives), spec.plan_path)
+    plan = contrastive_plan(queries, phase, run.recipe.seed, data.content(), negatives, phase.hard_negatives)
+    write_plan(plan, spec.plan_path)
     with start_ray():
         train_phases("finetune", [spec], {spec.name: queries.table}, data.documents, run.recipe.cluster, run.dir)
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,6 +70,19 @@ def test_a_process_that_dies_leaves_the_old_file(tmp_path):
     die_while_writing(f"with atomic_path({str(path)!r}) as partial:\n    partial.write_text('half')\n    os._exit(9)")
     assert path.read_text() == "old"
     assert [path.name for path in tmp_path.glob("*.txt")] == ["a.txt"]
+
+
+def test_what_a_killed_process_left_is_removed_after_an_hour(tmp_path):
+    old, fresh, other = (
+        tmp_path / f".{name}.partial" for name in ("a.txt.11111111", "a.txt.22222222", "b.txt.33333333")
+    )
+    for partial in (old, fresh, other):
+        partial.write_text("half")
+    hours_ago = time.time() - 2 * 3600
+    for partial in (old, other):
+        os.utime(partial, (hours_ago, hours_ago))
+    write_text(tmp_path / "a.txt", "whole")
+    assert names(tmp_path) == sorted([fresh.name, other.name, "a.txt"])
 
 
 def test_text_is_utf_8_and_json_reads_back(tmp_path, durable):

@@ -226,6 +226,13 @@ def test_phases_train_adapters_on_the_language_model_by_default():
         (["stage1.text.learning_rates.temperature=1e-4"], "stage1.text.learning_rates.temperature needs a temperature"),
         (["reranker.train.learning_rates.temperature=1e-4"], "reranker.train.learning_rates.temperature needs"),
         (["stage2.train.matryoshka=[0]"], "stage2.train.matryoshka.0"),
+        (["stage1.text.hard_negatives=2"], "stage1.text comes before mining: hard_negatives must be 0"),
+        (["stage1.instruction.batch_size=1"], "stage1.instruction.batch_size is 1, too small for 2 workers"),
+        (["reranker.min_rank=300"], "reranker.min_rank and reranker.train.negatives need 301 ranks, more than"),
+        (["reranker.negatives_top=1", "reranker.train.negatives=7"], "negatives exceeds reranker.negatives_top"),
+        (["stage2.mining.min_rank=48"], "stage2.mining.min_rank and stage2.train.hard_negatives need 51 ranks"),
+        (["stage2.mining.margin=.nan"], "stage2.mining.margin"),
+        (["stage3.sample=0"], "stage3.sample"),
     ],
 )
 def test_settings_that_conflict_are_one_line(overrides, line):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 REPO = Path(__file__).resolve().parent.parent
-OUT = REPO / "benchmarks" / "results" / "gpu-run"
+RESULTS = REPO / "benchmarks" / "results"
 LEAST = 20.0  # seconds: with less left, a part is not started
 TO_KILL = 5.0  # seconds kept back for each kill
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft")
@@ -112,14 +112,15 @@ def _run(command: list[str], limit: float, log: Path) -> int | str:
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """End what is left of a process group: politely, so that Ray stops its daemons, then at once."""
     for number, wait in ((signal.SIGTERM, TO_KILL - 1), (signal.SIGKILL, 1.0)):
+        end = time.monotonic() + wait
         try:
             os.killpg(process.pid, number)
+            while time.monotonic() < end:
+                process.poll()
+                os.killpg(process.pid, 0)  # raises when none is left
+                time.sleep(0.05)
         except ProcessLookupError:
             return
-        try:
-            process.wait(wait)
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def describe() -> dict[str, Any]:
@@ -141,9 +142,11 @@ def describe() -> dict[str, Any]:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run (9)")
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder for results")
+    parser.add_argument("--out", type=Path, help="the folder for results; by default a new one in benchmarks/results")
     options = parser.parse_args(words)
-    out = options.out.absolute()
+    out = (options.out or RESULTS / time.strftime("gpu-run-%Y%m%d-%H%M%S")).absolute()
+    if out.exists() and any(out.iterdir()):
+        parser.error(f"{out} is not empty: what is finished in it would not be measured again; give another --out")
     return 0 if run_parts(parts(out), 60 * options.minutes, out) else 1
 
 

@@ -149,7 +149,7 @@ def open_run(recipe: Recipe, verbose: bool = False) -> Iterator[Run]:
     from umarvel_ray.runs import Run
 
     run = Run.open(recipe)
-    with start_ray(verbose=verbose):
+    with run.held(), start_ray(verbose=verbose):
         try:
             yield run
         except SystemExit:  # raised by the Ctrl-C handler that Ray Train installs

@@ -6,32 +6,40 @@ interrupted. A stage is first planned (`plan_stage…`: which phases, on which q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
-from umarvel_ray.data.dataset import Dataset, Selection
+from umarvel_ray.data.content import digest_of
+from umarvel_ray.data.dataset import Dataset, Queries, Selection
 from umarvel_ray.data.plan import (
     PlanStep,
     continue_hard_plan,
     contrastive_plan,
     distillation_plan,
+    plan_identity,
     rerank_plan,
     write_plan,
 )
 from umarvel_ray.data.sample import sample_queries, with_sampled_pools
 from umarvel_ray.data.stored import StoredTable
+from umarvel_ray.errors import UserError
 from umarvel_ray.evaluate.checkpoints import evaluate_base, evaluate_checkpoint
 from umarvel_ray.evaluate.report import write_report
 from umarvel_ray.evaluate.reranked import VALIDATION, evaluate_reranked
+from umarvel_ray.evaluate.separation import separation
+from umarvel_ray.files import write_json
 from umarvel_ray.inference.embed import EmbedderGroup, embed_table
 from umarvel_ray.inference.gpus import Gpus
 from umarvel_ray.inference.score import RerankerGroup, score_table
-from umarvel_ray.mining.mine import kept_of, negatives_of
+from umarvel_ray.inference.shards import read_manifest
+from umarvel_ray.mining.mine import candidates_of, easy_of, kept_of, negatives_of
 from umarvel_ray.mining.mine import mine as mine_negatives
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.model.distillation import teacher_scores
@@ -91,7 +99,11 @@ def run_pipeline(run: Run) -> None:
     with open_actors(run) as actors:
         train_stage1(run)
         evaluate(run, actors)
-        train_stage2_and_reranker(run, actors)
+        if run.recipe.reranker.mined_by == INSTRUCTION:
+            train_stage2_and_reranker(run, actors)
+        else:
+            train_stage2(run, actors)
+            train_reranker(run, actors)
         train_stage3(run, actors)
         evaluate(run, actors)
 
@@ -111,14 +123,15 @@ def plan_stage1(run: Run, actors: Actors | None = None) -> PlannedStage:
             continue
         queries = _training_data(run, data, phase.queries).queries(phase.queries)
         spec = phase_spec(run, name, phase, parent)
-        _plan_once(spec, partial(contrastive_plan, queries, phase, run.recipe.seed))
+        make = partial(contrastive_plan, queries, phase, run.recipe.seed, data.content())
+        _plan_once(spec, make, data, queries)
         phases.append(PlannedPhase(spec, queries.table))
         parent = name
     return PlannedStage(phases, data.documents)
 
 
-def mine(run: Run, actors: Actors | None = None) -> Dataset:
-    """Mine the candidates that stage 2 and the reranker train on, with the instruction checkpoint.
+def mine(run: Run, actors: Actors | None = None, phase: str = INSTRUCTION) -> Dataset:
+    """Mine the candidates that stage 2 and the reranker train on, with the embedder of a phase.
 
     Returns:
         The training data that was mined from; `mining.mine` reads back what was found.
@@ -129,9 +142,9 @@ def mine(run: Run, actors: Actors | None = None) -> Dataset:
             actors.embedders,
             data,
             run.recipe,
-            CheckpointRef.of(run.parent(INSTRUCTION, "mining")),
-            run.dir / "embeddings" / INSTRUCTION,
-            run.mined,
+            CheckpointRef.of(run.parent(phase, "mining")),
+            run.dir / "embeddings" / phase,
+            run.mined(phase),
         )
     return data
 
@@ -151,8 +164,9 @@ def plan_stage2(run: Run, actors: Actors | None = None) -> PlannedStage:
 def train_reranker(run: Run, actors: Actors | None = None) -> None:
     """Train the Yes/No reranker on positives and mined negatives."""
     run.parent(_reranker_parent(run), "the reranker")
-    data = mine(run, actors)
+    data = mine(run, actors, run.recipe.reranker.mined_by)
     _train(run, "reranker", PlannedStage([_plan_reranker(run, data)], data.documents), actors)
+    examine_reranker(run, data, actors)
 
 
 def train_stage2_and_reranker(run: Run, actors: Actors | None = None) -> None:
@@ -160,6 +174,36 @@ def train_stage2_and_reranker(run: Run, actors: Actors | None = None) -> None:
     data = mine(run, actors)
     phases = [_plan_hard_negatives(run, data), _plan_reranker(run, data)]
     _train(run, "stage2+reranker", PlannedStage(phases, data.documents), actors)
+    examine_reranker(run, data, actors)
+
+
+def examine_reranker(run: Run, data: Dataset, actors: Actors | None = None) -> None:
+    """Score the candidates of the queries that were held out, and say aloud if the reranker may be guessing.
+
+    Args:
+        data: what `mine` returned.
+    """
+    settings, top = run.recipe.reranker, run.recipe.stage3.top_k
+    queries = data.queries(settings.train.queries)
+    held = _held_out(run, queries)
+    candidates = candidates_of(run.mined(settings.mined_by), queries.rows[held], top)
+    if not candidates.num_rows:
+        return
+    folder, ref = run.dir / "train" / RERANKER, CheckpointRef.of(run.checkpoint(RERANKER))
+    with open_actors(run, actors) as actors, run.timed("reranker's examination"):
+        scored = score_table(
+            actors.rerankers, candidates, queries, data.documents, folder / "held-out", ref, "held-out queries"
+        )
+    found = separation(scored, queries, run.recipe.stage3.alpha)
+    write_json(folder / "separation.json", asdict(found))
+    print(f"reranker: {found}")
+    if found.at_chance:
+        loss = "" if settings.train.loss == "yes_no" else "with reranker.train.loss: yes_no, "
+        print(
+            f"WARNING: the reranker may be guessing (AUC {found.reranker:.3f}, 95 % interval from {found.lowest:.3f}); "
+            f"distillation and reranking would gain nothing from it. Train it for longer, {loss}or with easier "
+            f"negatives (reranker.train.easy_steps, reranker.min_rank)"
+        )
 
 
 def train_stage3(run: Run, actors: Actors | None = None) -> None:
@@ -173,24 +217,36 @@ def plan_stage3(run: Run, actors: Actors | None = None) -> PlannedStage:
     embedder, reranker = (CheckpointRef.of(run.parent(phase, "stage 3")) for phase in (HARD_NEGATIVES, RERANKER))
     phase, name = settings.train, settings.train.queries
     whole = _training_data(run, run.open_dataset(), name)
-    sampled = sample_queries(whole.queries(name), round(settings.sample * whole.queries(name).n), recipe.seed)
+    count = round(settings.sample * whole.queries(name).n)
+    if not count:
+        raise UserError(
+            f"stage3.sample is {settings.sample:g}, none of the {whole.queries(name).n:,} queries of '{name}'; raise it"
+        )
+    sampled = sample_queries(whole.queries(name), count, recipe.seed)
     data = with_sampled_pools(whole.with_queries(name, sampled), name, recipe.stage2.mining.max_pool, recipe.seed)
     spec = phase_spec(run, DISTILLATION, phase, HARD_NEGATIVES)
     with open_actors(run, actors) as actors, run.timed("teacher"):
-        folder = run.dir / "embeddings" / HARD_NEGATIVES
+        folder = run.dir / "embeddings" / "teacher"
         embedded = embed_split(actors.embedders, data, name, embedder, folder)
         recalled = rank(embedded, data, name, "local", settings.top_k, folder / f"{name}-ranking")
         scored = score_table(
             actors.rerankers, recalled, sampled, data.documents, run.dir / "scores", reranker, "sampled queries"
         )
+    scored = scored.filter(pc.greater(pc.list_value_length(scored["documents"]), 0))
+    if not scored.num_rows:
+        raise UserError(
+            f"stage 3: no query of the sample has a candidate; see {folder}/{name}-documents/quarantine.parquet"
+        )
     rows, candidates = scored["query"].to_numpy(), Ragged.of_arrow(scored["documents"])
+    inputs = read_manifest(run.dir / "scores")["inputs"]
     if isinstance(phase, ContrastivePhase):
         own = candidates.placed(np.searchsorted(sampled.rows, rows), sampled.n)
-        _plan_once(spec, partial(continue_hard_plan, sampled, own, phase, recipe.seed))
+        make = partial(continue_hard_plan, sampled, own, phase, recipe.seed, data.content())
     else:
         cosines, answers = (flat(scored[column]).astype(np.float64) for column in ("scores", "rerank_scores"))
         teacher = teacher_scores(cosines, answers, settings.alpha)
-        _plan_once(spec, partial(distillation_plan, rows, candidates, teacher, phase, recipe.seed))
+        make = partial(distillation_plan, rows, candidates, teacher, phase, recipe.seed)
+    _plan_once(spec, make, data, sampled, inputs)
     return PlannedStage([PlannedPhase(spec, sampled.table)], data.documents)
 
 
@@ -218,14 +274,16 @@ def evaluate(run: Run, actors: Actors | None = None) -> None:
             results.append(evaluate_checkpoint(actors.embedders, data, recipe, ref, phase, folder / phase))
         if DISTILLATION in refs and run.has(RERANKER):
             embedder, reranker = refs[DISTILLATION], CheckpointRef.of(run.checkpoint(RERANKER))
-            sampled = sample_queries(data.queries(VALIDATION), recipe.evaluate.calibrate_on, recipe.seed)
-            data_sampled = data.with_queries(VALIDATION, sampled)
-            test, rerank_dir = results[-1], folder / "rerank"
-            validation = evaluate_checkpoint(
-                actors.embedders, data_sampled, recipe, embedder, DISTILLATION, folder / VALIDATION, split=VALIDATION
-            )
+            test, validation = results[-1], None
+            if recipe.evaluate.rerank_weight == "calibrate":
+                sampled = sample_queries(data.queries(VALIDATION), recipe.evaluate.calibrate_on, recipe.seed)
+                data = data.with_queries(VALIDATION, sampled)
+                place = folder / VALIDATION
+                validation = evaluate_checkpoint(
+                    actors.embedders, data, recipe, embedder, DISTILLATION, place, split=VALIDATION
+                )
             results.append(
-                evaluate_reranked(actors.rerankers, data_sampled, recipe, reranker, test, validation, rerank_dir)
+                evaluate_reranked(actors.rerankers, data, recipe, reranker, test, validation, folder / "rerank")
             )
     write_report(run, data, results)
 
@@ -250,28 +308,36 @@ def _plan_hard_negatives(run: Run, data: Dataset) -> PlannedPhase:
     spec = phase_spec(run, HARD_NEGATIVES, phase, INSTRUCTION)
 
     def make() -> list[PlanStep]:
-        negatives = negatives_of(run.mined, queries)
+        negatives = negatives_of(run.mined(INSTRUCTION), queries)
         return contrastive_plan(
-            queries, phase, run.recipe.seed, negatives, phase.hard_negatives, phase.in_batch_negatives
+            queries, phase, run.recipe.seed, data.content(), negatives, phase.hard_negatives, phase.in_batch_negatives
         )
 
-    _plan_once(spec, make)
+    _plan_once(spec, make, data, queries, read_manifest(run.mined(INSTRUCTION))["inputs"])
     return PlannedPhase(spec, queries.table)
 
 
 def _plan_reranker(run: Run, data: Dataset) -> PlannedPhase:
-    """The reranker's phase: each query with a positive, and with one of the best candidates that passed the filters."""
+    """The reranker's phase: each query with a positive, with candidates that passed the filters, and with easy ones."""
     settings = run.recipe.reranker
     queries = data.queries(settings.train.queries)
     causal = run.recipe.model.for_reranker(settings.max_text_tokens)
     spec = phase_spec(run, RERANKER, settings.train, _reranker_parent(run), causal)
 
     def make() -> list[PlanStep]:
-        negatives = kept_of(run.mined, queries, settings.negatives_top)
-        return rerank_plan(queries, negatives, settings.train, run.recipe.seed)
+        folder, first = run.mined(settings.mined_by), settings.min_rank
+        mined = kept_of(folder, queries, first, first + settings.negatives_top)
+        mined = mined.keep(~np.isin(mined.owners, _held_out(run, queries)))
+        return rerank_plan(queries, mined, easy_of(folder, queries), settings.train, run.recipe.seed)
 
-    _plan_once(spec, make)
+    _plan_once(spec, make, data, queries, read_manifest(run.mined(settings.mined_by))["inputs"])
     return PlannedPhase(spec, queries.table)
+
+
+def _held_out(run: Run, queries: Queries) -> np.ndarray:
+    """Positions of the queries that the reranker does not train on: at most a tenth of all."""
+    count = min(run.recipe.reranker.hold_out, queries.n // 10)
+    return np.sort(np.random.default_rng([run.recipe.seed, count]).choice(queries.n, count, replace=False))
 
 
 def _reranker_parent(run: Run) -> str:
@@ -304,7 +370,26 @@ def _training_data(run: Run, data: Dataset, name: str) -> Dataset:
     return without_unusable(data, name, run.dir / "quarantine")
 
 
-def _plan_once(spec: PhaseSpec, make: Callable[[], list[PlanStep]]) -> None:
-    """Write a phase's batch plan unless an earlier attempt has written it."""
+def _plan_once(
+    spec: PhaseSpec,
+    make: Callable[[], list[PlanStep]],
+    data: Dataset,
+    queries: Queries,
+    found: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a phase's batch plan unless an earlier attempt has written it.
+
+    Args:
+        found: the inputs of what the plan takes from mining or from the teacher.
+
+    Raises:
+        UserError: it was made from other data, of whose tables its row numbers are.
+    """
+    identity = digest_of(data.documents.digest, queries.digest, found or {})
     if not spec.plan_path.exists():
-        write_plan(make(), spec.plan_path)
+        write_plan(make(), spec.plan_path, identity)
+    elif plan_identity(spec.plan_path) != identity:
+        raise UserError(
+            f"{spec.plan_path}: '{spec.name}' was planned on other data, which has changed since; set output=DIR for a "
+            f"new run, or remove {spec.folder} and the phase's checkpoint"
+        )

@@ -34,12 +34,6 @@ class Ragged(NamedTuple):
         return cls(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), np.asarray(values, np.int64))
 
     @classmethod
-    def of_pairs(cls, rows: np.ndarray, values: np.ndarray, count: int) -> Ragged:
-        """`count` lists; `values[j]` goes to list `rows[j]`, in order."""
-        order = np.argsort(rows, kind="stable")
-        return cls.of_counts(np.bincount(rows, minlength=count), values[order])
-
-    @classmethod
     def gathered(cls, parts: deque[tuple[np.ndarray, Ragged]], n: int) -> Ragged:
         """n lists from parts (at, lists), whose list i is number `at[i]`; the others are empty.
 
@@ -114,17 +108,17 @@ class Ragged(NamedTuple):
         kept = np.concatenate([[0], np.cumsum(mask)])
         return Ragged(kept[self.offsets].astype(np.int64), self.values[mask])
 
-    def contains(self, rows: np.ndarray) -> np.ndarray:
-        """bool (n, k): whether list i contains `rows[i, j]`, for rows int64 (n, k)."""
-        owners = np.broadcast_to(np.arange(len(rows))[:, None], rows.shape)
-        return self.contains_pairs(owners, rows)
-
     def contains_pairs(self, owners: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """bool, shaped like `values`: whether list `owners[…]` contains `values[…]`, which is at least −1."""
-        if not len(self.values) or not values.size:
+        """bool, shaped like `values`: whether list `owners[…]` contains `values[…]`; never, if that is negative.
+
+        Args:
+            owners: shaped like `values`, or broadcast to it.
+        """
+        valid = self.values >= 0
+        if not valid.any() or not values.size:
             return np.zeros(values.shape, bool)
-        span = int(max(self.values.max(), values.max())) + 2
-        _, found = find(np.sort(self.owners * span + self.values), owners * span + values)
+        span = int(max(self.values.max(), values.max())) + 1
+        _, found = find(np.sort((self.owners * span + self.values)[valid]), owners * span + np.maximum(values, 0))
         return cast(np.ndarray, found & (values >= 0))
 
 

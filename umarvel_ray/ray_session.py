@@ -58,7 +58,11 @@ def start_ray(
     if ray.is_initialized():
         yield
     elif "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.WARNING, log_to_driver=verbose)
+        try:
+            ray.init(logging_level=logging.WARNING, log_to_driver=verbose)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"no Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} ({reason})") from None
         try:
             yield
         finally:

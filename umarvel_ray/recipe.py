@@ -130,6 +130,12 @@ class Temperature(Section):
     minimum: Positive = Field(default=0.01, description="lower bound of a learned τ")
     maximum: Positive = Field(default=1.0, description="upper bound of a learned τ")
 
+    @model_validator(mode="after")
+    def _starts_within_its_bounds(self) -> Temperature:
+        if self.learn and self.init != "parent" and not self.minimum <= self.init <= self.maximum:
+            raise ValueError(f"init {self.init} of a learned temperature is outside {self.minimum} to {self.maximum}")
+        return self
+
 
 class Phase(Section):
     """One training run: a query table, and AdamW with linear warmup and cosine decay. Subclasses define the loss."""
@@ -212,9 +218,21 @@ class ContrastivePhase(Phase):
 
 
 class RerankPhase(Phase):
-    """Next-token loss on the answer word of (query, document) pairs."""
+    """Loss on the answer to (query, document) pairs: each query with a positive and with `negatives` others."""
 
     kind: Literal["rerank"] = "rerank"
+    loss: Literal["next_token", "yes_no"] = Field(
+        default="next_token",
+        description="next_token: over the vocabulary, on the answer and the end of the turn, as in the paper; yes_no: "
+        "over the two logits whose softmax is the score",
+    )
+    negatives: PositiveInt = Field(default=1, description="documents that are answered No, per positive")
+    easy_steps: Fraction = Field(
+        default=0.0, description="share of the steps, the first ones, whose negatives are all drawn at random"
+    )
+    random_mix: Fraction = Field(
+        default=0.0, description="after them, the share of negatives drawn at random from the query's pool"
+    )
 
 
 class DistillPhase(Phase):
@@ -238,7 +256,7 @@ class Mining(Section):
         default=0.7,
         description="drop candidates above this cosine; 1: keep all; calibrate: chosen per task on validation",
     )
-    margin: float | None = Field(
+    margin: Fraction | None = Field(
         default=None, description="drop candidates whose cosine exceeds the positive's × (1 − margin); null: off"
     )
     min_rank: int = Field(default=0, ge=0, description="skip this many of the best candidates that pass the filters")
@@ -268,12 +286,19 @@ class Stage2(Section):
 
 
 class RerankerStage(Section):
-    """Generative pointwise reranker, next-token loss on Yes/No (docs/method.md#reranker)."""
+    """Generative pointwise reranker that answers Yes or No (docs/method.md#reranker)."""
 
     init: Literal["base", "embedder"] = Field(
         default="base", description="start from the base model, or from the embedder of stage 2"
     )
-    negatives_top: PositiveInt = Field(default=50, description="draw each pair's negative from this many mined ranks")
+    mined_by: Literal["instruction", "hard-negatives"] = Field(
+        default="instruction", description="phase whose embedder finds the negatives"
+    )
+    negatives_top: PositiveInt = Field(default=50, description="draw mined negatives from this many ranks")
+    min_rank: int = Field(default=0, ge=0, description="skip this many of the best candidates that pass the filters")
+    hold_out: int = Field(
+        default=200, ge=0, description="mined queries kept out of training, on which the reranker is examined after it"
+    )
     max_text_tokens: PositiveInt = Field(default=256, description="longer queries and documents are cut")
     train: RerankPhase
 
@@ -285,7 +310,9 @@ class Stage3(Section):
     candidates as the only negatives.
     """
 
-    sample: Fraction = Field(default=0.1, description="share of the queries that the teacher scores")
+    sample: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.1, description="share of the queries that the teacher scores"
+    )
     top_k: PositiveInt = Field(default=50, description="candidates per query")
     alpha: Fraction = Field(default=0.5, description="teacher score = α·cosine + (1 − α)·P(yes)")
     train: Annotated[DistillPhase | ContrastivePhase, Field(discriminator="kind")]
@@ -372,8 +399,22 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _negatives_need_mining(self) -> Recipe:
-        if self.stage2.train.hard_negatives > self.stage2.mining.depth:
-            raise ValueError("stage2.train.hard_negatives exceeds stage2.mining.depth")
+        for name in STAGE1:
+            phase = self.phases().get(name)
+            if isinstance(phase, ContrastivePhase) and (phase.hard_negatives or not phase.in_batch_negatives):
+                raise ValueError(
+                    f"{KEYS[name]} comes before mining: hard_negatives must be 0 and in_batch_negatives true"
+                )
+        depth, reranker = self.stage2.mining.depth, self.reranker
+        for key, ranks in (
+            ("stage2.mining.min_rank and stage2.train.hard_negatives",
+             self.stage2.mining.min_rank + self.stage2.train.hard_negatives),
+            ("reranker.min_rank and reranker.train.negatives", reranker.min_rank + reranker.train.negatives),
+        ):  # fmt: skip
+            if ranks > depth:
+                raise ValueError(f"{key} need {ranks} ranks, more than stage2.mining.depth ({depth})")
+        if reranker.train.negatives > reranker.negatives_top:
+            raise ValueError("reranker.train.negatives exceeds reranker.negatives_top")
         if self.reranker.train.queries != self.stage2.train.queries:
             raise ValueError("reranker.train.queries must be stage2.train.queries, whose negatives it learns from")
         return self
@@ -381,6 +422,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _phases_fit_the_rest(self) -> Recipe:
         for name, phase in self.phases().items():
+            if phase.batch_size < self.cluster.workers:
+                raise ValueError(
+                    f"{KEYS[name]}.batch_size is {phase.batch_size}, too small for {self.cluster.workers} workers; "
+                    f"lower cluster.workers or raise it"
+                )
             if phase.language_model == "qlora" and self.compute.zero_stage == 3:
                 raise ValueError(
                     f"{KEYS[name]}: ZeRO-3 cannot shard 4-bit weights; set compute.zero_stage to 0, 1 or 2"

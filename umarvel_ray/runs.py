@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from umarvel_ray.model.checkpoint import check_files
 from umarvel_ray.model.hub import model_folder
 from umarvel_ray.recipe import LADDER, Recipe, dump_recipe, load_recipe
 
-FREE = ("cluster", "embed", "evaluate")  # sections that may change within a run folder, since they affect no checkpoint
+# What may change within a run folder, since it affects no checkpoint. The folder itself and the data may also be moved:
+# plans and other outputs know their data by content.
+FREE = ("cluster", "embed", "evaluate", "name", "output", "data")
 
 
 def base_folder(base: str) -> Path:
@@ -60,7 +63,7 @@ class Run:
         stored = folder / "recipe.yaml"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if stored.exists() and (key := _first_difference(_fixed(stored.read_text()), _fixed(text))):
+            if stored.exists() and (key := _first_difference(_fixed(stored.read_text(), stored), _fixed(text, stored))):
                 raise UserError(
                     f"{folder} was created by another recipe ('{key}' differs); set output=DIR or remove the folder"
                 )
@@ -68,6 +71,24 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror}; set output=DIR to a writable folder") from None
         return cls(recipe, folder)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other jobs out of the folder until the block ends: two would mix their outputs.
+
+        Raises:
+            UserError: another job is working in it.
+        """
+        with (self.dir / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another job is working in {self.dir}; wait until it has ended, or set output=DIR"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     @property
     def base(self) -> Path:
@@ -94,10 +115,9 @@ class Run:
         """The directory of a phase's checkpoint; 'base' is the base model itself."""
         return self.base if phase == "base" else self.dir / "checkpoints" / phase
 
-    @property
-    def mined(self) -> Path:
-        """What mining found."""
-        return self.dir / "mined"
+    def mined(self, phase: str) -> Path:
+        """What mining found with the embedder of a phase."""
+        return self.dir / "mined" / phase
 
     def has(self, phase: str) -> bool:
         """Whether a phase is finished; checkpoints appear whole or not at all."""
@@ -144,11 +164,15 @@ def read_step_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _fixed(text: str) -> dict:
-    tree = yaml.safe_load(text) or {}
+def _fixed(text: str, where: Path) -> dict:
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{where} is damaged; remove it, and give the recipe that made the run")
     with suppress(ValidationError):  # a recipe with keys that no longer exist is compared as it is
         tree = Recipe.model_validate(tree).model_dump(mode="json")  # keys added since then take their defaults
-        tree["data"].pop("cache")
     return {key: value for key, value in tree.items() if key not in FREE}
 
 

@@ -1,11 +1,17 @@
-"""What a job waits for while the cluster has no room for it: one line, said again and again, never silence."""
+"""What a job waits for while the cluster has no room for it: one line, said again and again, never silence.
+
+A cluster may still grow. A local Ray does not, so there a job that is too large for it ends at once.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 
 import ray
+
+from umarvel_ray.errors import UserError
 
 SAY_EVERY = 30.0  # seconds
 
@@ -15,10 +21,25 @@ def resources(cpus: float, gpus: float) -> dict[str, float]:
     return {kind: number for kind, number in (("CPU", cpus), ("GPU", gpus)) if number}
 
 
+def require_room(what: str, count: int, kind: str, needs: Mapping[str, float], setting: str) -> None:
+    """Make sure that a local Ray is large enough. For the arguments see `say_waiting`.
+
+    Raises:
+        UserError: it is not.
+    """
+    if "RAY_ADDRESS" in os.environ:
+        return
+    total = ray.cluster_resources()
+    for name, number in needs.items():
+        if count * number > total.get(name, 0):
+            raise UserError(
+                f"{what}: {count} {kind} need {count * number:g} {name}s, and Ray on this machine has "
+                f"{total.get(name, 0):g}; lower {setting}, or what each of them gets"
+            )
+
+
 def say_waiting(what: str, count: int, kind: str, needs: Mapping[str, float], setting: str) -> None:
     """Print what a job waits for, what the cluster has, and whether that can never be enough.
-
-    A cluster that is too small may still grow, so this never ends a job.
 
     Args:
         what: the work, such as "embedding" or "stage1"; kind: "actors" or "workers".

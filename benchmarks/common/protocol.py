@@ -59,7 +59,9 @@ class Protocol:
         inside = np.searchsorted(self.documents, pool)
         _, found = topk(query_vectors, documents[inside], k, self._excluded(queries, pool))
         rows = np.where(found >= 0, pool[found], -1)
-        owners, ranks = np.nonzero(self._queries.positives.take(queries).contains(rows))
+        owners, ranks = np.nonzero(
+            self._queries.positives.take(queries).contains_pairs(np.arange(len(rows))[:, None], rows)
+        )
         return float(recall_at_k(Hits(owners, ranks), np.full(len(queries), k)).mean())
 
     def recalls(self, query_vectors: dict[str, np.ndarray], documents: np.ndarray) -> dict[str, dict[str, float]]:
@@ -93,7 +95,7 @@ class Protocol:
         """Places in the ascending pool that each query must not find."""
         keys = self._query_keys[queries][:, None]
         owners, places = np.nonzero((keys == self._document_keys[pool]) & (keys != NO_PICTURE))
-        shown = Ragged.of_pairs(owners, places, len(queries))
+        shown = Ragged.of_counts(np.bincount(owners, minlength=len(queries)), places)
         return shown.keep(~self._queries.positives.take(queries).contains_pairs(shown.owners, pool[shown.values]))
 
 

@@ -25,10 +25,10 @@ from umarvel_ray.pipeline import Actors, PlannedPhase
 from umarvel_ray.recipe import STAGE1, Evaluate, Recipe
 from umarvel_ray.retrieve.metrics import by_task, find_hits, k_of, recall_at_k
 from umarvel_ray.runs import Run
+from umarvel_ray.train.failures import NOT_FINITE, last_failure
 from umarvel_ray.train.launch import train_phases
 from umarvel_ray.train.phases import PhaseSpec
 
-DIVERGED = ": loss is "  # in the message of train/loop.py
 COMMON = ("embeddings", "scores", "quarantine")  # folders that rows with the same seed share
 TABLES = "tables"  # folder that all rows share with the run: the converted data
 
@@ -54,8 +54,11 @@ class Trial:
     @property
     def failure(self) -> str | None:
         """The error that ended training because the loss diverged; remove the folder to try again."""
-        errors = (file.read_text() for file in sorted(self.run.dir.glob("train/*/error.txt")))
-        return next((line for line in errors if DIVERGED in line), None)
+        for folder in sorted(self.run.dir.glob("train/*/")):
+            failure = None if self.run.has(folder.name) else last_failure(folder)
+            if failure and failure["kind"] == NOT_FINITE:
+                return str(failure["error"])
+        return None
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def train(shared: Run, table: Table, trials: Sequence[Trial], actors: Actors) ->
             planned += [PlannedPhase(_renamed(spec, trial), queries) for spec, queries in stage.phases if not spec.done]
         queries = {spec.name: rows for spec, rows in planned}
         group = f"table-{table.number}-seed-{pending[0].seed}"
-        specs, documents = [spec for spec, _ in planned], stage.data.documents
+        specs, documents = [spec for spec, _ in planned], stage.documents
         try:
             train_phases(group, specs, queries, documents, shared.recipe.cluster, shared.dir / "ablations")
         except UserError:

@@ -23,9 +23,10 @@ from umarvel_ray.data.plan import (
 )
 from umarvel_ray.errors import UserError
 from umarvel_ray.ragged import Ragged
-from umarvel_ray.recipe import Phase, count_steps
+from umarvel_ray.recipe import Phase, RerankPhase, count_steps
 
 FIRST = 1000  # position i is row FIRST + 2 i
+CONTENT = np.arange(5000)  # every document is different
 
 
 def phase_of(size: int, **changes) -> Phase:
@@ -57,12 +58,20 @@ def tables(draw):
     return make_queries([draw(positives) for _ in range(n)], [f"task{draw(st.integers(0, 1))}" for _ in range(n)])
 
 
-@given(tables(), st.integers(2, 4), st.integers(0, 5), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2))
-def test_contrastive_batches(queries, size, seed, homogeneous, per_query):
+@given(
+    tables(),
+    st.integers(2, 4),
+    st.integers(0, 5),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.integers(0, 2),
+    st.sampled_from([1, 3]),
+)
+def test_contrastive_batches(queries, size, seed, homogeneous, per_query, copies):
+    content = CONTENT // copies
     mined = [[(i * 7 + k) % 40 for k in range(3)] for i in range(queries.n)]
     phase = phase_of(size, max_steps=9, homogeneous=homogeneous)
     try:
-        plan = contrastive_plan(queries, phase, seed, Ragged.of(mined), per_query)
+        plan = contrastive_plan(queries, phase, seed, content, Ragged.of(mined), per_query)
     except UserError:  # too few distinct positives, which has a test of its own
         return
     assert [p.step for p in plan] == list(range(9))
@@ -77,29 +86,30 @@ def test_contrastive_batches(queries, size, seed, homogeneous, per_query):
             (i, j)
             for i, query in enumerate(drawn)
             for j, document in enumerate(documents)
-            if document in queries.positives.at(query)
+            if content[document] in content[queries.positives.at(query)]
         }
         assert marked == listed
+        assert len(batch.arrays["relevant"]) == len(marked)
         assert all((i, int(j)) in marked for i, j in enumerate(targets))
         added = {document for query in drawn for document in mined[query][:per_query]}
         assert set(documents) == added | {documents[j] for j in targets}
         if homogeneous == 1:
             assert len({queries.task[query] for query in drawn}) == 1
-    assert_same_plan(contrastive_plan(queries, phase, seed, Ragged.of(mined), per_query), plan)
+    assert_same_plan(contrastive_plan(queries, phase, seed, content, Ragged.of(mined), per_query), plan)
 
 
 def test_an_epoch_uses_each_query_once_where_it_can():
     queries = make_queries([[i] for i in range(64)])
-    plan = contrastive_plan(queries, phase_of(8), seed=1)
+    plan = contrastive_plan(queries, phase_of(8), 1, CONTENT)
     assert sorted(query for p in plan for query in positions(p)) == list(range(64))
-    other = contrastive_plan(queries, phase_of(8), seed=2)
+    other = contrastive_plan(queries, phase_of(8), 2, CONTENT)
     assert [positions(p) for p in other] != [positions(p) for p in plan]
 
 
 def test_a_large_task_is_capped_per_epoch_and_resampled_in_the_next():
     queries = make_queries([[i] for i in range(120)], ["big"] * 100 + ["small"] * 20)
-    assert len(contrastive_plan(queries, phase_of(10, max_per_task=20), seed=0)) == 4
-    plan = contrastive_plan(queries, phase_of(10, max_steps=8, max_per_task=20), seed=0)
+    assert len(contrastive_plan(queries, phase_of(10, max_per_task=20), 0, CONTENT)) == 4
+    plan = contrastive_plan(queries, phase_of(10, max_steps=8, max_per_task=20), 0, CONTENT)
     epochs = [{query for p in plan[start : start + 4] for query in positions(p)} for start in (0, 4)]
     for used in epochs:
         assert sum(query < 100 for query in used) == 20
@@ -110,7 +120,7 @@ def test_a_large_task_is_capped_per_epoch_and_resampled_in_the_next():
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_share_of_batches_from_one_task(share):
     queries = make_queries([[i] for i in range(4000)], [f"t{i % 4}" for i in range(4000)])
-    plan = contrastive_plan(queries, phase_of(20, epochs=1, homogeneous=share), seed=0)
+    plan = contrastive_plan(queries, phase_of(20, epochs=1, homogeneous=share), 0, CONTENT)
     alike = [len({query % 4 for query in positions(batch)}) == 1 for batch in plan]
     assert abs(sum(alike) / len(plan) - share) < 0.05
     if 0 < share < 1:
@@ -127,7 +137,7 @@ def test_slices_partition(n, world):
 
 def test_too_few_distinct_positives_is_one_clear_line():
     with pytest.raises(UserError, match="lower batch_size"):
-        contrastive_plan(make_queries([[5], [5], [5]]), phase_of(2, max_steps=1), seed=0)
+        contrastive_plan(make_queries([[5], [5], [5]]), phase_of(2, max_steps=1), 0, CONTENT)
 
 
 def test_distillation_keeps_each_querys_own_candidates():
@@ -147,24 +157,61 @@ def test_distillation_keeps_each_querys_own_candidates():
 def test_continue_hard_uses_each_querys_own_candidates_as_negatives():
     queries = make_queries([[1, 5], [4], [7]])
     candidates = Ragged.of([[1, 2, 5, 3], [2, 4], [5, 1, 6]])
-    for batch in continue_hard_plan(queries, candidates, phase_of(2, max_steps=4), seed=1):
+    for batch in continue_hard_plan(queries, candidates, phase_of(2, max_steps=4), 1, CONTENT):
         for i, query in enumerate(positions(batch)):
             own = {int(batch.documents[j]) for row, j in batch.arrays["own"] if row == i}
             assert own == [{2, 3}, {2}, {5, 1, 6}][query]
             assert batch.documents[batch.arrays["targets"][i]] in queries.positives.at(query)
 
 
+def rerank_phase(size: int, **changes) -> RerankPhase:
+    return RerankPhase(queries="train", batch_size=size, learning_rate=1e-3, **changes)
+
+
+NO_EASY = Ragged.of([[], [], []])
+
+
 def test_reranker_pairs_come_as_one_yes_and_one_no():
     queries = make_queries([[5], [6, 7], [8]])
     negatives = [[11, 12], [13], []]
-    for batch in rerank_plan(queries, Ragged.of(negatives), phase_of(4, max_steps=6), seed=0):
+    for batch in rerank_plan(queries, Ragged.of(negatives), NO_EASY, rerank_phase(4, max_steps=6), seed=0):
         assert batch.arrays["answers"].tolist() == [1, 0] * 4
         pairs = zip(positions(batch), batch.documents.tolist(), batch.arrays["answers"], strict=True)
         for query, document, answer in pairs:
             assert document in (queries.positives.at(query) if answer else negatives[query])
             assert query != 2
     with pytest.raises(UserError, match="no query has a mined negative"):
-        rerank_plan(queries, Ragged.of([[], [], []]), phase_of(4, max_steps=1), seed=0)
+        rerank_plan(queries, Ragged.of([[], [], []]), NO_EASY, rerank_phase(4, max_steps=1), seed=0)
+
+
+def test_easy_negatives_come_first_and_then_their_share():
+    queries = make_queries([[5], [6, 7], [8]])
+    mined, easy = [[11, 12, 13, 14], [21, 22, 23, 24], [31, 32, 33, 34]], [[41, 42, 43], [51, 52, 53], [61, 62, 63]]
+    phase = rerank_phase(3, max_steps=400, negatives=3, easy_steps=0.25, random_mix=0.4)
+    plan = rerank_plan(queries, Ragged.of(mined), Ragged.of(easy), phase, seed=0)
+    shares = []
+    for batch in plan:
+        assert batch.arrays["answers"].tolist() == [1, 0, 0, 0] * 3
+        groups = batch.documents.reshape(3, 4).tolist()
+        for query, (positive, *negatives) in zip(positions(batch)[::4], groups, strict=True):
+            assert positive in queries.positives.at(query)
+            assert set(negatives) <= {*mined[query], *easy[query]}
+            assert len(set(negatives)) == 3
+            shares.append(np.isin(negatives, easy[query]).mean())
+    assert set(shares[:300]) == {1.0}
+    assert np.mean(shares[300:]) == pytest.approx(0.4, abs=0.05)
+
+
+def test_where_one_kind_of_negatives_ends_the_other_fills_up():
+    queries, mined, easy = make_queries([[5], [6], [7]]), [[11], [12, 13], [14]], [[21], [], [22, 23, 24]]
+    phase = rerank_phase(3, max_steps=5, negatives=3, random_mix=0.5)
+    for batch in rerank_plan(queries, Ragged.of(mined), Ragged.of(easy), phase, seed=0):
+        asked = positions(batch)
+        for query in range(3):
+            own = [d for q, d, yes in zip(asked, batch.documents, batch.arrays["answers"], strict=True)
+                   if q == query and not yes]  # fmt: skip
+            assert len(own) == len(set(own)) == min(3, len(mined[query]) + len(easy[query]))
+            assert set(own) <= {*mined[query], *easy[query]}
 
 
 def test_a_plan_reads_back_as_written(tmp_path):
@@ -173,10 +220,10 @@ def test_a_plan_reads_back_as_written(tmp_path):
     candidates = Ragged.of([[1, 2], [3]])
     for number, plan in enumerate(
         (
-            contrastive_plan(queries, phase_of(4, max_steps=3), 0),
-            contrastive_plan(queries, phase_of(4, max_steps=3), 0, mined, per_query=1, in_batch=False),
+            contrastive_plan(queries, phase_of(4, max_steps=3), 0, CONTENT),
+            contrastive_plan(queries, phase_of(4, max_steps=3), 0, CONTENT, mined, per_query=1, in_batch=False),
             distillation_plan(queries.rows[:2], candidates, np.ones(3, np.float32), phase_of(2, max_steps=3), 0),
-            rerank_plan(queries, mined, phase_of(2, max_steps=3), 0),
+            rerank_plan(queries, mined, Ragged.of([[]] * 20), rerank_phase(2, max_steps=3), 0),
         )
     ):
         path = tmp_path / f"{number}.parquet"

@@ -206,3 +206,6 @@ def test_large_rows_share_smaller_batches(tmp_path):
     assert [row["image"][0] for row in stored.rows([39, 0, 14, 15, 16, 29, 30])] == [39, 0, 14, 15, 16, 29, 30]
     again = write_stored(tmp_path / "again.arrow", table.schema, table.to_batches(max_chunksize=40))
     assert again.digest == stored.digest
+    empty = table.schema.empty_table().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+    batches = [*empty, *table.to_batches(max_chunksize=7)]
+    assert write_stored(tmp_path / "with_empty.arrow", table.schema, batches).digest == stored.digest

@@ -225,6 +225,64 @@ def test_a_changed_file_is_converted_again(write, tmp_path, name):
     assert set((tmp_path / "tables").glob(f"{name}-*.arrow")) > written
 
 
+def test_a_file_with_its_old_size_and_time_is_still_noticed(write, tmp_path):
+    before = write().queries("test").digest
+    path = tmp_path / "test.parquet"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index("text"), "text", [["what!", "what?"]]), path)
+    os.utime(path, ns=times)
+    assert open_saved(tmp_path).queries("test").digest != before
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(write, tmp_path, monkeypatch):
+    write()
+    read = ParquetFolder._table
+
+    def replaced(self, name, needed, columns):
+        found = read(self, name, needed, columns)
+        if name == "test":
+            save(tmp_path, test=QUERIES[::-1])
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParquetFolder, "_table", replaced)
+        with pytest.raises(UserError, match=r"test.parquet or a file beside it changed while 'test' was read"):
+            open_saved(tmp_path).queries("test")
+    data = open_saved(tmp_path)
+    queries = data.queries("test")
+    assert queries.ids() == ["q1", "q0"]
+    assert [ids_of(data, own) for own in queries.positives.lists()] == [["d2", "d3"], ["d1"]]
+
+
+@pytest.mark.parametrize("harm", ["halved", "without facts", "empty facts"])
+def test_a_damaged_table_is_converted_again(write, tmp_path, harm):
+    digest = write().documents.digest
+    [table] = (tmp_path / "tables").glob("documents-*.arrow")
+    facts = table.with_suffix(".json")
+    if harm == "halved":
+        table.write_bytes(table.read_bytes()[: table.stat().st_size // 2])
+    elif harm == "without facts":
+        facts.unlink()
+    else:
+        facts.write_text("")
+    data = open_saved(tmp_path)
+    assert data.documents.digest == digest
+    assert [row["id"] for row in document_rows(data)] == ["d1", "d2", "d3"]
+
+
+def test_columns_that_nobody_asked_for_do_no_harm(write):
+    views = pa.array(["one", None, "a string of more than twelve letters"], pa.string_view())
+    data = write(documents=typed(DOCUMENTS).append_column("note", views))
+    assert data.documents.column("note").to_pylist() == views.to_pylist()
+
+
+def test_a_path_that_looks_like_a_uri_is_a_path(write, tmp_path):
+    data = write(documents=typed(DOCUMENTS, image=["img:1.png", "https://a/b.png", "data:image/png;base64,AA"]))
+    found = data.documents.column("image").to_pylist()
+    assert found == [f"{tmp_path}/img:1.png", "https://a/b.png", "data:image/png;base64,AA"]
+
+
 def test_tables_are_kept_where_the_recipe_says(tmp_path):
     save(tmp_path)
     for data, given, folder in (
@@ -290,6 +348,14 @@ def not_utf8(rows: int) -> pa.Array:
             r"pools, task 's_task1', split 'test': unknown document 'd8'",
         ),
         ({"documents": []}, r"documents.parquet: column 'id' is missing"),
+        (
+            {"documents": typed(DOCUMENTS).append_column("text", pa.array(["a"] * 3))},
+            r"documents.parquet: column 'text' occurs twice; keep one",
+        ),
+        (
+            {"documents": typed(DOCUMENTS).append_column("instruction", pa.array([None, "", "find"]))},
+            r"documents: row 2 has an instruction, which only queries carry; drop the column",
+        ),
         ({"documents": typed(DOCUMENTS).slice(0, 0)}, r"documents: the table has no rows"),
         ({"documents": typed(DOCUMENTS, id=[1.0, 2.0, 3.0])}, r"documents: column 'id' holds double, not text"),
         ({"documents": typed(DOCUMENTS, text=[1.5, None, 2.0])}, r"documents: column 'text' holds double, not text"),

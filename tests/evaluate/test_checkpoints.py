@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from umarvel_ray.evaluate.checkpoints import MIN_DEPTH, evaluate_base, evaluate_checkpoint
+from umarvel_ray.evaluate.results import LadderResult
 from umarvel_ray.inference.embed import EmbedderGroup
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.retrieve.rank import embed_split, rank
@@ -29,6 +30,22 @@ def test_saved_rankings_are_the_exact_ones(result, embedders, dataset, recipe, r
     assert {row["query"] for row in rows} == set(dataset.queries("test").rows.tolist())
     for row in rows:
         assert len(set(row["documents"])) == len(row["documents"]) == min(depth, row["pool_size"])
+
+
+def test_a_result_never_stands_beside_rankings_of_other_settings(embedders, dataset, recipe, ref, tmp_path):
+    deeper = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"rerank_top": 20})})
+    first = evaluate_checkpoint(embedders, dataset, recipe, ref, "text", tmp_path)
+    expected = first.ranking("local")
+
+    def interrupted(self) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LadderResult, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_checkpoint(embedders, dataset, deeper, ref, "text", tmp_path)
+    assert not (tmp_path / "result.json").exists()
+    assert evaluate_checkpoint(embedders, dataset, recipe, ref, "text", tmp_path).ranking("local").equals(expected)
 
 
 def own_pictures(dataset) -> dict[int, int]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.support.embedding_tables import SETTINGS, embed_singly, make_documents
+from tests.support.small_dataset import noise_picture
 from tests.support.tiny import make_tiny_base
 from umarvel_ray.errors import UserError
 from umarvel_ray.inference.cached_embedder import CachedEmbedder
@@ -24,6 +25,21 @@ def test_cache_never_changes_a_vector(tiny_base):
             assert np.abs(vectors - expected).max() < 1e-5
         queries = [row | {"instruction": "Find an image."} for row in rows]
         assert np.abs(cached.embed(queries, "query")[1] - embed_singly(tiny_base, queries, "query")).max() < 1e-5
+
+
+def test_lists_of_pictures_are_embedded_and_cached(tiny_base):
+    first, second = noise_picture(0), noise_picture(1)
+    rows = [
+        {"id": str(number), "text": None, "image": shown}
+        for number, shown in enumerate([[first, second], [second, first], [first], first])
+    ]
+    cached = CachedEmbedder("cpu", "float32", 1024, 1, 2**30)
+    cached.load(CheckpointRef.of(tiny_base, SETTINGS))
+    for _ in range(2):
+        _, vectors, quarantined = cached.embed(rows, "document")
+        assert quarantined == []
+        assert np.abs(vectors - embed_singly(tiny_base, rows)).max() < 1e-5
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
 
 
 def test_cache_is_cleared_when_the_tower_changes(tiny_base, tmp_path):

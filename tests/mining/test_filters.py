@@ -99,6 +99,8 @@ def test_too_few_kept_are_filled_from_the_pool_without_repeats(kept):
 
 
 def test_an_exhausted_pool_gives_fewer():
+    nothing = np.array([], int)
+    assert fill_at_random(nothing, 3, nothing, set(), np.random.default_rng(0)) == []
     assert fill_at_random(np.array([], int), 3, np.array([1, 0]), {0}, np.random.default_rng(0)) == [1]
 
 

@@ -16,7 +16,7 @@ from tests.support.small_dataset import (
 from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.inference.shards import read_shards
 from umarvel_ray.mining.documents import Documents
-from umarvel_ray.mining.mine import kept_of, mine, negatives_of
+from umarvel_ray.mining.mine import EASY, candidates_of, easy_of, kept_of, mine, negatives_of
 from umarvel_ray.model.checkpoint import CheckpointRef, save_checkpoint
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.ragged import Ragged
@@ -43,6 +43,9 @@ def test_mined_negatives(embedders, dataset, recipe, ref, vectors, tmp_path, sco
     change = {"pool": scope, "max_similarity": threshold, "margin": 0.01, "random_mix_of": {"pictures_task4": 1.0}}
     mining = recipe.stage2.mining.model_copy(update=change)
     recipe = recipe.model_copy(update={"stage2": recipe.stage2.model_copy(update={"mining": mining})})
+    if scope == "local":
+        learner = recipe.reranker.train.model_copy(update={"easy_steps": 0.5})
+        recipe = recipe.model_copy(update={"reranker": recipe.reranker.model_copy(update={"train": learner})})
     mine(embedders, dataset, recipe, ref, tmp_path / "embeddings", tmp_path / "mined")
     mined = read_mined(dataset, tmp_path / "mined")
     printed = capsys.readouterr().out
@@ -65,10 +68,17 @@ def test_mined_negatives(embedders, dataset, recipe, ref, vectors, tmp_path, sco
                 assert (id_, gold) not in {("twin", "t0"), ("t0", "twin")}
                 assert score <= positive * 0.99 + 1e-5
                 assert threshold == "calibrate" or score <= 0.9 + 1e-5
+            elif id_ != gold and (id_, gold) not in {("twin", "t0"), ("t0", "twin")} and threshold != "calibrate":
+                assert score > min(positive * 0.99, 0.9) - 1e-5
         assert len(row["negative_ids"]) == len(set(row["negative_ids"])) == recipe.stage2.train.hard_negatives
         own = row["query_id"].replace("s", "p")
         assert not {gold, own, *(["twin"] if gold == "t0" else [])} & set(row["negative_ids"])
         assert set(row["negative_ids"]) <= set(ids)
+        rejected = {id_ for id_, kept in zip(row["document_ids"], row["kept"], strict=True) if not kept}
+        allowed = {*ids} - {gold, own, *rejected, *(["twin"] if gold == "t0" else [])}
+        wanted = min(EASY, len(allowed)) if scope == "local" else 0
+        assert len(row["easy_ids"]) == len(set(row["easy_ids"])) == wanted
+        assert set(row["easy_ids"]) <= allowed
         seen += len(row["document_ids"])
         passed = [id_ for id_, kept in zip(row["document_ids"], row["kept"], strict=True) if kept]
         best = passed[: recipe.stage2.train.hard_negatives]
@@ -80,9 +90,19 @@ def test_mined_negatives(embedders, dataset, recipe, ref, vectors, tmp_path, sco
     queries = dataset.queries("train")
     for lists, column in (
         (negatives_of(tmp_path / "mined", queries), "negative_ids"),
-        (kept_of(tmp_path / "mined", queries, 4), "kept_ids"),
+        (kept_of(tmp_path / "mined", queries, 0, 4), "kept_ids"),
     ):
         assert [[documents[number] for number in own] for own in lists.lists()] == [row[column][:4] for row in mined]
+    for lists, expected in (
+        (kept_of(tmp_path / "mined", queries, 2, 5), [row["kept_ids"][2:5] for row in mined]),
+        (easy_of(tmp_path / "mined", queries), [row["easy_ids"] for row in mined]),
+    ):
+        assert [[documents[number] for number in own] for own in lists.lists()] == expected
+    candidates = candidates_of(tmp_path / "mined", queries.rows[[3, 1]], 2).sort_by("query").to_pylist()
+    for row, at in zip(candidates, (1, 3), strict=True):
+        assert row["query"] == queries.rows[at]
+        assert [documents[number] for number in row["documents"]] == mined[at]["document_ids"][:2]
+        assert row["scores"] == mined[at]["scores"][:2]
     assert capsys.readouterr().out == ""
     assert f"{seen:,} candidates" in printed
 
@@ -99,6 +119,7 @@ def read_mined(dataset, folder: Path) -> list[dict]:
             "scores": row["scores"],
             "kept": row["kept"],
             "negative_ids": [ids[number] for number in row["negatives"]],
+            "easy_ids": [ids[number] for number in row["easy"]],
             "kept_ids": [ids[number] for number, kept in zip(row["documents"], row["kept"], strict=True) if kept],
         }
         for row in rows

@@ -31,9 +31,15 @@ def _written_out(cosines, teacher, student_tau, teacher_tau=TAU):
     return total / len(LENGTHS)
 
 
+def mean_loss(cosines, teacher, mask, log_temperature):
+    losses = distillation_loss(cosines, teacher, mask, log_temperature)
+    assert losses.shape == (len(cosines),)
+    return losses.mean()
+
+
 def test_loss_equals_the_written_out_formula():
     cosines, teacher, mask = _inputs()
-    loss = distillation_loss(cosines, teacher, mask, torch.tensor(math.log(TAU)))
+    loss = mean_loss(cosines, teacher, mask, torch.tensor(math.log(TAU)))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(_written_out(cosines.tolist(), teacher.tolist(), TAU), rel=1e-5)
 
@@ -43,7 +49,7 @@ def test_gradients_equal_finite_differences_with_the_teachers_temperature_fixed(
     log_temperature = torch.tensor(math.log(TAU), requires_grad=True)
     cosines.requires_grad_()
     teacher.requires_grad_()
-    distillation_loss(cosines, teacher, mask, log_temperature).backward()
+    mean_loss(cosines, teacher, mask, log_temperature).backward()
     assert teacher.grad is None
 
     values, scores, delta = cosines.detach().double().numpy(), teacher.tolist(), 1e-6
@@ -67,25 +73,31 @@ def test_the_content_of_padding_does_not_matter():
     noisy_cosines, noisy_teacher = cosines.clone(), teacher.clone()
     noisy_cosines[~mask], noisy_teacher[~mask] = 1e4, float("nan")
     noisy_cosines.requires_grad_()
-    loss = distillation_loss(noisy_cosines, noisy_teacher, mask, log_temperature)
+    loss = mean_loss(noisy_cosines, noisy_teacher, mask, log_temperature)
     loss.backward()
-    assert loss.item() == distillation_loss(cosines, teacher, mask, log_temperature).item()
+    assert loss.item() == mean_loss(cosines, teacher, mask, log_temperature).item()
     assert torch.all(noisy_cosines.grad[~mask] == 0)
     assert torch.isfinite(noisy_cosines.grad).all()
+
+
+def test_a_rank_without_queries_has_no_loss():
+    nothing = torch.empty(0, 3)
+    losses = distillation_loss(nothing, nothing, nothing.bool(), torch.tensor(0.0))
+    assert losses.sum().item() == 0
 
 
 def test_loss_is_zero_only_when_the_student_ranks_like_the_teacher():
     cosines, teacher, mask = _inputs(3)
     log_temperature = torch.tensor(math.log(TAU))
     # softmax ignores a constant, so a shifted teacher is a perfect student
-    assert distillation_loss(teacher - 0.3, teacher, mask, log_temperature).item() == pytest.approx(0.0, abs=1e-6)
-    assert distillation_loss(cosines, teacher, mask, log_temperature).item() > 0.1
+    assert mean_loss(teacher - 0.3, teacher, mask, log_temperature).item() == pytest.approx(0.0, abs=1e-6)
+    assert mean_loss(cosines, teacher, mask, log_temperature).item() > 0.1
 
 
 def test_low_precision_scores_are_computed_in_fp32():
     cosines, teacher, mask = _inputs(4)
     cosines, teacher = cosines.bfloat16(), teacher.bfloat16()
-    loss = distillation_loss(cosines, teacher, mask, torch.tensor(math.log(TAU)))
+    loss = mean_loss(cosines, teacher, mask, torch.tensor(math.log(TAU)))
     expected = _written_out(cosines.tolist(), teacher.tolist(), TAU)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 

@@ -1,12 +1,14 @@
 """The `Embedder` that users import: shapes, order, inputs, devices, errors."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 import umarvel_ray
+from tests.support.rerankers import make_reranker, make_reranking_recipe
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.encoder import ItemEncoder
 from umarvel_ray.model import device
@@ -249,3 +251,26 @@ def test_without_a_device_an_apple_gpu_that_cannot_run_the_model_is_passed_over(
 def test_a_named_device_is_taken_as_it_is(monkeypatch, tiny_base):
     monkeypatch.setattr("umarvel_ray.model.embedder.best_device", lambda: pytest.fail("nobody asked"))
     assert Embedder.from_pretrained(tiny_base, "cpu", settings=SETTINGS).device.type == "cpu"
+
+
+def test_the_rows_of_a_series_come_in_its_order(embedder):
+    texts = ["boats", "snow", "a fox"]
+    shuffled = pd.Series(texts, index=[7, 0, 2])
+    np.testing.assert_allclose(embedder.encode(shuffled), embedder.encode(texts), atol=1e-6)
+
+
+def test_an_embedding_that_is_not_finite_is_an_error(tiny_base):
+    broken = Embedder.from_pretrained(tiny_base, settings=SETTINGS)
+    words = broken.model.backbone.get_input_embeddings().weight
+    own, others = (set(broken.encoder.encode({"text": text}, "query").input_ids.tolist()) for text in ("snow", "boats"))
+    with torch.no_grad():
+        words[list(own - others)] = torch.nan
+    assert np.isfinite(broken.encode(["boats"])).all()
+    with pytest.raises(UserError, match=r"item 1: its embedding is not finite; open the checkpoint in float32"):
+        broken.encode(["boats", "snow"])
+
+
+def test_a_rerankers_checkpoint_is_no_embedder(tiny_base, tmp_path):
+    folder = make_reranker(tiny_base, make_reranking_recipe(), tmp_path / "reranker").path
+    with pytest.raises(UserError, match=r"is a reranker's checkpoint; open it with Reranker.from_pretrained"):
+        Embedder.from_pretrained(folder)

@@ -82,7 +82,7 @@ def test_without_in_batch_negatives_the_loss_covers_the_querys_own_negatives_onl
     mined = [[10 * i + 10, 10 * i + 11, (i + 1) % 6, 10 * i + 13] for i in range(6)]
     queries = make_queries(positives)
     phase = ContrastivePhase(queries="train", batch_size=6, max_steps=1, learning_rate=1e-3)
-    [plan] = contrastive_plan(queries, phase, 0, Ragged.of(mined), per_query=3, in_batch=False)
+    [plan] = contrastive_plan(queries, phase, 0, np.arange(100), Ragged.of(mined), per_query=3, in_batch=False)
     torch.manual_seed(1)
     sides = [torch.randn(len(rows), 8, dtype=torch.float64) for rows in (plan.queries, plan.documents)]
     asked, shown = (F.normalize(side, dim=1) for side in sides)

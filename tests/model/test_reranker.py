@@ -216,6 +216,21 @@ def test_loss_is_the_cross_entropy_of_the_answer_and_the_end(tiny_base, tmp_path
         assert loss == pytest.approx((sum(terms) / 2).item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_over_two_answers_compares_their_logits_alone(tiny_base, packed):
+    reranker = make_reranker(tiny_base)
+    reranker.model.yes_no = reranker.encoder.yes_no
+    answers = [True, False, False, True, True, False]
+    pairs = [
+        reranker.encoder.encode(QUERIES[i % 3], document, answer)
+        for i, (document, answer) in enumerate(zip(DOCUMENTS, answers, strict=True))
+    ]
+    losses = reranker.model(collate_pairs(pairs, packed=packed))
+    for i, (document, answer) in enumerate(zip(DOCUMENTS, answers, strict=True)):
+        p_yes = stock_p_yes(tiny_base, reranker.encoder, QUERIES[i % 3], document)
+        assert losses[i].item() == pytest.approx(-np.log(p_yes if answer else 1 - p_yes), abs=1e-4)
+
+
 def test_training_teaches_yes_and_no_and_the_checkpoint_keeps_it(tiny_base, tmp_path):
     encoder = PairEncoder.from_pretrained(tiny_base, SETTINGS, 64)
     model = RerankerModel.from_pretrained(tiny_base, SETTINGS)
@@ -329,3 +344,14 @@ def test_a_tokenizer_without_separate_yes_and_no_is_refused(tiny_base):
     items = ItemEncoder.from_pretrained(tiny_base, SETTINGS)
     with pytest.raises(UserError, match="'Yes' and 'No'"):
         PairEncoder(ItemEncoder(tokenizer, items.picture_format, items.family, SETTINGS), 64)
+
+
+def test_a_score_that_is_not_finite_is_an_error(tiny_base):
+    reranker = make_reranker(tiny_base)
+    words = reranker.model.backbone.get_input_embeddings().weight
+    own, others = (set(reranker.encoder.encode("fox", text).input_ids.tolist()) for text in ("snow", "boats"))
+    with torch.no_grad():
+        words[list(own - others)] = torch.nan
+    assert np.isfinite(reranker.score("fox", ["boats"])).all()
+    with pytest.raises(UserError, match=r"document 1: its score is not finite; open the checkpoint in float32"):
+        reranker.score("fox", ["boats", "snow"])

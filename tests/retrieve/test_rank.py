@@ -1,7 +1,6 @@
 """Rankings and exact search on a small corpus, against plain numpy on the library's own vectors."""
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from tests.support.small_dataset import (
@@ -10,6 +9,7 @@ from tests.support.small_dataset import (
     expected_ranking,
     query_rows,
 )
+from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.retrieve.rank import embed_split, rank
 
@@ -55,14 +55,14 @@ def test_a_finished_ranking_is_read_back_and_a_changed_pool_is_ranked_again(embe
     assert {len(row["documents"]) for row in smaller if row["task"] == "words_task1"} == {3}
 
 
-def test_a_query_without_a_pool_is_listed_with_a_reason(embedded, dataset, tmp_path):
-    pools = {key: pool for key, pool in dataset.pools.items() if key != ("words_task1", "test")}
-    ranking = rank(embedded, dataset.with_pools(pools), "test", "local", DEPTH, tmp_path)
-    assert set(ranking["task"].to_pylist()) == {"pictures_task4"}
-    lost = pq.read_table(tmp_path / "quarantine.parquet").to_pylist()
-    unasked = [row["id"] for row in query_rows(dataset, "test") if row["task"] == "words_task1"]
-    assert [row["id"] for row in lost] == unasked
-    assert all("has no pool" in row["reason"] for row in lost)
+@pytest.mark.parametrize("pool", [None, []])
+def test_a_task_that_cannot_be_searched_for_is_named_before_anything_is_embedded(dataset, tmp_path, pool):
+    pools = {key: rows for key, rows in dataset.pools.items() if key != ("words_task1", "test")}
+    if pool is not None:
+        pools["words_task1", "test"] = np.array(pool, np.int64)
+    with pytest.raises(UserError, match=r"pool (for|of) task 'words_task1'"):
+        embed_split(None, dataset.with_pools(pools), "test", None, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pair_scores_are_cosines(embedded, dataset, vectors):

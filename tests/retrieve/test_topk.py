@@ -79,6 +79,7 @@ def test_slices_restricted_to_rows_merge_to_the_whole(device, problem, data):
     chosen = data.draw(st.sampled_from(["all", "range", "some", "none"]))
     first, last = sorted(data.draw(st.tuples(st.integers(0, m), st.integers(0, m))))
     rows = {"all": None, "range": np.arange(first, last), "some": np.arange(first, m, 3), "none": np.arange(0)}[chosen]
+    blocks = data.draw(st.sampled_from([blocks, None]))
     parts = [
         topk_of_rows(queries, documents[start:stop], start, k, rows, exclude, device, blocks)
         for start, stop in pairwise(cuts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from umarvel_ray.data.stored import StoredTable, write_stored
 from umarvel_ray.recipe import Compute, ContrastivePhase, ModelSettings
 from umarvel_ray.runs import read_step_log
 from umarvel_ray.train.failures import (
+    NOT_FINITE,
     StepError,
     check_finite,
     describe,
@@ -23,7 +25,7 @@ from umarvel_ray.train.failures import (
     record_failure,
 )
 from umarvel_ray.train.phases import PhaseSpec
-from umarvel_ray.train.stream import Tables
+from umarvel_ray.train.stream import PhaseTables
 
 ALLOCATORS = [
     MemoryError("Unable to allocate 12.0 GiB for an array"),
@@ -52,14 +54,14 @@ def spec(tmp_path):
 
 
 @pytest.fixture
-def tables(tmp_path) -> Tables:
+def tables(tmp_path) -> PhaseTables:
     """Queries q0 … q9 and documents d0 … d4."""
 
     def store(letter: str, count: int) -> StoredTable:
         batch = pa.record_batch({"id": [f"{letter}{n}" for n in range(count)]})
         return write_stored(tmp_path / f"{letter}.arrow", batch.schema, [batch])
 
-    return Tables(store("q", 10), store("d", 5), "parent", ModelSettings())
+    return PhaseTables(store("q", 10), store("d", 5), "parent", ModelSettings())
 
 
 def test_a_non_finite_number_names_step_and_items(tables):
@@ -94,7 +96,7 @@ def test_the_loop_stops_before_it_logs_a_non_finite_number(spec, tables, monkeyp
     batches = [SimpleNamespace(plan=step, lengths=[1]) for step in read_plan(spec.plan_path)]
     results = iter([(0.5, 0.05, 9), (float("nan"), 0.05, 9)])
     optimizer = SimpleNamespace(param_groups=[{"lr": 1e-3}])
-    engine = SimpleNamespace(train=lambda: None, optimizer=optimizer, device="cpu")
+    engine = SimpleNamespace(train=lambda: None, optimizer=optimizer, device="cpu", module=None)
     fakes = {
         "dist": SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1),
         "start_phase": lambda *_: (engine, None),
@@ -117,8 +119,9 @@ def test_other_errors_pass_unchanged(spec):
 
 def test_a_step_error_takes_precedence_over_lost_connections():
     lost = Exception("Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer [127.0.0.1]\n")
-    own = UserExceptionWithTraceback(StepError("text: loss is nan"), "Traceback …")  # as Ray Train passes it
-    assert describe({0: lost, 1: StepError("text: loss is nan")}) == "text: loss is nan"
+    error = StepError("text: loss is nan", NOT_FINITE)
+    own = UserExceptionWithTraceback(error, "Traceback …")  # as Ray Train passes it
+    assert describe({0: lost, 1: pickle.loads(pickle.dumps(error))}) == "text: loss is nan"
     assert describe({0: lost, 1: own}) == "text: loss is nan"
     assert describe({0: lost, 2: Exception("The actor died: SIGKILL")}) == "rank 2: The actor died: SIGKILL"
     assert describe({3: lost}) == "rank 3: RuntimeError: Connection closed by peer [127.0.0.1]"
@@ -132,7 +135,7 @@ def test_failures_are_logged_with_the_current_step_and_its_items(logged, step, s
     record_failure([spec], {"text": tables}, {0: RuntimeError("again"), 1: RuntimeError("other")})
     first, second = read_step_log(spec.failures_path)
     items = {"query_ids": [f"q{2 * step + 1}", f"q{2 * step}"], "document_ids": [f"d{step}"]}
-    assert first == {"step": step, "ranks": [1], "error": "rank 1: killed"} | items
+    assert first == {"kind": "other", "step": step, "ranks": [1], "error": "rank 1: killed"} | items
     assert second["ranks"] == [0, 1]
 
 

@@ -7,11 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.mini_data import make_mini_data
-from tests.support.small_dataset import query_rows
+from tests.support.small_dataset import noise_picture, query_rows
 from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.recipe import Data
-from umarvel_ray.train.quarantine import without_unusable
+from umarvel_ray.train import quarantine
+from umarvel_ray.train.quarantine import reason_against, without_unusable
 
 
 def corrupt(folder, table, column, rows, value):
@@ -65,7 +66,7 @@ def test_bad_rows_are_set_aside_with_their_reason(ray_cluster, tmp_path):
     assert again.queries("train").digest == kept.digest != before.digest
 
 
-def test_the_check_is_done_once_for_the_same_tables(ray_cluster, tmp_path, capsys):
+def test_the_check_is_done_once_for_the_same_tables(ray_cluster, tmp_path, capsys, monkeypatch):
     folder = make_mini_data(tmp_path / "data")
     corrupt(folder, "train", "text", [0], None)
     corrupt(folder, "train", "image", [0], b"not a picture")
@@ -75,11 +76,40 @@ def test_the_check_is_done_once_for_the_same_tables(ray_cluster, tmp_path, capsy
         return capsys.readouterr().out
 
     assert "train: 1 of " in check()
-    assert check() == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(quarantine, "_write_unusable", None)
+        assert "train: 1 of " in check()
     path = folder / "train.parquet"
     table = pq.read_table(path)
     pq.write_table(pa.concat_tables([table.slice(1), table.slice(0, 1)]), path)
     assert "train: 1 of " in check(), "row numbers of other tables say nothing"
+
+
+def test_an_empty_picture_is_unusable():
+    reason = reason_against({"text": "a fox", "image": b""}, "documents d1")
+    assert reason is not None
+    assert reason.startswith("documents d1: not a picture")
+    assert reason_against({"text": "a fox", "image": None}, "documents d1") is None
+
+
+def test_a_picture_that_was_repaired_is_used_again(ray_cluster, tmp_path, capsys):
+    folder = make_mini_data(tmp_path / "data")
+    picture = folder / "picture.png"
+    picture.write_bytes(b"broken")
+    [row] = with_image(folder, "train", 1)
+    table = pq.read_table(folder / "train.parquet").to_pylist()
+    images = [str(picture) if number == row else None for number in range(len(table))]
+    texts = [entry["text"] or "a thing" for entry in table]
+    whole = pq.read_table(folder / "train.parquet")
+    for name, values in (("image", images), ("text", texts)):
+        whole = whole.set_column(whole.column_names.index(name), name, pa.array(values, pa.string()))
+    pq.write_table(whole, folder / "train.parquet")
+    dataset = open_dataset(Data(root=str(folder)), tmp_path / "tables")
+    for _ in range(2):
+        assert without_unusable(dataset, "train", tmp_path / "quarantine").queries("train").n == len(table) - 1
+        assert "1 of" in capsys.readouterr().out
+    picture.write_bytes(noise_picture(0))
+    assert without_unusable(dataset, "train", tmp_path / "quarantine").queries("train").n == len(table)
 
 
 def test_nothing_left_is_an_error(ray_cluster, tmp_path):

@@ -15,14 +15,14 @@ from umarvel_ray.data.plan import PlanStep
 from umarvel_ray.items.encoder import ItemEncoder
 from umarvel_ray.items.pair_encoder import PairEncoder
 from umarvel_ray.train import stream
-from umarvel_ray.train.stream import BLOCK_ITEMS, Tables, open_stream
+from umarvel_ray.train.stream import BLOCK_ITEMS, PhaseTables, open_stream
 
 SIZES = [(1, 1), (3, 2), (2, 9), (7, 7)]  # queries and documents of each step
 
 
 @pytest.fixture(scope="module")
-def tables(dataset, recipe, tiny_base) -> Tables:
-    return Tables(dataset.queries("train").table, dataset.documents, str(tiny_base), recipe.model)
+def tables(dataset, recipe, tiny_base) -> PhaseTables:
+    return PhaseTables(dataset.queries("train").table, dataset.documents, str(tiny_base), recipe.model)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def blocks(monkeypatch) -> list[int]:
     return sizes
 
 
-def make_plan(tables: Tables, sizes: list[tuple[int, int]]) -> list[PlanStep]:
+def make_plan(tables: PhaseTables, sizes: list[tuple[int, int]]) -> list[PlanStep]:
     rng = np.random.default_rng(0)
     return [
         PlanStep(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from umarvel_ray.data.content import digest_of
-from umarvel_ray.data.stored import StoredTable
+from umarvel_ray.data.stored import StoredTable, joined_strings
 from umarvel_ray.errors import UserError
 from umarvel_ray.ragged import Ragged
 
@@ -135,7 +135,12 @@ class Dataset:
     @cached_property
     def document_ids(self) -> Any:
         """The id of each document, as an Arrow array."""
-        return self.documents.column("id").combine_chunks()
+        return joined_strings(self.documents.column("id"))
+
+    def content(self) -> np.ndarray:
+        """int64 (m,): a number for each document, equal for the same text, pictures and videos."""
+        numbers: np.ndarray = self.documents.column("content_key").to_numpy().view(np.int64)
+        return numbers
 
     def with_queries(self, name: str, queries: Queries) -> Dataset:
         """The same corpus with the query table `name` replaced."""
@@ -170,6 +175,16 @@ class Dataset:
         for task in self.tasks(split):
             found[self.pool(task, split)] = True
         return np.flatnonzero(found)
+
+    def check_pools(self, split: str) -> None:
+        """Make sure that the queries of a split can be searched for.
+
+        Raises:
+            UserError: a task without a pool, or an empty pool.
+        """
+        queries = self.queries(split)
+        for code in np.unique(queries.task):
+            self.pool(queries.tasks[code], split)
 
     def digest_of_pools(self, split: str) -> str:
         return digest_of(*(part for task in self.tasks(split) for part in (task, self.pool(task, split))))

@@ -7,7 +7,7 @@ and one `NAME.parquet` per query table (the document columns, instruction, posit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,15 +90,29 @@ class ParquetFolder:
 
     @contextmanager
     def _open(self, name: str, needed: tuple[str, ...]) -> Iterator[pq.ParquetFile]:
-        """A table's file, which has the columns that are needed; errors in reading it become a line."""
+        """A table's file, which has the columns that are needed."""
         [path] = self.files(name)
-        try:
-            with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
-                if missing := [column for column in needed if column not in file.schema_arrow.names]:
-                    raise UserError(f"{path}: column '{missing[0]}' is missing; add it")
-                yield file
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+        with open_parquet(path, needed) as file:
+            yield file
+
+
+@contextmanager
+def open_parquet(path: Path, needed: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    """A Parquet file that is read page by page.
+
+    Raises:
+        UserError: it cannot be read, now or while the block runs; a column is missing, or occurs twice.
+    """
+    try:
+        with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"{path}: column '{twice[0]}' occurs twice; keep one")
+            if missing := [column for column in needed if column not in names]:
+                raise UserError(f"{path}: column '{missing[0]}' is missing; add it")
+            yield file
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _names(column: pa.ChunkedArray, name: str, where: str) -> list[str]:

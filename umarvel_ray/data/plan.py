@@ -8,8 +8,8 @@ A plan is a pure function of (tables, phase, seed), in row numbers of the tables
 4. A batch becomes a `PlanStep`: its distinct documents, and columns that point into them.
 
 The plan is the whole order of a training run, so a resumed run continues it from a step number, and any number of ranks
-slices the same global batch. Every listed positive that is present in a step is recorded, so that the loss never treats
-it as a negative (docs/method.md#in-batch-false-negatives).
+slices the same global batch. Every document of a step with the content of one of a query's listed positives is
+recorded, so that the loss never treats it as a negative (docs/method.md#in-batch-false-negatives).
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from umarvel_ray.data.dataset import Queries
 from umarvel_ray.errors import UserError
 from umarvel_ray.files import atomic_path
 from umarvel_ray.ragged import Ragged
-from umarvel_ray.recipe import Phase, count_steps
+from umarvel_ray.recipe import Phase, RerankPhase, count_steps
 
 STEP_COLUMNS = ("step", "queries", "documents")
 ANY_TASK = -1
+_IDENTITY = b"umarvel.identity"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class PlanStep:
 
     `arrays` holds, by kind of phase:
       contrastive: `targets` int32 (N,), column of each query's positive; `relevant` int32 (R, 2), row and column of
-        every positive; `own` int32 (S, 2), row and column of each query's own negatives if no others count.
+        every document with the content of a positive; `own` int32 (S, 2), row and column of each query's own negatives
+        if no others count.
       distill: `candidates` int32 (N, K), columns, −1 for padding; `teacher` float32 (N, K), fused scores.
       rerank: `answers` int32 (N,), 1 for yes; queries and documents are aligned pairs, N = M.
     """
@@ -55,6 +57,7 @@ def contrastive_plan(
     queries: Queries,
     phase: Phase,
     seed: int,
+    content: np.ndarray,
     negatives: Ragged | None = None,
     per_query: int = 0,
     in_batch: bool = True,
@@ -62,6 +65,7 @@ def contrastive_plan(
     """Plan InfoNCE batches.
 
     Args:
+        content: for each document, a number that is equal for documents with equal content.
         negatives: each query's mined documents.
         per_query: how many of them to add per query.
         in_batch: whether the documents of a batch's other queries are negatives too.
@@ -75,8 +79,11 @@ def contrastive_plan(
         mined = [negatives.at(row.query)[:per_query].tolist() if negatives is not None else [] for row in drawn]
         documents = list(dict.fromkeys([*(row.positive for row in drawn), *(d for own in mined for d in own)]))
         column = {d: j for j, d in enumerate(documents)}
-        listed = [queries.positives.at(row.query).tolist() for row in drawn]
-        relevant = [(i, column[d]) for i, own in enumerate(listed) for d in own if d in column]
+        columns_of: dict[int, list[int]] = {}  # by content
+        for j, key in enumerate(content[documents].tolist()):
+            columns_of.setdefault(key, []).append(j)
+        listed = [set(content[queries.positives.at(row.query)].tolist()) for row in drawn]
+        relevant = [(i, j) for i, own in enumerate(listed) for key in own for j in columns_of.get(key, ())]
         arrays = {
             "targets": np.array([column[row.positive] for row in drawn], dtype=np.int32),
             "relevant": _pairs(relevant),
@@ -119,7 +126,9 @@ def distillation_plan(
     return plan
 
 
-def continue_hard_plan(queries: Queries, candidates: Ragged, phase: Phase, seed: int) -> list[PlanStep]:
+def continue_hard_plan(
+    queries: Queries, candidates: Ragged, phase: Phase, seed: int, content: np.ndarray
+) -> list[PlanStep]:
     """Plan the control for distillation: InfoNCE batches in which a query's own candidates are its only negatives.
 
     As in the paper's control (docs/method.md#distillation): one positive per query; positives are removed from the
@@ -127,31 +136,47 @@ def continue_hard_plan(queries: Queries, candidates: Ragged, phase: Phase, seed:
     """
     positive = queries.positives.contains_pairs(candidates.owners, candidates.values)
     negatives = candidates.keep(~positive)
-    return contrastive_plan(queries, phase, seed, negatives, int(negatives.counts.max()), in_batch=False)
+    return contrastive_plan(queries, phase, seed, content, negatives, int(negatives.counts.max()), in_batch=False)
 
 
-def rerank_plan(queries: Queries, negatives: Ragged, phase: Phase, seed: int) -> list[PlanStep]:
-    """Plan pairs for the reranker: one positive and one mined negative per query (docs/method.md#reranker).
+def rerank_plan(queries: Queries, mined: Ragged, easy: Ragged, phase: RerankPhase, seed: int) -> list[PlanStep]:
+    """Plan pairs for the reranker: per query a positive and up to `phase.negatives` others (docs/method.md#reranker).
+
+    Args:
+        mined: each query's candidates that passed the filters. A query without any is left out.
+        easy: documents drawn at random from each query's pool.
 
     Raises:
         UserError: no query has a mined negative.
     """
-    usable = np.flatnonzero(negatives.counts)
+    usable = np.flatnonzero(mined.counts)
     if not len(usable):
-        raise UserError("no query has a mined negative; run mining first, or raise mining.depth or max_similarity")
+        raise UserError(
+            "no query has a mined negative; raise stage2.mining.depth or max_similarity, or lower reranker.min_rank"
+        )
     plan = []
-    order = _epochs(len(usable), seed)
-    for number in range(count_steps(phase, len(usable))):
+    order, total = _epochs(len(usable), seed), count_steps(phase, len(usable))
+    for number in range(total):
         rng = np.random.default_rng((seed, number))
+        share = 1.0 if number < phase.easy_steps * total else phase.random_mix
         rows, documents, answers = [], [], []
         for i in (int(usable[next(order)]) for _ in range(phase.batch_size)):
-            for choices, answer in ((queries.positives.at(i), 1), (negatives.at(i), 0)):
-                rows.append(queries.rows[i])
-                documents.append(choices[int(rng.integers(len(choices)))])
-                answers.append(answer)
+            negatives = _drawn_negatives(mined.at(i), easy.at(i), rng.binomial(phase.negatives, share), phase, rng)
+            rows += [queries.rows[i]] * (1 + len(negatives))
+            documents += [rng.choice(queries.positives.at(i)), *negatives]
+            answers += [1] + [0] * len(negatives)
         arrays = {"answers": np.array(answers, dtype=np.int32)}
         plan.append(PlanStep(number, np.array(rows, np.int64), np.array(documents, np.int64), arrays))
     return plan
+
+
+def _drawn_negatives(
+    mined: np.ndarray, easy: np.ndarray, random: int, phase: RerankPhase, rng: np.random.Generator
+) -> list[int]:
+    """Distinct negatives of a query: `random` of the easy ones, the others mined; where one kind ends, the other."""
+    hard, soft = rng.permutation(mined), rng.permutation(easy)
+    first = [*soft[:random], *hard[: phase.negatives - random], *soft[random:], *hard[phase.negatives - random :]]
+    return list(dict.fromkeys(map(int, first)))[: phase.negatives]
 
 
 def rank_slice(n: int, rank: int, world: int) -> slice:
@@ -159,8 +184,12 @@ def rank_slice(n: int, rank: int, world: int) -> slice:
     return slice(rank * n // world, (rank + 1) * n // world)
 
 
-def write_plan(plan: Sequence[PlanStep], path: Path) -> None:
-    """Store a plan as a Parquet table: one row per step, each array as one flat list."""
+def write_plan(plan: Sequence[PlanStep], path: Path, identity: str = "") -> None:
+    """Store a plan as a Parquet table: one row per step, each array as one flat list.
+
+    Args:
+        identity: of the data that it was made from, read back by `plan_identity`.
+    """
     names = plan[0].arrays.keys()
     columns = {
         "step": pa.array([p.step for p in plan], pa.int64()),
@@ -169,7 +198,13 @@ def write_plan(plan: Sequence[PlanStep], path: Path) -> None:
         **{name: _lists([p.arrays[name].reshape(-1) for p in plan]) for name in names},
     }
     with atomic_path(path) as partial:
-        pq.write_table(pa.table(columns), partial)
+        pq.write_table(pa.table(columns, metadata={_IDENTITY: identity}), partial)
+
+
+def plan_identity(path: Path) -> str:
+    """What a stored plan was made from; see `write_plan`."""
+    metadata: dict[bytes, bytes] = pq.read_schema(path).metadata or {}
+    return metadata.get(_IDENTITY, b"").decode()
 
 
 def plan_length(path: Path) -> int:

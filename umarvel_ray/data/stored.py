@@ -84,7 +84,7 @@ class StoredTable:
             return schema.empty_table()
         order = np.argsort(wanted, kind="stable")
         ordered = wanted[order]
-        size = self._batch_rows
+        size = self.batch_rows
         starts = np.flatnonzero(np.diff(ordered // size, prepend=-1))
         parts = [
             _pick(self._batches.get_batch(int(part[0]) // size).select(names), part % size)
@@ -109,18 +109,19 @@ class StoredTable:
 
     def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
         """A column of few distinct strings as numbers: int64 (n,), −1 for null, and the string of each number."""
-        encoded = self.column(name).combine_chunks().dictionary_encode()
-        numbers: np.ndarray = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        return numbers.astype(np.int64), encoded.dictionary.to_pylist()
+        encoded = pc.dictionary_encode(self.column(name)).unify_dictionaries()
+        numbers = pa.chunked_array([chunk.indices for chunk in encoded.chunks], pa.int32()).fill_null(-1).to_numpy()
+        names = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
+        return numbers.astype(np.int64), names
 
     def find(self, ids: pa.ChunkedArray | pa.Array) -> np.ndarray:
         """Row numbers int64 (n,) of ids; −1 for an unknown id. Each call reads the whole `id` column."""
-        values = self.column("id").combine_chunks()
+        values = joined_strings(self.column("id"))
         rows: np.ndarray = pc.index_in(ids.cast(values.type), value_set=values).fill_null(-1).to_numpy()
         return rows.astype(np.int64)
 
     @cached_property
-    def _batch_rows(self) -> int:
+    def batch_rows(self) -> int:
         """The rows of each batch but the last."""
         return int(self._batches.get_batch(0).num_rows)
 
@@ -135,9 +136,23 @@ class StoredTable:
         return mapped
 
 
+def joined_strings(column: pa.ChunkedArray) -> pa.Array:
+    """A column of strings as one array, which may be larger than 2 GiB."""
+    return column.cast(pa.large_string()).combine_chunks()
+
+
 def is_stored(path: Path) -> bool:
-    """Whether the table was written to its end."""
-    return path.is_file() and _facts_path(path).is_file()
+    """Whether the table was written to its end, and is still whole."""
+    try:
+        return bool(path.stat().st_size == json.loads(_facts_path(path).read_text())["bytes"])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return False
+
+
+def remove_stored(path: Path) -> None:
+    """Remove a table."""
+    _facts_path(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def write_stored(
@@ -162,7 +177,8 @@ def write_stored(
                         rows += batch.num_rows
             if check:
                 check(StoredTable(partial))
-        write_json(_facts_path(path), {"rows": rows, "digest": sink.digest.hexdigest()})
+        facts = {"rows": rows, "bytes": path.stat().st_size, "digest": sink.digest.hexdigest()}
+        write_json(_facts_path(path), facts)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free space, or set data.cache=DIR") from None
     return StoredTable(path)
@@ -212,7 +228,7 @@ def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[p
     """Batches of equally many rows, whatever those given were; the last one may be shorter."""
     source = iter(batches)
     head: list[pa.RecordBatch] = []
-    while sum(batch.num_rows for batch in head) < FIRST_ROWS and (batch := next(source, None)):
+    while sum(batch.num_rows for batch in head) < FIRST_ROWS and (batch := next(source, None)) is not None:
         head.append(batch)
     size = _rows_per_batch(pa.Table.from_batches(head, schema).slice(0, FIRST_ROWS).to_batches(), schema)
     waiting: list[pa.RecordBatch] = []

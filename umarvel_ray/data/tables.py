@@ -12,7 +12,7 @@ from umarvel_ray.data.content import digest_of
 from umarvel_ray.data.dataset import Dataset, Pools, Queries
 from umarvel_ray.data.mbeir import MbeirFolder
 from umarvel_ray.data.parquet import ParquetFolder
-from umarvel_ray.data.stored import StoredTable, is_stored
+from umarvel_ray.data.stored import StoredTable, is_stored, remove_stored
 from umarvel_ray.errors import UserError
 from umarvel_ray.ragged import Ragged
 from umarvel_ray.recipe import Data
@@ -62,8 +62,16 @@ def open_dataset(data: Data, cache: str | Path | None = None) -> Dataset:
 
     def stored(name: str, write: Callable[[Path], StoredTable], *inputs: str) -> StoredTable:
         """The converted table; it is converted now unless that has been done from the same files."""
-        path = folder / f"{name}-{_fingerprint(root, reader.files(name), *inputs)}.arrow"
-        return StoredTable(path) if is_stored(path) else write(path)
+        files = reader.files(name)
+        fingerprint = _fingerprint(root, files, *inputs)
+        path = folder / f"{name}-{fingerprint}.arrow"
+        if is_stored(path):
+            return StoredTable(path)
+        table = write(path)
+        if _fingerprint(root, files, *inputs) != fingerprint:
+            remove_stored(path)
+            raise UserError(f"{files[0]} or a file beside it changed while '{name}' was read; run the command again")
+        return table
 
     documents = stored("documents", reader.write_documents)
     pools = stored("pools", lambda path: reader.write_pools(path, documents), documents.digest)
@@ -75,8 +83,11 @@ def open_dataset(data: Data, cache: str | Path | None = None) -> Dataset:
 
 
 def _fingerprint(root: Path, files: list[Path], *inputs: str) -> str:
-    """Changes when a file does: of names, sizes and times, because reading a large file would take minutes."""
-    facts = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    """Changes when a file does: of names, sizes and times, because reading a large file would take minutes.
+
+    The time of a file's last change of status is one of them: unlike that of its content, no tool can set it back.
+    """
+    facts = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file in files]
     return digest_of(LAYOUT, str(root.absolute()), repr(facts), *inputs)[:16]
 
 

@@ -30,7 +30,8 @@ def store_documents(path: Path, batches: Iterable[pa.RecordBatch], root: Path, w
         where: names the table in errors.
 
     Raises:
-        UserError: a column of a wrong type, an id that is missing or occurs twice, or the table cannot be written.
+        UserError: a column of a wrong type, an id that is missing or occurs twice, a document with an instruction, or
+            the table cannot be written.
     """
 
     def with_keys() -> Iterator[pa.RecordBatch]:
@@ -38,7 +39,11 @@ def store_documents(path: Path, batches: Iterable[pa.RecordBatch], root: Path, w
             pictures = picture_keys(batch)
             yield _with_columns(batch, content_key=content_keys(batch, pictures), picture_key=pictures)
 
-    return _store(path, with_keys(), where, lambda table: _check_ids(table, where))
+    def check(table: StoredTable) -> None:
+        _check_ids(table, where)
+        _check_instructions(table, where)
+
+    return _store(path, with_keys(), where, check)
 
 
 def store_queries(
@@ -154,12 +159,16 @@ def _media(column: pa.Array, root: Path, where: str) -> pa.Array:
     paths = _valid(column, where).cast(PATH)
     paths = pc.if_else(pc.equal(paths, ""), None, paths)
     joined = pc.binary_join_element_wise(pa.scalar(str(root.absolute()), PATH), paths, pa.scalar("/", PATH))
-    whole = pc.fill_null(pc.match_substring_regex(paths, "^(/|[a-z]+:)"), True)
+    whole = pc.fill_null(pc.match_substring_regex(paths, "^(/|(data|file|https?):)"), True)
     return pc.if_else(whole, paths, joined)
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    return column.dictionary_decode() if pt.is_dictionary(column.type) else column
+    """Without dictionaries and views, for which Arrow lacks functions."""
+    if pt.is_dictionary(column.type):
+        return column.dictionary_decode()
+    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return column.cast(views[column.type]) if column.type in views else column
 
 
 def _valid(column: pa.Array, where: str) -> pa.Array:
@@ -199,6 +208,15 @@ def _with_columns(batch: pa.RecordBatch, **columns: np.ndarray | pa.Array) -> pa
     return pa.RecordBatch.from_arrays(
         [*batch.columns, *map(pa.array, columns.values())], names=[*batch.schema.names, *columns]
     )
+
+
+def _check_instructions(table: StoredTable, where: str) -> None:
+    if "instruction" in table.schema.names:
+        given = pc.greater(pc.utf8_length(table.column("instruction")), 0).fill_null(False)
+        if pc.any(given).as_py():
+            raise UserError(
+                f"{where}: row {_first(given)} has an instruction, which only queries carry; drop the column"
+            )
 
 
 def _check_ids(table: StoredTable, where: str) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from umarvel_ray.data.mbeir import query_files
+from umarvel_ray.data.parquet import open_parquet
 from umarvel_ray.data.tables import folder_of
 from umarvel_ray.estimate.shape import Shape
 from umarvel_ray.recipe import (
@@ -171,7 +172,7 @@ def corpus(recipe: Recipe) -> tuple[int, int, Source] | None:
         return None
     queries = min(source.rows.total(), mining.max_queries or source.rows.total())
     if recipe.data.format == "parquet" and (root / "pools.parquet").is_file():
-        pools = pq.read_table(root / "pools.parquet", columns=["split", "document_ids"])
+        pools = _columns(root / "pools.parquet", ["split", "document_ids"])
         lists = pools.filter(pc.equal(pools["split"], name))["document_ids"]
         distinct = len(pc.unique(pc.list_flatten(lists)))
         sampled = sum(min(n, mining.max_pool or n) for n in pc.list_value_length(lists).to_pylist())
@@ -189,8 +190,8 @@ def read_source(data: Data, name: str) -> Source:
         return Source(rows, *ends, "counted")
     if data.format == "parquet" and (root / f"{name}.parquet").is_file():
         queries, documents = root / f"{name}.parquet", root / "documents.parquet"
-        own = pq.read_table(queries, columns=["task", "positive_ids"])
-        ids = pq.read_table(documents, columns=["id"])["id"]
+        own = _columns(queries, ["task", "positive_ids"])
+        ids = _columns(documents, ["id"])["id"]
         positives = pc.index_in(pc.list_flatten(own["positive_ids"]), ids).drop_null().to_numpy()
         rows = Counter({entry["values"]: entry["counts"] for entry in own["task"].value_counts().to_pylist()})
         return Source(rows, _side(_content(queries)), _side(_content(documents)[positives]), "measured")
@@ -199,14 +200,19 @@ def read_source(data: Data, name: str) -> Source:
 
 def _content(file: Path) -> np.ndarray:
     """Whether each row has a picture, and the characters of its texts: float64 (n, 2)."""
-    parquet = pq.ParquetFile(file)
-    texts = [name for name in ("text", "instruction") if name in parquet.schema_arrow.names]
     parts = [np.empty((0, 2))]
-    for batch in parquet.iter_batches(columns=["modality", *texts]):
-        shown = pc.match_substring(batch["modality"], "image").fill_null(False)
-        characters = [pc.utf8_length(batch[name]).fill_null(0).to_numpy() for name in texts]
-        parts.append(np.stack([shown.to_numpy(zero_copy_only=False), sum(characters)], axis=1))
+    with open_parquet(file, ["modality", "text"]) as parquet:
+        texts = [name for name in ("text", "instruction") if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(columns=["modality", *texts]):
+            shown = pc.match_substring(batch["modality"], "image").fill_null(False)
+            characters = [pc.utf8_length(batch[name]).fill_null(0).to_numpy() for name in texts]
+            parts.append(np.stack([shown.to_numpy(zero_copy_only=False), sum(characters)], axis=1))
     return np.concatenate(parts)
+
+
+def _columns(file: Path, names: list[str]) -> pa.Table:
+    with open_parquet(file, names) as parquet:
+        return parquet.read(names)
 
 
 def _side(content: np.ndarray) -> Side:
@@ -215,10 +221,11 @@ def _side(content: np.ndarray) -> Side:
 
 
 def _as_pairs(load: Load, template: int) -> Load:
-    """The same load as pairs, one sequence each: every query with a positive and with a negative."""
+    """The same load as pairs, one sequence each: every query with a positive and with its negatives."""
+    pairs = 1 + load.phase.negatives if isinstance(load.phase, RerankPhase) else 0
     length = load.query_length + load.document_length - template + PAIR_TOKENS
     return replace(
-        load, queries=2 * load.queries, documents=0, query_length=length, pictures=2 * load.pictures, pairs=True
+        load, queries=pairs * load.queries, documents=0, query_length=length, pictures=pairs * load.pictures, pairs=True
     )
 
 

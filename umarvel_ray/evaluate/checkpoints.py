@@ -11,7 +11,7 @@ from pathlib import Path
 
 from umarvel_ray.data.content import digest_of
 from umarvel_ray.data.dataset import Dataset
-from umarvel_ray.evaluate.results import SCOPES, LadderResult, load_result, ranking_folder
+from umarvel_ray.evaluate.results import SCOPES, LadderResult, open_result, ranking_folder
 from umarvel_ray.inference.embed import EmbedderGroup
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.recipe import Recipe
@@ -53,7 +53,7 @@ def evaluate_checkpoint(
         queries.digest,
         dataset.digest_of_pools(split),
     )
-    if saved := load_result(folder, identity):
+    if saved := open_result(folder, identity):
         return saved
     embedded = embed_split(embedders, dataset, split, ref, folder)
     depth = max(settings.rerank_top, MIN_DEPTH, settings.k, *settings.k_of.values())

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from umarvel_ray.data.dataset import Dataset
-from umarvel_ray.evaluate.results import RERANKED, SCOPES, LadderResult, load_result, ranking_folder
+from umarvel_ray.data.dataset import Dataset, Queries
+from umarvel_ray.evaluate.results import RERANKED, SCOPES, LadderResult, open_result, ranking_folder
+from umarvel_ray.evaluate.separation import separation
 from umarvel_ray.inference.score import RerankerGroup, score_table
 from umarvel_ray.model.checkpoint import CheckpointRef
+from umarvel_ray.ragged import Ragged
 from umarvel_ray.recipe import Recipe
 from umarvel_ray.retrieve.fusion import answers_of, calibrate_weight, candidates_to_score, fuse_rankings
 from umarvel_ray.retrieve.metrics import score_ranking
@@ -43,7 +45,7 @@ def evaluate_reranked(
     """
     start, folder, top = time.monotonic(), Path(out_dir), recipe.evaluate.rerank_top
     identity = f"{test.identity} {ref.identity} {recipe.evaluate.model_dump_json()}"
-    if saved := load_result(folder, identity):
+    if saved := open_result(folder, identity):
         return saved
     if recipe.evaluate.rerank_weight == "calibrate":
         assert validation is not None, "calibrating the weight needs the validation result"
@@ -58,10 +60,21 @@ def evaluate_reranked(
         fused = fuse_rankings(ranking, answers_of(scored, ranking), weights[scope], top)
         write_ranking(ranking_folder(folder, scope), fused)
         scores[scope] = score_ranking(fused, dataset.queries(split), recipe.evaluate)
-    seconds, notes = time.monotonic() - start, {f"weight {scope}": weight for scope, weight in weights.items()}
+    notes = {f"weight {scope}": weight for scope, weight in weights.items()}
+    notes |= _areas(scored, test.ranking("local"), dataset.queries(split), weights["local"], top)
+    seconds = time.monotonic() - start
     result = LadderResult(RERANKED, scores, folder, identity, seconds, notes)
     result.save()
     return result
+
+
+def _areas(scored: pa.Table, ranking: pa.Table, queries: Queries, weight: float, top: int) -> dict[str, float]:
+    """AUC in the top of a ranking, by the reranker, by the embedder and by the fused score."""
+    candidates = candidates_to_score([ranking], top)
+    answers = Ragged.of_arrow(candidates["documents"]).like(answers_of(scored, candidates))
+    found = separation(candidates.append_column("rerank_scores", answers), queries, 1 / (1 + weight))
+    areas = {"reranker": found.reranker, "embedder": found.embedder, "fused": found.fused}
+    return {f"AUC {name}": round(area, 4) for name, area in areas.items() if area is not None}
 
 
 def _calibrated(

@@ -64,11 +64,17 @@ class LadderResult:
         return values | {AVERAGE: mean(list(values.values()))}
 
 
-def load_result(folder: Path, identity: str) -> LadderResult | None:
-    """The result saved in a folder; None if there is none, or if it belongs to another evaluation."""
+def open_result(folder: Path, identity: str) -> LadderResult | None:
+    """The result saved in a folder; None if there is none.
+
+    One of another evaluation is removed, because the rankings that it was computed from will be replaced.
+    """
     path = folder / "result.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
-    return LadderResult(**saved | {"folder": folder}) if saved.get("identity") == identity else None
+    if saved.get("identity") == identity:
+        return LadderResult(**saved | {"folder": folder})
+    path.unlink(missing_ok=True)
+    return None
 
 
 def ranking_folder(folder: Path, scope: str) -> Path:

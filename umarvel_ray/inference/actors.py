@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from umarvel_ray.errors import UserError
 from umarvel_ray.inference.gpus import Gpus
 from umarvel_ray.recipe import Cluster, Compute
-from umarvel_ray.waiting import SAY_EVERY, resources, say_waiting
+from umarvel_ray.waiting import SAY_EVERY, require_room, resources, say_waiting
 
 CALLS_IN_FLIGHT = 2  # per actor: the next call's input is transferred while the current call runs
 SAY_FIRST = 15.0  # seconds; starting an actor takes a few even if there is room for it
@@ -58,10 +58,15 @@ class ActorGroup:
 
     @property
     def actors(self) -> list[Any]:
-        """All actors, alive; waits for them, and says so, while the cluster has no room. A claim ends their lives."""
+        """All actors, alive; waits for them, and says so, while the cluster has no room. A claim ends their lives.
+
+        Raises:
+            UserError: a local Ray is too small for them.
+        """
         if self._gpus:
             self._gpus.claim(self)
         if not self._actors:
+            require_room(self._what, self.count, "actors", self._needs, "cluster.embedders")
             self._actors = [self._start() for _ in range(self.count)]
             self._wait()
         return self._actors

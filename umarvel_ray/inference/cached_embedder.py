@@ -8,7 +8,6 @@ cleared when the tower's weights change. A row that cannot be embedded is return
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 
 from umarvel_ray.caches import ByteCache
-from umarvel_ray.data.dataset import ITEM_COLUMNS, item_of
+from umarvel_ray.data.content import content_key
+from umarvel_ray.data.dataset import item_of
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
 from umarvel_ray.items.pictures import Picture
@@ -174,11 +174,7 @@ class CachedEmbedder:
         return features
 
     def _key(self, row: Row, side: str) -> Hashable:
-        digest = hashlib.sha1()
-        for part in (row.get(column) for column in ITEM_COLUMNS):
-            data = part if isinstance(part, bytes) else json.dumps(part).encode()
-            digest.update(b"%d:" % len(data) + data)
-        return self._encoder_digest, side, digest.digest()
+        return self._encoder_digest, side, content_key(row), row.get("instruction")
 
 
 def _without_pixels(item: EncodedItem, features: dict[str, torch.Tensor]) -> CachedItem:

@@ -26,6 +26,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.inference.actors import ActorGroup
 from umarvel_ray.inference.embeddings import embedding_table
 from umarvel_ray.inference.gpus import Gpus
+from umarvel_ray.inference.held import release_slice
 from umarvel_ray.inference.shards import close_output, is_complete, open_output, shard_path, write_shard
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.progress import progress
@@ -33,7 +34,7 @@ from umarvel_ray.recipe import Cluster, Compute
 
 SHARD_ROWS = 512  # of a small table
 MAX_SHARDS = 2048
-READ_ROWS = 512  # rows in an actor's memory at once
+READ_ROWS, READ_BATCHES = 512, 8  # rows, and batches of the table, whose size is bounded, in an actor at once
 CACHE_BYTES = 2**30  # per actor
 
 
@@ -52,9 +53,10 @@ class EmbedderActor:
         self, ref: CheckpointRef, truncate_dim: int | None, rows: Selection, side: str, folder: Path, index: int
     ) -> int:
         """Embed and write one shard; returns the number of input rows."""
+        release_slice()
         self._embedder.load(ref, truncate_dim)
         parts, quarantined = [], []
-        for part in rows.parts(READ_ROWS):
+        for part in rows.parts(min(READ_ROWS, READ_BATCHES * rows.table.batch_rows)):
             items = part.items()
             number_of = {item["id"]: number for item, number in zip(items, part.rows.tolist(), strict=True)}
             ids, vectors, unusable = self._embedder.embed(items, side)

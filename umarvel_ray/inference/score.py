@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 import torch
-from cachetools import LRUCache
 
+from umarvel_ray.caches import ByteCache
 from umarvel_ray.data.content import digest_of_table
 from umarvel_ray.data.dataset import ITEM_COLUMNS, Queries, item_of
 from umarvel_ray.data.stored import StoredTable
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from umarvel_ray.model.reranker import Reranker
 
 SHARD_QUERIES = 64
-ENCODED_DOCUMENTS = 2048  # cached per actor: neighboring queries share many candidates
+ENCODED_BYTES = 2**28  # of encoded documents, cached per actor: neighboring queries share many candidates
 SCORED = pa.schema(
     [
         ("query", pa.int64()),  # row number in the query table
@@ -52,7 +52,7 @@ class RerankerActor:
         torch.set_num_threads(threads)
         self._device, self._compute = device, compute
         self._loaded: tuple[CheckpointRef, Reranker] | None = None
-        self._encoded: LRUCache[Hashable, EncodedPair] = LRUCache(ENCODED_DOCUMENTS)
+        self._encoded: ByteCache[Hashable, EncodedPair] = ByteCache(ENCODED_BYTES, lambda pair: pair.nbytes)
 
     def score_shard(
         self,
@@ -89,12 +89,13 @@ class RerankerActor:
 
     def _documents(self, reranker: Reranker, documents: StoredTable, rows: list[int]) -> list[EncodedPair]:
         """The encoded halves of a query's candidates; only those that are not cached are read."""
-        keys = [(documents.path, row) for row in rows]
-        halves = {key: self._encoded[key] for key in keys if key in self._encoded}
-        missing = [key for key in keys if key not in halves]
-        for key, row in zip(missing, documents.rows([row for _, row in missing], ["id", *ITEM_COLUMNS]), strict=True):
-            halves[key] = self._encoded[key] = reranker.encoder.encode_document(item_of(row), f"document {row['id']}")
-        return [halves[key] for key in keys]
+        halves = {row: self._encoded.get((documents.path, row)) for row in rows}
+        missing = [row for row, half in halves.items() if half is None]
+        for number, row in zip(missing, documents.rows(missing, ["id", *ITEM_COLUMNS]), strict=True):
+            half = reranker.encoder.encode_document(item_of(row), f"document {row['id']}")
+            self._encoded.put((documents.path, number), half)
+            halves[number] = half
+        return [half for row in rows if (half := halves[row])]
 
 
 class RerankerGroup(ActorGroup):

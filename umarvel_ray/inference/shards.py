@@ -33,6 +33,7 @@ def open_output(folder: Path, inputs: dict[str, Any], shards: int) -> list[int]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if _read_manifest(folder).get("inputs") != inputs:
+            _write_manifest(folder, {"complete": False})  # holds for what is left if this is interrupted
             for old in (*folder.glob("*.parquet"), *folder.glob(".*.partial")):
                 old.unlink()
             _write_manifest(folder, {"inputs": inputs, "shards": shards, "complete": False})

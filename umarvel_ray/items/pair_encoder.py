@@ -49,6 +49,11 @@ class EncodedPair:
         return len(self.input_ids)
 
     @property
+    def nbytes(self) -> int:
+        arrays = (self.input_ids, self.labels, self.positions, *(picture.pixels for picture in self.pictures))
+        return sum(array.nbytes for array in arrays)
+
+    @property
     def next_position(self) -> int:
         """The first position of the part that follows; every side ends in text, where all axes agree."""
         return int(self.positions.max()) + 1

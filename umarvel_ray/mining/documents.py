@@ -31,7 +31,7 @@ class Documents:
             if "concept" in queries.table.schema.names:
                 asked = pc.index_in(queries.table.column("concept"), value_set=pa.array(concepts, pa.string()))
                 self._asked = asked.fill_null(UNKNOWN).to_numpy().astype(np.int64)[queries.rows]
-        modality = queries.table.column("modality").combine_chunks()
+        modality = queries.table.column("modality")
         self._composed = pc.equal(modality, "image,text").fill_null(False).to_numpy(zero_copy_only=False)[queries.rows]
 
     def twins(self, positives: Ragged) -> list[set[int]]:

@@ -93,6 +93,8 @@ def fill_at_random(
 
 def _draws(size: int, tries: int, rng: np.random.Generator) -> Iterator[int]:
     """Random indices, followed by every index once in case most of a small pool is forbidden."""
+    if not size:
+        return
     yield from rng.integers(0, size, tries)
     yield from rng.permutation(size)
 

@@ -1,6 +1,6 @@
 """Mining: find every training query's nearest documents and choose its hard negatives (docs/method.md#hard-negatives).
 
-    mine(embedders, dataset, recipe, ref, run / "embeddings" / "instruction", run / "mined")
+    mine(embedders, dataset, recipe, ref, run / "embeddings" / "instruction", run / "mined" / "instruction")
 
 1. Embed the training queries and the union of their pools with the instruction checkpoint.
 2. Rank: the exact top `depth` documents of each query.
@@ -13,14 +13,17 @@ Steps 2 to 4 go through the queries shard by shard; each shard is written when i
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from umarvel_ray.data.content import digest_of
 from umarvel_ray.data.dataset import Dataset, Queries
+from umarvel_ray.errors import UserError
 from umarvel_ray.inference.embed import EmbedderGroup, rows_per_shard
 from umarvel_ray.inference.embeddings import vectors_of
 from umarvel_ray.inference.shards import (
@@ -58,8 +61,10 @@ MINED = pa.schema(
         ("scores", pa.large_list(pa.float32())),  # their cosines
         ("kept", pa.large_list(pa.bool_())),  # passed the filters; the reranker's negatives are drawn from these
         ("negatives", pa.large_list(pa.int64())),  # the hard negatives of stage 2
+        ("easy", pa.large_list(pa.int64())),  # documents drawn at random from the pool, if the reranker learns from any
     ]
 )
+EASY = 16  # documents drawn per query
 CALIBRATION_SPLIT = "validation"
 FALSE = "false negative, "
 
@@ -85,7 +90,10 @@ def mine(
     """
     split, mining = recipe.stage2.train.queries, recipe.stage2.mining
     queries = dataset.queries(split)
-    calibrated = dataset.queries(CALIBRATION_SPLIT).digest if mining.max_similarity == "calibrate" else None
+    calibrated = None
+    if mining.max_similarity == "calibrate":
+        digests = dataset.queries(CALIBRATION_SPLIT).digest, dataset.digest_of_pools(CALIBRATION_SPLIT)
+        calibrated = digest_of(*digests)
     inputs = {
         "checkpoint": ref.identity,
         "queries": queries.digest,
@@ -94,6 +102,7 @@ def mine(
         "calibrated on": calibrated,
         "mining": mining.model_dump(),
         "negatives": recipe.stage2.train.hard_negatives,
+        "easy": _easy_count(recipe),
         "seed": recipe.seed,
     }
     shards = -(-queries.n // rows_per_shard(queries.n))
@@ -116,13 +125,40 @@ def negatives_of(out_dir: Path, queries: Queries) -> Ragged:
     return _aligned(out_dir, queries, ("negatives",), lambda shard: Ragged.of_arrow(shard["negatives"]))
 
 
-def kept_of(out_dir: Path, queries: Queries, top: int) -> Ragged:
-    """The best `top` candidates of each query that passed the filters; none for a query that was not mined."""
+def easy_of(out_dir: Path, queries: Queries) -> Ragged:
+    """Documents drawn at random from the pool of each query; none for a query that was not mined."""
+    return _aligned(out_dir, queries, ("easy",), lambda shard: Ragged.of_arrow(shard["easy"]))
+
+
+def kept_of(out_dir: Path, queries: Queries, first: int, last: int) -> Ragged:
+    """Of each query's candidates that passed the filters those at ranks `first` to before `last`, best first.
+
+    None for a query that was not mined.
+    """
 
     def kept(shard: pa.Table) -> Ragged:
-        return best_kept(Ragged.of_arrow(shard["documents"]), flat(shard["kept"]), 0, top)
+        return best_kept(Ragged.of_arrow(shard["documents"]), flat(shard["kept"]), first, last)
 
     return _aligned(out_dir, queries, ("documents", "kept"), kept)
+
+
+def candidates_of(out_dir: Path, rows: np.ndarray, top: int) -> pa.Table:
+    """The first `top` candidates of some queries that were mined, positives included, and their cosines.
+
+    Args:
+        rows: row numbers of the queries.
+
+    Returns:
+        Columns query, documents and scores of MINED.
+    """
+    tables = []
+    for index in range(read_manifest(out_dir)["shards"]):
+        shard = read_shard(out_dir, index, ["query", "documents", "scores"])
+        tables.append(shard.filter(pc.is_in(shard["query"], value_set=pa.array(rows))))
+    found = pa.concat_tables(tables)
+    for name in ("documents", "scores"):
+        found = found.set_column(found.schema.get_field_index(name), name, pc.list_slice(found[name], 0, top))
+    return found.cast(pa.schema([MINED.field(name) for name in found.schema.names]))
 
 
 def _aligned(out_dir: Path, queries: Queries, columns: Sequence[str], lists_of: Callable[[pa.Table], Ragged]) -> Ragged:
@@ -165,6 +201,7 @@ class CandidateJudge:
         false = self._documents.false_negatives(candidates, at, positives)
         kept = verdicts == VERDICTS.index(KEPT)
         negatives = self._choose(at, tasks, candidates, kept, positives)  # 4.
+        easy = self._easy(at, tasks, candidates.keep(~kept), positives)
         columns = [
             ranking["query"].combine_chunks(),
             ranking["task"].combine_chunks(),
@@ -172,6 +209,7 @@ class CandidateJudge:
             candidates.like(scores),
             candidates.like(kept),
             negatives.to_arrow(),
+            easy.to_arrow(),
         ]
         return pa.table(columns, schema=MINED), _counts(tasks[candidates.owners], verdicts, false)
 
@@ -186,26 +224,46 @@ class CandidateJudge:
         short = np.flatnonzero(chosen.counts < count)
         if not len(short):
             return chosen
-        # Not to be drawn at random either: rejected candidates, and documents that the ranking never contains.
-        rejected = candidates.keep(~kept).take(short)
-        twins = self._documents.twins(positives.take(short))
-        own = self._own.of(at[short])
         lists = [own.tolist() for own in chosen.lists()]
-        for number, query in enumerate(short.tolist()):
-            forbidden = {*rejected.at(number).tolist(), *twins[number], *own.at(number).tolist()}
+        forbidden = self._forbidden(at[short], candidates.keep(~kept).take(short), positives.take(short))
+        for query, never in zip(short.tolist(), forbidden, strict=True):
             rng = np.random.default_rng([seed, int(self._queries.rows[at[query]])])
-            lists[query] = fill_at_random(chosen.at(query), count, self._pools[tasks[query]], forbidden, rng)
+            lists[query] = fill_at_random(chosen.at(query), count, self._pools[tasks[query]], never, rng)
         return Ragged.of(lists)
+
+    def _easy(self, at: np.ndarray, tasks: np.ndarray, rejected: Ragged, positives: Ragged) -> Ragged:
+        """Each query's documents drawn at random from its pool."""
+        count, none = _easy_count(self._recipe), np.empty(0, np.int64)
+        if not count:
+            return Ragged.of([()] * len(at))
+        lists = []
+        for query, never in enumerate(self._forbidden(at, rejected, positives)):
+            rng = np.random.default_rng([self._recipe.seed, int(self._queries.rows[at[query]]), EASY])
+            lists.append(fill_at_random(none, count, self._pools[tasks[query]], never, rng))
+        return Ragged.of(lists)
+
+    def _forbidden(self, at: np.ndarray, rejected: Ragged, positives: Ragged) -> Iterator[set[int]]:
+        """What must not be drawn for each query: rejected candidates, and documents that its ranking never contains."""
+        own = self._own.of(at)
+        for number, twins in enumerate(self._documents.twins(positives)):
+            yield {*rejected.at(number).tolist(), *twins, *own.at(number).tolist()}
 
     def _positive_scores(self, index: int, at: np.ndarray, positives: Ragged) -> np.ndarray:
         """Each query's cosine to its nearest positive that was embedded; NaN if none was."""
         shard = read_shard(self._embedded.queries, index)
-        vectors = vectors_of(shard)[np.searchsorted(shard["row"].to_numpy(), self._queries.rows[at])]
+        rows = shard["row"].to_numpy()  # task by task
+        order = np.argsort(rows)
+        vectors = vectors_of(shard)[order[np.searchsorted(rows, self._queries.rows[at], sorter=order)]]
         known = positives.keep(find(self._embedded.documents.rows, positives.values)[1])
         scores = self._embedded.documents.pair_scores(vectors[known.owners], known.values)
         best = np.full(len(at), np.nan)
         np.fmax.at(best, known.owners, scores)
         return best
+
+
+def _easy_count(recipe: Recipe) -> int:
+    phase = recipe.reranker.train
+    return max(EASY, phase.negatives) if phase.easy_steps or phase.random_mix else 0
 
 
 def _thresholds(
@@ -232,6 +290,11 @@ def _thresholds(
         queries.tasks[code]: calibrate_threshold(scores[(task == code) & gold], scores[(task == code) & ~gold])
         for code in np.unique(task)
     }
+    if not calibrated:
+        raise UserError(
+            f"{dataset.root}: no '{CALIBRATION_SPLIT}' query could be embedded, so that max_similarity cannot be "
+            f"calibrated; see {embedded.queries / 'quarantine.parquet'}, or give stage2.mining.max_similarity a number"
+        )
     return {task: calibrated.get(task, float(np.median(list(calibrated.values())))) for task in tasks}
 
 

@@ -22,7 +22,7 @@ def teacher_scores(cosines: Scores, p_yes: Scores, alpha: float) -> Scores:
 
 
 def distillation_loss(cosines: Tensor, teacher_scores: Tensor, mask: Tensor, log_temperature: Tensor) -> Tensor:
-    """KL(teacher‖student) over each query's candidates, averaged over queries; computed in fp32.
+    """KL(teacher‖student) over each query's candidates; computed in fp32.
 
     Args:
         cosines: (B, K) student similarities, with gradient.
@@ -31,7 +31,7 @@ def distillation_loss(cosines: Tensor, teacher_scores: Tensor, mask: Tensor, log
         log_temperature: scalar, log τ.
 
     Returns:
-        float32 scalar.
+        float32 (B,), one loss per query.
     """
     temperature = log_temperature.float().exp()
     student = _log_softmax(cosines.float() / temperature, mask)
@@ -39,7 +39,7 @@ def distillation_loss(cosines: Tensor, teacher_scores: Tensor, mask: Tensor, log
         teacher = _log_softmax(teacher_scores.float() / temperature, mask)
     # On padding both sides are −inf and their difference is NaN, which must not reach the sum.
     difference = (teacher - student).masked_fill(~mask, 0.0)  # (B, K)
-    return (teacher.exp() * difference).sum(dim=1).mean()
+    return (teacher.exp() * difference).sum(dim=1)
 
 
 def _log_softmax(logits: Tensor, mask: Tensor) -> Tensor:

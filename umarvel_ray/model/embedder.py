@@ -17,14 +17,14 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
 from umarvel_ray.items.item import Item, with_instruction
 from umarvel_ray.model.batch import collate, default_budget, token_buckets
-from umarvel_ray.model.checkpoint import load_settings
+from umarvel_ray.model.checkpoint import load_settings, read_provenance
 from umarvel_ray.model.device import PROBE, best_device, checked_device, require_device
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.hub import model_folder
 from umarvel_ray.model.int8 import load_as
 from umarvel_ray.model.packing import is_packed
-from umarvel_ray.model.vectors import truncate
-from umarvel_ray.recipe import ModelSettings
+from umarvel_ray.model.vectors import NOT_FINITE, truncate
+from umarvel_ray.recipe import RERANKER, ModelSettings
 
 WINDOW = 512  # items decoded at once; the pictures of two windows are held in memory
 
@@ -85,7 +85,10 @@ class Embedder:
         if preset:
             settings = ModelSettings.reference(generation_prompt)
         folder = model_folder(path, revision)
-        settings = settings or load_settings(folder)
+        if settings is None:
+            settings = load_settings(folder)
+            if read_provenance(folder).get("phase") == RERANKER:
+                raise UserError(f"{folder} is a reranker's checkpoint; open it with Reranker.from_pretrained")
         chosen = best_device() if device is None else device
         require_device(chosen)
         model = load_as(dtype, chosen, partial(EmbeddingModel.from_pretrained, folder, settings))
@@ -139,6 +142,8 @@ class Embedder:
         for bucket in token_buckets([item.length for item in encoded], budget, self.packed):
             batch = collate([encoded[index] for index in bucket], self.device, self.packed)
             result[bucket] = truncate(self.model(batch), self.dimension).cpu().numpy()
+        if len(lost := np.flatnonzero(~np.isfinite(result).all(axis=1))):
+            raise UserError(f"item {lost[0]}: its embedding is not finite; {NOT_FINITE}")
         return result
 
     @staticmethod
@@ -155,17 +160,18 @@ class Embedder:
         if isinstance(items, str | dict):
             vector: np.ndarray = self._encode([items], side, prompt, token_budget)[0]
             return vector
+        listed = list(items)  # a pandas Series is indexed by its labels, not in the order given
         parts = [np.empty((0, self.dimension), dtype=np.float32)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
 
             def encode_one(index: int) -> EncodedItem:
-                return self.encoder.encode(with_instruction(items[index], prompt), side, f"{side} {index}")
+                return self.encoder.encode(with_instruction(listed[index], prompt), side, f"{side} {index}")
 
             def prepare(start: int) -> Iterator[EncodedItem]:
-                return threads.map(encode_one, range(start, min(start + WINDOW, len(items))))
+                return threads.map(encode_one, range(start, min(start + WINDOW, len(listed))))
 
             coming = prepare(0)
-            for start in range(0, len(items), WINDOW):
+            for start in range(0, len(listed), WINDOW):
                 # The next window is decoded and tokenized while the model works on this one.
                 window, coming = list(coming), prepare(start + WINDOW)
                 parts.append(self.embed_encoded(window, token_budget))

@@ -4,8 +4,8 @@
 The score is the softmax over the logits of "Yes" and "No" at the position of the answer. Each query is run once, and
 its keys and values are shared by all its candidates. Attention is therefore always causal, even if the model starts
 from a bidirectional embedder: the query's keys must not depend on the candidate. The loss covers only the answer word
-and the end of the turn (the reference spreads it over the constant tokens around them,
-docs/method.md#reranker-loss).
+and the end of the turn (the reference spreads it over the constant tokens around them), or only the two logits of the
+score (docs/method.md#reranker-loss).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from umarvel_ray.model.device import PROBE, best_device, checked_device, require
 from umarvel_ray.model.hub import model_folder
 from umarvel_ray.model.int8 import load_as
 from umarvel_ray.model.multimodal import last_hidden_state, read_pictures, tower_features
+from umarvel_ray.model.vectors import NOT_FINITE
 from umarvel_ray.model.vision_cache import VisionCache
 from umarvel_ray.recipe import RERANKER, ModelSettings
 
@@ -57,12 +58,17 @@ class ReadQuery:
 
 
 class RerankerModel(nn.Module):
-    """Pairs in, losses out; queries and candidates in, two logits out."""
+    """Pairs in, losses out; queries and candidates in, two logits out.
+
+    Attributes:
+        yes_no: the tokens of the two answers, if the loss compares their logits alone; None: next-token loss.
+    """
 
     def __init__(self, backbone: PreTrainedModel, scale: PixelScale) -> None:
         super().__init__()
         self.backbone = backbone
         self.scale = scale
+        self.yes_no: tuple[int, int] | None = None
 
     @classmethod
     def from_pretrained(
@@ -80,7 +86,7 @@ class RerankerModel(nn.Module):
         return cls(backbone, PictureFormat.from_pretrained(path, settings).scale)
 
     def forward(self, batch: PairBatch, visual: Visual | None = None) -> torch.Tensor:
-        """Next-token loss on the tokens with labels.
+        """Next-token loss on the tokens with labels or, with `yes_no`, cross-entropy over the two answers' logits.
 
         Args:
             visual: the tower's output by image key, instead of running it; needs every key of the batch.
@@ -89,10 +95,16 @@ class RerankerModel(nn.Module):
             float32 (B,), each pair's mean over its tokens with labels; every pair needs its answer.
         """
         hidden = self._read(batch, visual)
-        rows, columns = torch.nonzero(batch.labels[:, 1:] >= 0, as_tuple=True)
+        labeled = batch.labels[:, 1:] >= 0
+        if self.yes_no:
+            labeled &= batch.labels[:, :-1] < 0  # the first token of the answer alone
+        rows, columns = torch.nonzero(labeled, as_tuple=True)
         # The vocabulary is large and few tokens have labels: logits for those alone, (n, vocabulary).
         logits = self.backbone.lm_head(hidden[rows, columns]).float()
-        losses = F.cross_entropy(logits, batch.labels[rows, columns + 1], reduction="none")  # (n,)
+        wanted = batch.labels[rows, columns + 1]
+        if self.yes_no:
+            logits, wanted = logits[:, list(self.yes_no)], (wanted == self.yes_no[1]).long()
+        losses = F.cross_entropy(logits, wanted, reduction="none")  # (n,)
         pairs = batch.sequence_of(rows, columns)
         sums = torch.zeros(len(batch), device=losses.device).index_add(0, pairs, losses)
         return sums / torch.bincount(pairs, minlength=len(batch))
@@ -280,6 +292,8 @@ class Reranker:
             visual = self.vision.features(self.model, tensors.pictures)
             logits = self.model.answer_logits(read, tensors, self.encoder.yes_no, visual)
             scores[bucket] = logits.softmax(dim=1)[:, 0].cpu().numpy()
+        if len(lost := np.flatnonzero(~np.isfinite(scores))):
+            raise UserError(f"document {lost[0]}: its score is not finite; {NOT_FINITE}")
         return scores
 
     def _tensors(self, sides: Sequence[EncodedPair]) -> PairBatch:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+NOT_FINITE = "open the checkpoint in float32 or bfloat16, or train it again if it was trained to NaN"
+
 
 def truncate(vectors: torch.Tensor, dimension: int) -> torch.Tensor:
     """The first coordinates of (N, D) unit vectors, renormalized: (N, dimension), float32 if D > dimension."""

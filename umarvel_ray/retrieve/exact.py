@@ -18,11 +18,13 @@ import torch
 
 from umarvel_ray.inference.embed import EmbedderGroup
 from umarvel_ray.inference.embeddings import vectors_of
+from umarvel_ray.inference.held import held_slice
 from umarvel_ray.inference.shards import read_manifest, read_shard, shard_path
 from umarvel_ray.ragged import Ragged, find
 from umarvel_ray.retrieve.topk import TopK, Vectors, merge_topk, topk_of_rows
 
 QUERY_BLOCK = 4096
+SEARCH_BYTES = 4 << 30  # of a GPU, for the blocks of a search
 
 
 class ExactSearch:
@@ -128,20 +130,13 @@ def _pair_scores(
     return scores
 
 
-_held: dict[tuple[Path, str, Slice], Vectors] = {}  # an actor's slice
-
-
 def _vectors(folder: Path, identity: str, slice_: Slice, device: str) -> Vectors:
-    """A slice, float32 (n, d), on the device if there is room; it is kept until another one is asked for.
+    """A slice, float32 (n, d), on the device if there is room; held until another one is asked for.
 
     Args:
         identity: tells reused folders apart.
     """
-    key = folder, identity, slice_
-    if key not in _held:
-        _held.clear()  # before the next one is read: two may not fit
-        _held[key] = _read_vectors(folder, slice_, device)
-    return _held[key]
+    return held_slice((folder, identity, slice_), lambda: _read_vectors(folder, slice_, device))
 
 
 def _read_vectors(folder: Path, slice_: Slice, device: str) -> Vectors:
@@ -153,7 +148,11 @@ def _read_vectors(folder: Path, slice_: Slice, device: str) -> Vectors:
         part = vectors_of(read_shard(folder, shard, ["embedding"]))
         vectors[filled : filled + len(part)] = part
         filled += len(part)
-    try:
-        return vectors if device == "cpu" else torch.from_numpy(vectors).to(device)
-    except torch.OutOfMemoryError:
-        return vectors  # copied block by block
+    if device == "cpu" or not _has_room(device, vectors.nbytes + SEARCH_BYTES):
+        return vectors  # the search copies it block by block
+    return torch.from_numpy(vectors).to(device)
+
+
+def _has_room(device: str, size: int) -> bool:
+    """Whether a GPU has so many bytes free."""
+    return torch.device(device).type != "cuda" or torch.cuda.mem_get_info(device)[0] >= size

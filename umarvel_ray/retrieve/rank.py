@@ -44,7 +44,7 @@ RANKING = pa.schema(
     ]
 )
 AHEAD = 2  # shards whose search is started before the first one is done
-NO_RANKING = "not embedded, or its task has no pool; see the embeddings' quarantine.parquet"
+NO_RANKING = "not embedded; see the embeddings' quarantine.parquet"
 
 Scope = Literal["local", "global"]
 
@@ -68,8 +68,9 @@ def embed_split(
     Writes `folder/SPLIT-queries` and `folder/SPLIT-documents`.
 
     Raises:
-        UserError: see `embed_table`; an empty pool.
+        UserError: see `embed_table`; a task without a pool, or an empty pool.
     """
+    dataset.check_pools(split)
     documents_dir, queries_dir = folder / f"{split}-documents", folder / f"{split}-queries"
     pool = Selection(dataset.documents, dataset.global_pool(split))
     embed_table(embedders, pool, "document", documents_dir, ref, f"{split} documents")
@@ -179,7 +180,6 @@ class _Ranker:
         self._dataset, self._split, self._scope, self._depth = dataset, split, scope, depth
         self._queries = dataset.queries(split)
         self._by_task, self._shard_rows = self._queries.by_task(), read_manifest(self._folder)["inputs"]["shard_rows"]
-        self._tasks = set(dataset.tasks(split))
         self._shared: dict[str, tuple[ray.ObjectRef[Any] | None, np.ndarray]] = {}
         shown = self._search.rows if drop_query_image else self._search.rows[:0]
         self._own = OwnPictures(dataset, self._queries, shown)
@@ -193,12 +193,11 @@ class _Ranker:
         for code in np.unique(self._queries.task[at]):
             task = self._queries.tasks[code]
             inside = np.flatnonzero(self._queries.task[at] == code)
-            if task in self._tasks:
-                pool, members = self._pool(task)
-                exclude = self._own.of(at[inside])
-                search = self._search.topk(vectors[inside], self._depth, pool, exclude)
-                sizes = len(members) - _count_inside(exclude, members)
-                started.append((task, rows[inside], sizes, search))
+            pool, members = self._pool(task)
+            exclude = self._own.of(at[inside])
+            search = self._search.topk(vectors[inside], self._depth, pool, exclude)
+            sizes = len(members) - _count_inside(exclude, members)
+            started.append((task, rows[inside], sizes, search))
 
         def wait() -> tuple[pa.Table, Quarantined]:
             tables = [_ranking(task, own, sizes, search()) for task, own, sizes, search in started]

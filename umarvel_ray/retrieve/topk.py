@@ -135,7 +135,7 @@ def _search_by_faiss(queries: np.ndarray, documents: np.ndarray, k: int, exclude
     last = scores[:, -1].copy()
     scores[found < 0] = -np.inf
     if exclude is not None:
-        scores[exclude.contains(found)] = -np.inf
+        scores[exclude.contains_pairs(np.arange(len(found))[:, None], found)] = -np.inf
     best, indices = merge_topk([(scores, found)], k)
     unsure = np.flatnonzero(best[:, -1] <= last) if fetch < len(documents) else np.arange(0)
     own = None if exclude is None else exclude.take(unsure)
@@ -255,25 +255,25 @@ class _SearchOnCpu:
         self._queries = queries
         self._k = k
         n = len(queries.vectors)
-        self._pool = _nothing(n, 2 * k)  # keys (n, k + room): the best, those found since, and free places
+        self._kept = _nothing(n, 2 * k)  # keys (n, k + room): the best, those found since, and free places
         self._used = np.full(n, k)  # places, by query
         self._floor = np.full(n, np.finfo(np.float32).min)  # the smallest score above the k-th best
 
     def see(self, documents: Vectors, start: int, buffer: np.ndarray) -> None:
         found, owners, columns = _not_below(self._scores(np.asarray(documents), start, buffer), self._floor, self._k)
         counts = np.bincount(owners, minlength=len(self._used))
-        if (self._used + counts).max(initial=0) > self._pool.shape[1]:
+        if (self._used + counts).max(initial=0) > self._kept.shape[1]:
             self._sort(room=max(self._k, counts.max()))
         order = np.argsort(owners.astype(np.min_scalar_type(len(counts))), kind="stable")  # 16 bits sort fastest
         owners = owners[order]
         places = np.arange(len(owners)) + (self._used - np.cumsum(counts) + counts)[owners]
         keys = _keys(torch.from_numpy(found[order]), torch.from_numpy(columns[order] + start))
-        self._pool[owners, places] = keys.numpy()
+        self._kept[owners, places] = keys.numpy()
         self._used += counts
 
     def best(self) -> np.ndarray:
         self._sort(room=0)
-        return self._pool
+        return self._kept
 
     def _scores(self, documents: np.ndarray, start: int, buffer: np.ndarray) -> np.ndarray:
         """Scores (b, n) in `buffer`, -inf for excluded documents and for rows that complete the last group."""
@@ -286,8 +286,8 @@ class _SearchOnCpu:
         return scores
 
     def _sort(self, room: int) -> None:
-        best = np.sort(self._pool, axis=1)[:, : self._k]
-        self._pool = np.concatenate([best, _nothing(len(best), room)], axis=1)
+        best = np.sort(self._kept, axis=1)[:, : self._k]
+        self._kept = np.concatenate([best, _nothing(len(best), room)], axis=1)
         self._used[:] = self._k
         self._floor = np.nextafter(_decoded(best[:, -1])[0], np.float32(np.inf))
 

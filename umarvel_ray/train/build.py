@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from umarvel_ray.errors import UserError
+from umarvel_ray.items.pair_encoder import PairEncoder
 from umarvel_ray.model.checkpoint import PROVENANCE, read_provenance, save_checkpoint
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.lora import merge_lora, save_adapter
@@ -30,6 +31,10 @@ def build_module(spec: PhaseSpec, quantized: bool = False) -> Module:
     dtype = getattr(torch, spec.compute.dtype)
     if isinstance(spec.phase, RerankPhase):
         reranker = RerankerModel.from_pretrained(spec.parent, spec.settings, dtype, quantized)
+        if spec.phase.loss == "yes_no":
+            reranker.yes_no = PairEncoder.from_pretrained(
+                spec.parent, spec.settings, spec.settings.max_text_tokens
+            ).yes_no
         return _trainable(reranker, reranker, spec)
     temperature = spec.phase.temperature
     model = EmbeddingModel.from_pretrained(

@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -73,7 +74,7 @@ def make_engine(module: torch.nn.Module, phase: Phase, compute: Compute) -> deep
         parameter_groups(module, phase), lr=phase.peak_rate, betas=phase.adam_betas, eps=phase.adam_eps
     )
     if compute.dtype == "bfloat16":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = get_accelerator().device_name()
         # Autocast's cache would keep a second copy of every weight under ZeRO-3.
         module.forward = torch.autocast(device, torch.bfloat16, cache_enabled=False)(module.forward)
     without_extensions()
@@ -133,6 +134,18 @@ def take_step(engine: deepspeed.DeepSpeedEngine) -> float:
     return float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.nan
 
 
+def keep_temperature(engine: deepspeed.DeepSpeedEngine, log_bounds: tuple[float, float]) -> None:
+    """Put a learned log τ that a step has moved out of its bounds back onto the bound: beyond it has no gradient."""
+    for name, p in _trainable(engine):
+        if name.endswith("log_temperature"):
+            value = _get(engine, p, "param")
+            if not torch.equal(kept := value.clamp(*log_bounds), value):
+                _set(engine, p, "param", kept)
+                # ZeRO has set its own copy; the one that the model computes with follows only at the next step.
+                with deepspeed.zero.GatheredParameters([p], 0, enabled=engine.zero_optimization_stage() == 3):
+                    p.data.copy_(kept)
+
+
 def capture(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Trainable parameters and Adam moments as full fp32 CPU tensors on rank 0; a collective call under ZeRO.
 
@@ -141,12 +154,9 @@ def capture(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """
     state: dict[str, torch.Tensor] = {}
     for name, p in _trainable(engine):
-        if engine.zero_optimization_stage():
-            values = [safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, key) for key in MOMENTS)]
-        else:
-            values = [p.data, *(engine.basic_optimizer.state[p][key] for key in MOMENTS)]
-        if dist.get_rank() == 0:
-            for key, value in zip(("param", *MOMENTS), values, strict=True):
+        for key in ("param", *MOMENTS):
+            value = _get(engine, p, key)
+            if dist.get_rank() == 0:
                 state[f"{key}.{name}"] = value.detach().float().cpu().clone().contiguous()
     return state
 
@@ -160,6 +170,15 @@ def restore(engine: deepspeed.DeepSpeedEngine, state: Mapping[str, torch.Tensor]
     for name, p in _trainable(engine):
         for key in ("param", *MOMENTS):
             _set(engine, p, key, state[f"{key}.{name}"].to(engine.device))
+
+
+def _get(engine: deepspeed.DeepSpeedEngine, p: torch.nn.Parameter, key: str) -> torch.Tensor:
+    """A parameter, or one of its moments, as a whole tensor; a collective call under ZeRO."""
+    if not engine.zero_optimization_stage():
+        own: torch.Tensor = p.data if key == "param" else engine.basic_optimizer.state[p][key]
+        return own
+    full: torch.Tensor = safe_get_full_fp32_param(p) if key == "param" else safe_get_full_optimizer_state(p, key)
+    return full
 
 
 def _set(engine: deepspeed.DeepSpeedEngine, p: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:

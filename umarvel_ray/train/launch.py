@@ -23,8 +23,8 @@ from umarvel_ray.recipe import Cluster
 from umarvel_ray.runs import read_step_log
 from umarvel_ray.train.failures import current_phase, describe, record_failure
 from umarvel_ray.train.phases import PhaseSpec
-from umarvel_ray.train.stream import Tables
-from umarvel_ray.waiting import SAY_EVERY, resources, say_waiting
+from umarvel_ray.train.stream import PhaseTables
+from umarvel_ray.waiting import SAY_EVERY, require_room, resources, say_waiting
 
 
 def train_phases(
@@ -59,14 +59,16 @@ def train_phases(
         raise UserError(message)
 
 
-def _tables(specs: Sequence[PhaseSpec], queries: dict[str, StoredTable], documents: StoredTable) -> dict[str, Tables]:
+def _tables(
+    specs: Sequence[PhaseSpec], queries: dict[str, StoredTable], documents: StoredTable
+) -> dict[str, PhaseTables]:
     """The tables of each phase, by the phase's name."""
     processor = specs[0].parent  # later parents do not exist yet; all have the same tokenizer
-    return {spec.name: Tables(queries[spec.name], documents, processor, spec.settings) for spec in specs}
+    return {spec.name: PhaseTables(queries[spec.name], documents, processor, spec.settings) for spec in specs}
 
 
 def _trainer(
-    stage: str, specs: Sequence[PhaseSpec], tables: dict[str, Tables], cluster: Cluster, run_dir: Path
+    stage: str, specs: Sequence[PhaseSpec], tables: dict[str, PhaseTables], cluster: Cluster, run_dir: Path
 ) -> TorchTrainer:
     return TorchTrainer(
         _train_worker,
@@ -135,7 +137,9 @@ def _follow(specs: Sequence[PhaseSpec], finished: threading.Event) -> None:
 def _saying_what_it_waits_for(stage: str, cluster: Cluster) -> Iterator[None]:
     """Say at once that workers are awaited, and from another thread again while Ray has no room for them."""
     needs = resources(cluster.cpus_per_worker, cluster.gpus_per_worker)
-    say = partial(say_waiting, stage, cluster.workers, "workers", needs, "cluster.workers")
+    asked = (stage, cluster.workers, "workers", needs, "cluster.workers")
+    require_room(*asked)
+    say = partial(say_waiting, *asked)
     say()
     finished = threading.Event()
 
@@ -164,7 +168,7 @@ def _is_pending(bundles: Sequence[dict[str, float]]) -> bool:
 class _FailureLog(UserCallback):
     """Records every failure of the worker group from Ray Train's controller: a lost worker cannot report its own."""
 
-    def __init__(self, specs: Sequence[PhaseSpec], tables: dict[str, Tables]) -> None:
+    def __init__(self, specs: Sequence[PhaseSpec], tables: dict[str, PhaseTables]) -> None:
         self.specs, self.tables = list(specs), tables
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:

@@ -23,9 +23,10 @@ from umarvel_ray.model.packing import is_packed
 from umarvel_ray.model.vision_cache import VisionCache
 from umarvel_ray.recipe import RerankPhase
 from umarvel_ray.train.build import build_module, model_of, save_merged
-from umarvel_ray.train.embedding_step import Passes, VisualOf
+from umarvel_ray.train.embedding_step import Passes, TemperedEmbedder, VisualOf
 from umarvel_ray.train.engine import (
     capture,
+    keep_temperature,
     learning_rate,
     load_trainable,
     make_engine,
@@ -39,7 +40,7 @@ from umarvel_ray.train.phases import VISION_CACHE_BYTES, PhaseSpec
 from umarvel_ray.train.state import TrainState, open_state, phase_of
 from umarvel_ray.train.step_log import StepLog
 from umarvel_ray.train.steps import run_step
-from umarvel_ray.train.stream import Tables, open_stream
+from umarvel_ray.train.stream import PhaseTables, open_stream
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -56,13 +57,15 @@ def train_worker(config: dict[str, Any]) -> None:
                 resumed = checkpoint if spec.name == interrupted else None
                 _train_phase(spec, config["tables"][spec.name], config["tasks"], config["cpus_per_task"], resumed)
             except UserError as error:
-                spec.error_path.write_text(str(error))
-                raise
+                # One of a preprocessing task is wrapped by Ray, together with its traceback.
+                cause = getattr(error, "cause", error)
+                spec.error_path.write_text(str(cause))
+                raise UserError(str(cause)) from None
         dist.barrier()
 
 
 def _train_phase(
-    spec: PhaseSpec, tables: Tables, tasks: int, cpus: float, resumed: ray.train.Checkpoint | None
+    spec: PhaseSpec, tables: PhaseTables, tasks: int, cpus: float, resumed: ray.train.Checkpoint | None
 ) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = read_plan(spec.plan_path)
@@ -82,6 +85,8 @@ def _train_phase(
         with explain_out_of_memory(spec, step, rank, batch.lengths, packed):
             loss, temperature, tokens = run_step(engine, spec, batch, passes, visual_of)
             grad_norm = take_step(engine)
+            if isinstance(module := engine.module, TemperedEmbedder):
+                keep_temperature(engine, module.log_bounds)
         check_finite(spec.name, batch.plan, tables, loss, grad_norm)
         seconds = time.monotonic() - clock
         clock = time.monotonic()

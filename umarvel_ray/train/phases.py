@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from umarvel_ray.recipe import Compute, ModelSettings, TrainingPhase
 from umarvel_ray.runs import Run
 
+FAILURES = "failures.jsonl"
 VISION_CACHE_BYTES = 2**30  # host memory of each worker
 
 
@@ -44,7 +45,7 @@ class PhaseSpec(NamedTuple):
 
     @property
     def failures_path(self) -> Path:
-        return Path(self.folder) / "failures.jsonl"
+        return Path(self.folder) / FAILURES
 
     @property
     def done(self) -> bool:

@@ -31,6 +31,7 @@ DOCUMENTS = "documents"
 TASK_ROWS = 4096
 READ_ROWS = 64  # rows in a task's memory at once
 TASKS_AHEAD = 64  # submitted before the first one is done
+NO_POSITIVE = "none of its positives can be used"
 INPUTS = b"inputs"  # key of the file's metadata: what was checked
 QUARANTINE = pa.schema([("table", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string())])
 
@@ -47,15 +48,13 @@ def without_unusable(dataset: Dataset, name: str, folder: Path) -> Dataset:
     file = folder / f"{name}.parquet"
     queries = dataset.queries(name)
     inputs = digest_of(dataset.documents.digest, queries.digest)
-    first_check = not _is_check_of(file, inputs)
-    if first_check:
+    if not _is_check_of(file, inputs) or _some_are_mended(file, dataset.documents, name, queries):
         _write_unusable(dataset.documents, name, queries, file, inputs)
     bad = pq.read_table(file, columns=["table", "row"])
     if not bad.num_rows:
         return dataset
     kept = _usable(queries, _rows_of(bad, DOCUMENTS), _rows_of(bad, name))
-    if first_check:
-        print(f"{name}: {queries.n - kept.n:,} of {queries.n:,} queries set aside; reasons in {file}")
+    print(f"{name}: {queries.n - kept.n:,} of {queries.n:,} queries set aside; reasons in {file}")
     if not kept.n:
         raise UserError(f"{dataset.root}: no usable query in '{name}'; reasons in {file}")
     return dataset.with_queries(name, kept)
@@ -65,7 +64,7 @@ def reason_against(row: Mapping[str, Any], where: str) -> str | None:
     """Why a row of a document or query table cannot be embedded; None if it can."""
     try:
         item = check_item(item_of(row), where)
-        images = item.get("image") or []
+        images = item.get("image", [])
         for image in images if isinstance(images, list) else [images]:
             open_image(image, where)
         if "video" in item:
@@ -86,6 +85,17 @@ def _is_check_of(file: Path, inputs: str) -> bool:
     return file.exists() and (pq.read_schema(file).metadata or {}).get(INPUTS) == inputs.encode()
 
 
+def _some_are_mended(file: Path, documents: StoredTable, name: str, queries: Queries) -> bool:
+    """Whether a row that was unusable no longer is: its picture, a file of its own, may have been repaired."""
+    bad = pq.read_table(file, columns=["table", "row", "reason"])
+    bad = bad.filter(pc.not_equal(bad["reason"], NO_POSITIVE))
+    for table, source in ((DOCUMENTS, documents), (name, queries.table)):
+        rows = _rows_of(bad, table)
+        if sum(found.num_rows for found in _check_all(Selection(source, rows), table)) < len(rows):
+            return True
+    return False
+
+
 def _write_unusable(documents: StoredTable, name: str, queries: Queries, file: Path, inputs: str) -> None:
     """Write a row of QUARANTINE for every unusable query and positive, as they are found."""
     schema = QUARANTINE.with_metadata({INPUTS: inputs})
@@ -101,7 +111,7 @@ def _write_unusable(documents: StoredTable, name: str, queries: Queries, file: P
         usable = _usable(queries, bad[DOCUMENTS], bad[name])
         lost = np.setdiff1d(queries.rows, np.concatenate([usable.rows, bad[name]]))
         ids = queries.table.fetch(lost, ["id"])["id"]
-        reasons = pa.repeat("none of its positives can be used", len(lost))
+        reasons = pa.repeat(NO_POSITIVE, len(lost))
         writer.write_table(pa.table([pa.repeat(name, len(lost)), lost, ids, reasons], schema))
 
 

@@ -1,7 +1,7 @@
 """How far a phase has come, as a Ray Train checkpoint: written by rank 0, read by every rank one tensor at a time.
 
 With Adam's moments the state of a fully trained model is 12 bytes per parameter, 84 GB at 7B, and a machine has eight
-ranks: none of them may hold more than one of its tensors.
+ranks: on resuming, none of them holds more than one of its tensors; on saving, only rank 0 holds all.
 """
 
 from __future__ import annotations

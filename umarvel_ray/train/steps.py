@@ -81,8 +81,8 @@ def _distillation(plan: PlanStep) -> LossOf:
     def loss_of(queries: Tensor, documents: Tensor, log_temperature: Tensor, rows: slice) -> Tensor:
         index = candidates[rows].to(queries.device)  # (n, K)
         cosines = torch.einsum("nd,nkd->nk", queries[rows].float(), documents.float()[index.clamp(min=0)])
-        loss = distillation_loss(cosines, teacher[rows].to(queries.device), index >= 0, log_temperature)
-        return loss * (len(index) / len(candidates))
+        losses = distillation_loss(cosines, teacher[rows].to(queries.device), index >= 0, log_temperature)
+        return losses.sum() / len(candidates)
 
     return loss_of
 

@@ -33,7 +33,7 @@ BLOCK_BYTES = 16 << 20  # up to which Ray Data joins what is handed over
 
 
 @dataclass(frozen=True)
-class Tables:
+class PhaseTables:
     """Where a plan's items come from, and what the encoders are built from.
 
     Attributes:
@@ -74,7 +74,7 @@ class RankPairs:
 
 
 def open_stream(
-    plan: Sequence[PlanStep], tables: Tables, rank: int, world: int, pairs: bool, tasks: int, cpus: float
+    plan: Sequence[PlanStep], tables: PhaseTables, rank: int, world: int, pairs: bool, tasks: int, cpus: float
 ) -> Iterator[RankItems | RankPairs]:
     """Encoded batches of one rank, in plan order.
 
@@ -132,7 +132,7 @@ def _parts(share: dict[str, np.ndarray], size: int) -> Iterator[dict[str, list[i
         yield {"query": queries[start : start + size], "document": documents[inside], "answer": []}
 
 
-def _encode(work: dict[str, np.ndarray], tables: Tables) -> Iterator[dict[str, list[bytes]]]:
+def _encode(work: dict[str, np.ndarray], tables: PhaseTables) -> Iterator[dict[str, list[bytes]]]:
     """A Ray Data batch of one part → its items or pairs, each pickled in a row of its own."""
     query, document, answer = (work[name][0] for name in ("query", "document", "answer"))
     encoded: Iterator[Any]
@@ -141,23 +141,23 @@ def _encode(work: dict[str, np.ndarray], tables: Tables) -> Iterator[dict[str, l
         yield {"item": block}
 
 
-def _items(query: np.ndarray, document: np.ndarray, tables: Tables) -> Iterator[EncodedItem]:
+def _items(query: np.ndarray, document: np.ndarray, tables: PhaseTables) -> Iterator[EncodedItem]:
     encoder = _item_encoder(tables.processor, tables.settings)
     for side, table, rows in (("query", tables.queries, query), ("document", tables.documents, document)):
-        for item in _read(Selection(table, rows)):
-            yield encoder.encode(item, side)
+        for id_, item in _read(Selection(table, rows)):
+            yield encoder.encode(item, side, f"{side} {id_}")
 
 
-def _pairs(query: np.ndarray, document: np.ndarray, answer: np.ndarray, tables: Tables) -> Iterator[EncodedPair]:
+def _pairs(query: np.ndarray, document: np.ndarray, answer: np.ndarray, tables: PhaseTables) -> Iterator[EncodedPair]:
     encoder = _pair_encoder(tables.processor, tables.settings)
     sides = Selection(tables.queries, query), Selection(tables.documents, document)
-    for first, second, yes in zip(*map(_read, sides), answer, strict=True):
-        yield encoder.encode(first, second, bool(yes))
+    for (query_id, first), (document_id, second), yes in zip(*map(_read, sides), answer, strict=True):
+        yield encoder.encode(first, second, bool(yes), f"query {query_id} with document {document_id}")
 
 
-def _read(rows: Selection) -> Iterator[dict[str, Any]]:
-    """The items in rows, of which few are in memory at once."""
-    return (item_of(row) for part in rows.parts(BLOCK_ITEMS) for row in part.items())
+def _read(rows: Selection) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The ids and items of rows, of which few are in memory at once."""
+    return ((row["id"], item_of(row)) for part in rows.parts(BLOCK_ITEMS) for row in part.items())
 
 
 @lru_cache(maxsize=2)
