@@ -30,12 +30,12 @@ def require_room(what: str, count: int, kind: str, needs: Mapping[str, float], s
     if "RAY_ADDRESS" in os.environ:
         return
     total = ray.cluster_resources()
-    for name, number in needs.items():
-        if count * number > total.get(name, 0):
-            raise UserError(
-                f"{what}: {count} {kind} need {count * number:g} {name}s, and Ray on this machine has "
-                f"{total.get(name, 0):g}; lower {setting}, or what each of them gets"
-            )
+    if short := _too_few(count, needs, total):
+        name = short[0]
+        raise UserError(
+            f"{what}: {count} {kind} need {count * needs[name]:g} {name}s, and Ray on this machine has "
+            f"{total.get(name, 0):g}; lower {setting}, or what each of them gets"
+        )
 
 
 def say_waiting(what: str, count: int, kind: str, needs: Mapping[str, float], setting: str) -> None:
@@ -50,6 +50,11 @@ def say_waiting(what: str, count: int, kind: str, needs: Mapping[str, float], se
     each = ", ".join(f"{number:g} {name}" for name, number in needs.items())
     has = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}" for name in needs)
     line = f"{what}: waiting for {count} {kind} ({each} each); free in the cluster: {has}"
-    if short := [name for name, number in needs.items() if count * number > total.get(name, 0)]:
+    if short := _too_few(count, needs, total):
         line += f"; it has too few {' and '.join(short)}s in all: add nodes, or lower {setting}"
     print(line, file=sys.stderr, flush=True)
+
+
+def _too_few(count: int, needs: Mapping[str, float], total: Mapping[str, float]) -> list[str]:
+    """The resources of which a whole cluster has less than `count` times what is needed."""
+    return [name for name, number in needs.items() if count * number > total.get(name, 0)]

@@ -14,6 +14,7 @@ import pyarrow as pa
 from umarvel_ray.data.dataset import Queries
 from umarvel_ray.model.distillation import teacher_scores
 from umarvel_ray.ragged import Ragged, flat
+from umarvel_ray.retrieve.metrics import ranks_in
 
 STANDARD_ERRORS = 1.96  # of a 95 % interval
 FEWEST = 20  # queries that allow a judgment
@@ -89,7 +90,7 @@ def auc(lists: Ragged, scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     """
     order = np.lexsort((scores, lists.owners))
     owners, values = lists.owners[order], scores[order]
-    place = np.arange(len(order)) - lists.offsets[owners] + 1.0  # from 1 within the list, ascending scores
+    place = ranks_in(lists) + 1.0  # from 1 within the list, ascending scores
     _, tie = np.unique(np.stack([owners, values], axis=1), axis=0, return_inverse=True)
     rank = (np.bincount(tie, place) / np.bincount(tie))[tie]  # equal scores share their mean rank
     positive = relevant[order]
