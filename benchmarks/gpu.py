@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu 2b                        → benchmarks/results/gpu-2b.json
     python -m benchmarks.gpu 7b --only check,train     some of: check embed train memory large
-    python -m benchmarks.gpu 2b --compile --out FILE   with the language model's layers compiled
+    python -m benchmarks.gpu 2b --compile --out FILE   with the layers of language model and vision tower compiled
     python -m benchmarks.gpu --tiny --out FILE         every line on a CPU, to see that it runs
 
 - check: the packed kernel against torch's attention item by item; packed and padded vectors against each item alone;
@@ -70,8 +70,9 @@ TARGET_EMBED = 0.6  # of the matmul rate
 class Bench:
     """One model on one device; `figures` collects what the sections measure."""
 
-    def __init__(self, size: str, device: torch.device, rounds: int) -> None:
+    def __init__(self, size: str, device: torch.device, rounds: int, items: int, pairs: int) -> None:
         self.small, self.rounds, self.device = size == "tiny", rounds, device
+        self.to_embed, self.in_step = items, pairs
         self.dtype = torch.float32 if self.small else torch.bfloat16
         self.config = config_of(size)
         self.rank = 4 if self.small else 128
@@ -119,7 +120,8 @@ class Bench:
         return worst
 
     def embed(self) -> None:
-        items = [*self.items(self.count(1024, 12), QUERY, 4), *self.items(self.count(1024, 12), DOCUMENT, 5)]
+        half = self.count(self.to_embed // 2, 12)
+        items = [*self.items(half, QUERY, 4), *self.items(half, DOCUMENT, 5)]
         work = Work(self.config, items, rank=0)
         flops = work.forward + work.tower
 
@@ -158,7 +160,7 @@ class Bench:
         )  # fmt: skip
 
     def train(self) -> None:
-        queries, documents = self.pairs(self.count(96, 6))
+        queries, documents = self.pairs(self.count(self.in_step, 6))
         work = Work(self.config, [*queries, *documents], self.rank)
         sides = {
             "packed": (PACKED, False),
@@ -361,6 +363,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default=",".join(SECTIONS), help="comma-separated sections")
     parser.add_argument("--compile", action="store_true", help="compile the language model's layers")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--items", type=int, default=2048, help="in `embed` (2048)")
+    parser.add_argument("--pairs", type=int, default=96, help="in a step of `train` (96)")
     parser.add_argument("--out", type=Path, help="the result file")
     options = parser.parse_args(words)
     chosen = options.only.split(",")
@@ -371,9 +375,10 @@ def main(words: Sequence[str] | None = None) -> None:
     if device.type == "cpu" and not options.tiny:
         parser.error("no GPU found; try --tiny")
     start_process_group(device)
-    bench = Bench(size, device, options.rounds)
+    bench = Bench(size, device, options.rounds, options.items, options.pairs)
     if options.compile:
-        for layer in bench.model.backbone.model.language_model.layers:
+        backbone = bench.model.backbone.model
+        for layer in (*backbone.language_model.layers, *backbone.visual.blocks):
             layer.compile(dynamic=True)
     for name, section in SECTIONS.items():
         if name in chosen:

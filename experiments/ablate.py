@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, for all checkpoints")
     parser.add_argument("--table", type=int, choices=NUMBERS, required=True)
     parser.add_argument("--rows", nargs="+", default=[], metavar="key=value", help="changes to the rows only")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds for rows whose interval contains 0 (default 1)")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, of every row (default 1)")
     parser.add_argument("--publish", action="store_true", help="copy the table's record to benchmarks/results; no run")
     parser.add_argument("--verbose", action="store_true", help="show the output of the workers")
 
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make the shared checkpoints, run every row with one seed, then the undecided ones with more seeds."""
+    """Make the shared checkpoints, then run every row with each of the seeds."""
     recipe = load_recipe(options.recipe, options.overrides)
     changes = [*options.overrides, *options.rows]
     table = paper_table(options.table, load_recipe(options.recipe, changes))
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
 
     with open_run(recipe, verbose=options.verbose) as shared:
         from experiments.ablation import trials
-        from experiments.ablation.record import differences, make_record
+        from experiments.ablation.record import make_record
         from umarvel_ray.pipeline import open_actors
 
         data = trials.evaluation_data(shared)
@@ -70,19 +70,14 @@ def run(options: argparse.Namespace) -> None:
 
         with open_actors(shared) as actors:
             facts["shared_seed"] = trials.build_shared(shared, table, actors)
-            rows = list(table.rows)
             for seed in range(recipe.seed, recipe.seed + options.seeds):
-                opened = trials.open_trials(shared, table, variant, seed, rows)
+                opened = trials.open_trials(shared, table, variant, seed)
                 trials.train(shared, table, opened, actors)
-                for row in rows:
+                for row in table.rows:
                     if row.changes is None:
                         keep(row.label, seed, trials.measure_checkpoint(shared, table.shared_phase, data, actors))
                 for trial in opened:
                     keep(trial.row.label, seed, trials.measure(trial, table, data, actors))
-                if seed == recipe.seed:
-                    compared = {row.label: differences(outcomes, row.label, table.reference) for row in rows}
-                    undecided = {label for label, scopes in compared.items() if scopes and scopes["local"].holds_zero}
-                    rows = [row for row in rows if undecided and row.label in undecided | {table.reference}]
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

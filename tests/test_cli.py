@@ -52,6 +52,7 @@ def test_help_is_quick_and_lists_the_verbs():
         "train-reranker",
         "train-stage3",
         "embed",
+        "import",
         "index",
         "search",
         "evaluate",
@@ -70,7 +71,7 @@ def test_light_commands_load_neither_torch_nor_ray():
 
 
 def test_a_dry_run_prints_the_resolved_recipe_and_creates_nothing(tmp_path):
-    process = run(UMARVEL, "demo", "seed=7", f"output={tmp_path}/run", "--dry-run")
+    process = run(UMARVEL, "demo", "seed=7", "--dry-run", f"output={tmp_path}/run")
     assert process.returncode == 0
     tree = yaml.safe_load(process.stdout)
     assert (tree["name"], tree["seed"], tree["stage3"]["alpha"]) == ("demo", 7, 0.5)
@@ -107,6 +108,8 @@ def test_every_job_and_verb_has_its_function():
         (["fly"], ["fly", "demo"]),
         ([], ["VERB"]),
         (["demo", "--shade"], ["--shade"]),
+        (["demo", "--dry-run", "--shade", "seed=7"], ["--shade"]),
+        (["search", "a", "--rerank", "b"], ["b"]),
         (["search"], ["text", "--image"]),
         (["search", "fox", "--run", "nowhere"], ["nowhere", "make demo"]),
         (["search", "fox", "--top-k", "0"], ["--top-k"]),

@@ -21,6 +21,7 @@ WITHOUT_RAY = (
     "items",
     "data",
     "model",
+    "importing",
     "index",
     "estimate",
     "retrieve.topk",

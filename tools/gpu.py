@@ -56,16 +56,22 @@ def parts(out: Path) -> list[Part]:
     def umarvel(verb: str, recipe: str, *changes: str) -> list[str]:
         return [python, "-m", "umarvel_ray.cli", verb, recipe, f"output={out / recipe}", *changes]
 
-    def benchmark(size: str) -> list[str]:
-        return [python, "-m", "benchmarks.gpu", size, "--out", str(out / f"gpu-{size}.json")]
+    def benchmark(size: str, *options: str) -> list[str]:
+        return [python, "-m", "benchmarks.gpu", size, "--out", str(out / f"gpu-{size}.json"), "--rounds", "1", *options]
 
     found = [
         Part(
-            "tests", [python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors", "tests/model"], 0.3
+            "tests",
+            [python, "-m", "pytest", "-m", "gpu", "-q", "tests/model/test_gpu.py", "tests/model/test_packing.py"],
+            0.3,
         ),
         Part("demo", umarvel("demo", "demo", *DEMO), 0.55),
-        Part("benchmark-2b", benchmark("2b"), 0.5),
-        Part("benchmark-7b", benchmark("7b"), 0.7),
+        Part(
+            "benchmark-2b",
+            benchmark("2b", "--items", "512", "--pairs", "48", "--only", "check,train,embed,memory"),
+            0.6,
+        ),
+        Part("benchmark-7b", benchmark("7b", "--items", "256", "--pairs", "24", "--only", "check,train,embed"), 0.8),
     ]
     if (REPO / "umarvel_ray" / "recipes" / "small.yaml").exists():
         return [*found, Part("small", umarvel("train-stage1", "small", *DEMO[:4]), 1.0)]

@@ -74,6 +74,16 @@ def _main(argv: list[str] | None) -> None:
         job.add_argument("words", nargs="*", metavar="[RECIPE] key=value", help="a recipe (demo) and changes to it")
         _add_switches(job)
         job.set_defaults(job_name=job_name, run=_run_job_verb)
+    load = verbs.add_parser("import", help="make a data folder of your own pictures and texts, and a recipe for it")
+    load.add_argument("source", type=Path, help="a folder or a file (docs/your-data.md)")
+    load.add_argument("--to", type=Path, required=True, metavar="DIR", help="the data folder to create")
+    load.add_argument("--kind", help="what the source is, such as captions or webdataset; default: found out")
+    load.add_argument(
+        "--instruction", action="append", default=[], help="of all queries, or of one task: 'task0=Find a photo.'"
+    )
+    load.add_argument("--holdout", help="queries of validation and of test: a share or a count (5%%, 100 to 1000)")
+    load.add_argument("--seed", type=int, default=42, help="of the draw of validation and test (42)")
+    load.set_defaults(run=_run_import)
     index = verbs.add_parser("index", help="build a faiss index from embedded documents")
     index.add_argument("embeddings", nargs="?", type=Path, default=Path("runs/demo/embeddings/documents"))
     index.add_argument("output", nargs="?", type=Path, default=Path("runs/demo/index"))
@@ -104,7 +114,11 @@ def _main(argv: list[str] | None) -> None:
     serve.add_argument("--data", help="the documents behind the index: builtin:demo or a Parquet folder")
     serve.add_argument("--config", type=Path, help="a Ray Serve config file; default: the shipped one")
     serve.set_defaults(run=_run_serve)
-    options = parser.parse_args(argv)
+    options, late = parser.parse_known_args(argv)
+    if late and ("words" not in options or any(word.startswith("-") for word in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:  # words after a switch
+        options.words += late
     options.run(options)
 
 
@@ -154,6 +168,12 @@ def open_run(recipe: Recipe, verbose: bool = False) -> Iterator[Run]:
             yield run
         except SystemExit:  # raised by the Ctrl-C handler that Ray Train installs
             raise KeyboardInterrupt from None
+
+
+def _run_import(options: argparse.Namespace) -> None:
+    from umarvel_ray.importing.importer import import_dataset
+
+    import_dataset(options.source, options.to, options.kind, options.instruction, options.holdout, options.seed)
 
 
 def _run_index(options: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ from umarvel_ray.data.stored import StoredTable
 from umarvel_ray.errors import UserError
 from umarvel_ray.evaluate.checkpoints import evaluate_base, evaluate_checkpoint
 from umarvel_ray.evaluate.report import write_report
-from umarvel_ray.evaluate.reranked import VALIDATION, evaluate_reranked
+from umarvel_ray.evaluate.reranked import VALIDATION, Calibration, evaluate_reranked
 from umarvel_ray.evaluate.separation import separation
 from umarvel_ray.files import write_json
 from umarvel_ray.inference.embed import EmbedderGroup, embed_table
@@ -43,6 +43,7 @@ from umarvel_ray.mining.mine import candidates_of, easy_of, kept_of, negatives_o
 from umarvel_ray.mining.mine import mine as mine_negatives
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.model.distillation import teacher_scores
+from umarvel_ray.preflight import check_tables
 from umarvel_ray.ragged import Ragged, flat
 from umarvel_ray.recipe import (
     DISTILLATION,
@@ -96,6 +97,7 @@ def open_actors(run: Run, existing: Actors | None = None) -> Iterator[Actors]:
 
 def run_pipeline(run: Run) -> None:
     """Run all stages, with an evaluation after stage 1 and at the end."""
+    check_tables(run)
     with open_actors(run) as actors:
         train_stage1(run)
         evaluate(run, actors)
@@ -274,16 +276,17 @@ def evaluate(run: Run, actors: Actors | None = None) -> None:
             results.append(evaluate_checkpoint(actors.embedders, data, recipe, ref, phase, folder / phase))
         if DISTILLATION in refs and run.has(RERANKER):
             embedder, reranker = refs[DISTILLATION], CheckpointRef.of(run.checkpoint(RERANKER))
-            test, validation = results[-1], None
+            test, calibration = results[-1], None
             if recipe.evaluate.rerank_weight == "calibrate":
                 sampled = sample_queries(data.queries(VALIDATION), recipe.evaluate.calibrate_on, recipe.seed)
-                data = data.with_queries(VALIDATION, sampled)
+                some = data.with_queries(VALIDATION, sampled)
                 place = folder / VALIDATION
-                validation = evaluate_checkpoint(
-                    actors.embedders, data, recipe, embedder, DISTILLATION, place, split=VALIDATION
+                found = evaluate_checkpoint(
+                    actors.embedders, some, recipe, embedder, DISTILLATION, place, split=VALIDATION
                 )
+                calibration = Calibration(some, found)
             results.append(
-                evaluate_reranked(actors.rerankers, data, recipe, reranker, test, validation, folder / "rerank")
+                evaluate_reranked(actors.rerankers, data, recipe, reranker, test, calibration, folder / "rerank")
             )
     write_report(run, data, results)
 

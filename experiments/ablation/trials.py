@@ -88,7 +88,7 @@ def build_shared(shared: Run, table: Table, actors: Actors) -> int | None:
     return read_provenance(shared.checkpoint(table.shared[0]))["recipe"]["seed"] if table.shared else None
 
 
-def open_trials(shared: Run, table: Table, variant: Variant, seed: int, rows: Sequence[Row]) -> list[Trial]:
+def open_trials(shared: Run, table: Table, variant: Variant, seed: int) -> list[Trial]:
     """Run folders of the rows that train, with links to the folders they share.
 
     Raises:
@@ -97,7 +97,7 @@ def open_trials(shared: Run, table: Table, variant: Variant, seed: int, rows: Se
     home = shared.dir / "ablations"
     (shared.dir / TABLES).mkdir(exist_ok=True)
     trials = []
-    for row in rows:
+    for row in table.rows:
         if row.changes is None:
             continue
         folder = home / f"table-{table.number}" / f"{_slug(row.label)}-seed-{seed}"

@@ -158,6 +158,8 @@ def test_the_type_of_encoded_bytes_makes_no_difference(tmp_path, kind):
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()])
 def test_a_row_may_have_several_pictures(write, tmp_path, lists, kind):
     given = [["a.png", "/b.png"], [], None, ["c.png"]]
+    if kind != pa.binary():  # as `fillna("")` leaves them
+        given = [["a.png", "", "/b.png"], [""], None, [None, "c.png"]]
     rows = [{**DOCUMENTS[0], "id": f"d{i}"} for i in range(1, 5)]
     table = pa.Table.from_pylist(rows)
     data = write(documents=table.set_column(2, "image", pa.array(given, lists(kind))))
@@ -168,6 +170,31 @@ def test_a_row_may_have_several_pictures(write, tmp_path, lists, kind):
     assert [row["image"] for row in stored] == expected
     assert [row["picture_key"] for row in stored] == [picture_key(row) for row in stored]
     assert [row["content_key"] for row in stored] == [content_key(row) for row in stored]
+
+
+def test_what_a_row_lacks_is_told_from_what_it_has(write):
+    """A modality is what the row shows, a source the empty one: searches print them and filter by them."""
+    bare = [{**row, "modality": None, "source": None} for row in [*DOCUMENTS, {**DOCUMENTS[1], "id": "d4", "text": ""}]]
+    columns = [(row["modality"], row["source"]) for row in document_rows(write(documents=bare))]
+    assert columns == [("text", ""), ("image", ""), ("image,text", ""), ("image", "")]
+    nothing = [{**row, "modality": None, "text": None, "image": None} for row in DOCUMENTS]
+    assert [row["modality"] for row in document_rows(write(documents=nothing))] == ["", "", ""]
+    film = pa.Table.from_pylist(bare).append_column("video", pa.array([None, b"mp4", None, None]))
+    assert [row["modality"] for row in document_rows(write(documents=film))][1] == "image,video"
+
+
+def test_repeats_in_a_pool_are_counted_once_and_said(write, capsys):
+    data = write(pools=[{**POOLS[0], "document_ids": ["d2", "d1", "d2", "d2"]}])
+    assert data.pool("s_task0", "test").tolist() == [1, 0]
+    assert "pools, task 's_task0', split 'test': 2 repeated documents are counted once" in capsys.readouterr().out
+
+
+def test_positives_outside_their_pool_are_counted_and_said(write, capsys):
+    """`test` asks for d1, and for d2 and d3, of which the pool has no d3."""
+    write().validate("test")
+    assert "test: 1 of 2 queries of task 's_task0' have a positive outside their pool" in capsys.readouterr().out
+    write(pools=[{**POOLS[0], "document_ids": ["d1", "d2", "d3"]}]).validate("test")
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("documents", [pa.int64(), pa.uint8(), pa.string()])
@@ -541,7 +568,7 @@ def test_mbeirs_documents_are_the_first_lines_with_their_ids(mbeir, monkeypatch)
     assert texts == {f"5:{i}": f"{max(0, i - 20) // 30 if i < 110 else 2} {i}" for i in range(110)}
     for number in range(3):
         expected = [f"5:{i}" for i in range(number * 30, number * 30 + 50)]
-        assert pools_of(data, "test")[f"oven_task{number}"] == [*expected, expected[0]]
+        assert pools_of(data, "test")[f"oven_task{number}"] == expected
 
 
 def test_a_new_file_of_qrels_is_read(mbeir):

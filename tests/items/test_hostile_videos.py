@@ -101,7 +101,7 @@ def test_every_limit_is_enforced():
 
 def test_later_frames_may_not_exceed_the_limit():
     growing = FILMS["ts"] + coded("mpeg2video", "mpegts", side=1024)
-    assert (1024, 1024) in [frame.size for frame in open_video(growing, 9, "x").frames]
+    assert {frame.size for frame in open_video(growing, 9, "x").frames} == {(64, 64)}
     with pytest.raises(BadVideo, match="cannot be read"):
         open_video(growing, 9, "x", MediaLimits(pixels=100_000))
 

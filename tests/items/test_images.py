@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.encoder import ItemEncoder
-from umarvel_ray.items.images import BadImage, open_image
+from umarvel_ray.items.images import BadImage, open_image, without_png_notes
 from umarvel_ray.items.limits import MediaLimits
 from umarvel_ray.items.pictures import CONFIG, PictureFormat, PixelScale, read_picture
 from umarvel_ray.recipe import ModelSettings
@@ -54,6 +55,36 @@ def test_exif_rotation_is_applied():
     assert picture.size == (4, 8)
     assert picture.getpixel((0, 0)) == RED
     assert picture.getpixel((0, 7)) == BLUE
+
+
+def with_text(chunk: str, **options) -> bytes:
+    notes = PngInfo()
+    getattr(notes, f"add_{chunk}")("workflow", "y" * 1_100_000, **options)
+    return encoded(half_and_half(), pnginfo=notes)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(half_and_half(), exif=b"Exif\0\0nonsense"),
+        encoded(half_and_half(), "WEBP", exif=b"Exif\0\0nonsense", lossless=True),
+        with_text("itxt", zip=True),
+        with_text("text", zip=True),
+        with_text("text"),
+        encoded(half_and_half(), icc_profile=b"nonsense" * 200_000),
+    ],
+    ids=["EXIF in PNG", "EXIF in WebP", "long iTXt", "long zTXt", "long tEXt", "long color profile"],
+)
+def test_metadata_never_hurts_the_pixels(data):
+    assert np.array_equal(np.asarray(open_image(data, "x")), np.asarray(half_and_half()))
+
+
+@given(st.binary(max_size=200), st.integers(0, 70), st.booleans())
+def test_a_cut_or_changed_png_ends(noise, start, whole):
+    png = encoded(half_and_half())
+    damaged = png[: 8 + start] + noise + (png[8 + start :] if whole else b"")
+    assert without_png_notes(png) == png
+    assert len(without_png_notes(damaged)) <= len(damaged)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

@@ -18,10 +18,10 @@ from umarvel_ray.recipe import ModelSettings
 SETTINGS = ModelSettings(min_pixels=256, max_pixels=4096, video_frames=6, max_video_pixels=6 * 1024)
 
 
-def film(frames: int = 10, size: tuple[int, int] = (64, 48), fps: int = 5) -> bytes:
-    """An MP4 whose frame n is gray of brightness 20 n."""
+def film(frames: int = 10, size: tuple[int, int] = (64, 48), fps: int = 5, kind: str = "mp4") -> bytes:
+    """A video whose frame n is gray of brightness 20 n."""
     out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
+    with av.open(out, "w", format=kind) as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for n in range(frames):
@@ -43,6 +43,17 @@ def test_frames_are_spread_over_the_whole_video(tmp_path):
         assert brightness(video.frames) == [0, 3, 6, 9]
         assert video.seconds == pytest.approx([0.0, 0.6, 1.2, 1.8])
     assert brightness(open_video(film(3), 8, "x").frames) == [0, 1, 2]
+
+
+def test_a_video_that_no_model_reads_is_bad():
+    with pytest.raises(BadVideo, match="x: aspect ratio over 200: 512 × 2 pixels"):
+        open_video(film(2, (512, 2)), 1, "x")
+
+
+def test_frames_of_a_stream_that_changes_its_size_are_as_large_as_the_first(embedder):
+    changing = film(4, (64, 48), kind="mpegts") + film(4, (32, 96), kind="mpegts")
+    assert {frame.size for frame in open_video(changing, 8, "x").frames} == {(64, 48)}
+    assert np.isfinite(embedder.encode({"video": changing})).all()
 
 
 @given(st.integers(1, 500), st.integers(1, 40))

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from tests.support.with_torchvision import run_with_torchvision
 from umarvel_ray.errors import UserError
 from umarvel_ray.model import checkpoint
-from umarvel_ray.model.checkpoint import load_settings, read_provenance, save_checkpoint
+from umarvel_ray.model.checkpoint import CheckpointRef, load_settings, read_provenance, save_checkpoint
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.lora import add_lora
@@ -175,3 +175,21 @@ def test_a_deleted_parent_is_a_one_line_error(tiny_base, tmp_path):
         save_checkpoint(model, tmp_path / "text", SETTINGS, {})
     assert "\n" not in str(error.value)
     assert not (tmp_path / "text").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "config.json"],
+)
+def test_its_identity_depends_on_every_file_that_changes_a_vector(saved, name):
+    before = CheckpointRef.of(saved).identity
+    (saved / name).write_text((saved / name).read_text() + " ")
+    assert CheckpointRef.of(saved).identity != before
+
+
+def test_its_identity_does_not_depend_on_its_place_or_its_record(saved, tmp_path):
+    before = CheckpointRef.of(saved).identity
+    (saved / "README.md").write_text("moved")
+    record = json.loads((saved / "umarvel.json").read_text())
+    (saved / "umarvel.json").write_text(json.dumps(record | {"parent": "another"}))
+    assert CheckpointRef.of(saved.rename(tmp_path / "moved")).identity == before

@@ -1,11 +1,14 @@
 """Adapters: only on the language model, merged exactly, readable by peft."""
 
+import json
 import re
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
+from umarvel_ray.errors import UserError
 from umarvel_ray.items.encoder import ItemEncoder
 from umarvel_ray.model.batch import collate
 from umarvel_ray.model.embedding_model import EmbeddingModel
@@ -103,3 +106,27 @@ def test_peft_can_read_the_saved_adapter(tiny_base, model, batch, tmp_path):
     PeftModel.from_pretrained(other.backbone, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(other(batch), model(batch))
+
+
+@pytest.mark.parametrize("layers", ["model.layers", "language_model.model.layers"])
+def test_adapters_under_the_names_of_older_transformers_are_taken(tiny_base, model, batch, tmp_path, layers):
+    """As adapters on the Hub have them, such as vidore/colqwen2-v1.0's."""
+    add_lora(model, LORA, seed=0)
+    train_adapters(model)
+    save_adapter(model, LORA, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k.replace("model.language_model.layers", layers): v for k, v in load_file(file).items()}, file)
+    other = EmbeddingModel.from_pretrained(tiny_base, SETTINGS).eval()
+    add_lora(other, LORA.model_copy(update={"init": str(tmp_path)}), seed=1)
+    with torch.no_grad():
+        assert torch.equal(other(batch), model(batch))
+
+
+def test_what_is_not_a_lora_adapter_is_one_line(tiny_base, model, tmp_path):
+    add_lora(model, LORA, seed=0)
+    save_adapter(model, LORA, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(UserError, match="a PEFT adapter of type IA3; use one of type LORA"):
+        add_lora(
+            EmbeddingModel.from_pretrained(tiny_base, SETTINGS), LORA.model_copy(update={"init": str(tmp_path)}), 0
+        )

@@ -80,6 +80,26 @@ def test_the_kernel_accepts_our_arguments(causal, monkeypatch):
     assert key.grad.shape == key.shape
 
 
+def test_heads_that_share_a_key_head_get_copies_of_it(tiny_base, monkeypatch):
+    """torch's memory-efficient kernel on GPUs is wrong for a broadcast key head, whose stride is 0."""
+    strides = []
+    attention = F.scaled_dot_product_attention
+
+    def watched(query, key, value, **options):
+        if query.shape[1] > 1:
+            strides.append((key.stride(1), value.stride(1)))
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    model = RerankerModel.from_pretrained(tiny_base, ModelSettings(min_pixels=256, max_pixels=1024))
+    assert model.backbone.config.text_config.num_key_value_heads == 1
+    encoder = PairEncoder.from_pretrained(tiny_base, ModelSettings(), 64)
+    query = model.read_query(collate_pairs([encoder.encode_query("a fox")]))
+    model.answer_logits(query, collate_pairs([encoder.encode_document(text) for text in ("a", "b c d")]), (1, 2))
+    assert strides
+    assert all(min(pair) > 0 for pair in strides)
+
+
 def test_queries_and_keys_are_cast_to_the_values_dtype():
     query, key, value = (rows(heads, torch.float32).transpose(0, 1)[None] for heads in (4, 2, 2))
     output, _ = packing.attention_forward(None, query, key, value.bfloat16(), None, 0.3, False, bounds(), max(LENGTHS))
@@ -88,6 +108,7 @@ def test_queries_and_keys_are_cast_to_the_values_dtype():
     torch.testing.assert_close(output[0].float(), expected, atol=3e-2, rtol=3e-2)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("causal", "dimension"), itertools.product((False, True), (64, 80, 128)))
 def test_the_kernel_computes_the_same(causal, dimension):

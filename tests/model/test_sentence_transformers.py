@@ -44,6 +44,7 @@ for name in ("umarvel_ray", "torchvision"):
     sys.modules[name] = None
 import numpy as np
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
 inputs = json.load(open("inputs.json"))
 
 def refusal(call):
@@ -65,6 +66,19 @@ again = SentenceTransformer("resaved", trust_remote_code=True, device="cpu")
 found["resaved"] = again.encode_query(inputs["queries"])
 found["similarity"] = model.similarity(found[f"{folder}/query"], found[f"{folder}/document"])
 found["frames"] = model.encode_document([{"video": np.load("frames.npy")}])
+
+def gradient(loss):
+    # Loss and gradient of one weight, for pairs with and without pictures and videos.
+    model.zero_grad()
+    sides = [model.preprocess(inputs[side][:6]) for side in ("queries", "documents")]
+    value = loss(sides, None)
+    value.backward()
+    return np.concatenate([[value.item()], model[0].model.language_model.layers[0].mlp.up_proj.weight.grad.flatten()])
+
+model.eval()
+found["mnrl"] = gradient(losses.MultipleNegativesRankingLoss(model))
+for size in (1, 2, 4, 6):
+    found[f"mnrl of {size}"] = gradient(losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=size))
 np.savez("found.npz", **found)
 json.dump({
     "document": refusal(lambda: model.encode_document(["a"], prompt="find it")),
@@ -193,6 +207,13 @@ def test_frames_may_come_as_an_array(opened):
     frames = [Image.fromarray(frame.transpose(1, 2, 0)) for frame in np.load(folder / "frames.npy")]
     expected = Embedder.from_pretrained(folder / list(CASES)[-1]).encode_document([{"video": frames}])
     assert np.abs(found["frames"] - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 6])
+def test_a_loss_may_cut_batches_with_pictures(opened, size):
+    """The gradient of sentence-transformers' cached loss is the plain loss's for every mini-batch size."""
+    found = opened[2]
+    assert found[f"mnrl of {size}"] == pytest.approx(found["mnrl"], rel=1e-3, abs=1e-6)
 
 
 def test_it_saves_what_it_opened(opened):

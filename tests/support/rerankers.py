@@ -24,10 +24,10 @@ def make_reranker(base: Path, recipe: Recipe, folder: Path) -> CheckpointRef:
     return CheckpointRef.of(folder)
 
 
-def score_singly(ref: CheckpointRef, dataset: Dataset, table: pa.Table) -> list[list[float]]:
+def score_singly(ref: CheckpointRef, dataset: Dataset, table: pa.Table, split: str = "test") -> list[list[float]]:
     """P(yes) of each candidate of each query, by the library's reranker."""
     reranker = Reranker.from_pretrained(ref.path)
-    documents, queries = document_rows(dataset), dataset.queries("test").table
+    documents, queries = document_rows(dataset), dataset.queries(split).table
     return [
         [float(reranker.score(item_of(query), [item_of(documents[number])])[0]) for number in row["documents"]]
         for row in table.to_pylist()

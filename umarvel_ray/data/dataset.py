@@ -190,11 +190,20 @@ class Dataset:
         return digest_of(*(part for task in self.tasks(split) for part in (task, self.pool(task, split))))
 
     def validate(self, name: str) -> None:
-        """Open the query table `name` and look for its pools.
+        """Open the query table `name` and look at its pools; queries that cannot find a positive there are counted.
 
         Raises:
             UserError: see `open_dataset`; an empty pool.
         """
-        self.queries(name)
+        queries = self.queries(name)
         for task in self.tasks(name):
-            self.pool(task, name)
+            pool = self.pool(task, name)
+            own = queries.take(queries.of_task(task))
+            outside = ~np.isin(own.positives.values, pool)
+            lost = np.unique(own.positives.owners[outside])
+            if len(lost):
+                [query] = own.take(lost[:1]).ids()
+                print(
+                    f"{self.root}: {name}: {len(lost):,} of {own.n:,} queries of task '{task}' have a positive outside "
+                    f"their pool, where a search cannot find it; the first is '{query}'"
+                )

@@ -86,7 +86,7 @@ class ParquetFolder:
     def _batches(self, name: str, needed: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
         with self._open(name, needed) as file:
             names = [column for column in file.schema_arrow.names if column != "positive_ids"]
-            yield from file.iter_batches(_rows_at_once(file.metadata), columns=names)
+            yield from file.iter_batches(rows_at_once(file.metadata), columns=names)
 
     @contextmanager
     def _open(self, name: str, needed: tuple[str, ...]) -> Iterator[pq.ParquetFile]:
@@ -122,7 +122,7 @@ def _names(column: pa.ChunkedArray, name: str, where: str) -> list[str]:
     return list(names.to_pylist())
 
 
-def _rows_at_once(metadata: pq.FileMetaData) -> int:
+def rows_at_once(metadata: pq.FileMetaData) -> int:
     """As many rows as hold READ_BYTES in the row group with the largest rows."""
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)

@@ -214,7 +214,7 @@ def plan_length(path: Path) -> int:
 
 def read_plan(path: Path, first: int = 0) -> list[PlanStep]:
     """Read what `write_plan` wrote, from the step `first`."""
-    table = pq.read_table(path).slice(first)
+    table = pq.read_table(path, partitioning=None).slice(first)
     names = [name for name in table.column_names if name not in STEP_COLUMNS]
     columns = {name: _arrays(table[name].combine_chunks()) for name in ("queries", "documents", *names)}
     return [

@@ -17,7 +17,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.ragged import Ragged
 from umarvel_ray.recipe import Data
 
-LAYOUT = "2"  # raise it when conversion writes something else
+LAYOUT = "3"  # raise it when conversion writes something else
 
 
 class Reader(Protocol):

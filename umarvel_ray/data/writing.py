@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,11 +83,19 @@ def store_pools(path: Path, pools: Sequence[Pool], where: str) -> StoredTable:
     for (task, split), count in Counter((task, split) for task, split, _ in pools).items():
         if count > 1:
             raise UserError(f"{where}: task '{task}' has {count} pools in split '{split}'; keep one")
-    tasks, splits, rows = zip(*pools, strict=True) if pools else ((), (), ())
-    lists = Ragged.of(rows).to_arrow()
+    tasks, splits, _ = zip(*pools, strict=True) if pools else ((), (), ())
+    lists = Ragged.of([_distinct(*pool, where).tolist() for pool in pools]).to_arrow()
     columns = [pa.array(tasks, pa.string()), pa.array(splits, pa.string()), lists]
     batch = pa.RecordBatch.from_arrays(columns, names=["task", "split", "rows"])
     return write_stored(path, batch.schema, [batch])
+
+
+def _distinct(task: str, split: str, rows: np.ndarray, where: str) -> np.ndarray:
+    """The rows of a pool, each at its first place."""
+    first = np.sort(np.unique(rows, return_index=True)[1])
+    if repeats := len(rows) - len(first):
+        print(f"{where}, task '{task}', split '{split}': {repeats:,} repeated documents are counted once")
+    return rows[first]
 
 
 def document_rows(ids: pa.ListArray, documents: StoredTable) -> Ragged:
@@ -134,7 +142,10 @@ def _store(
 
 
 def _settled(batches: Iterable[pa.RecordBatch], root: Path, where: str) -> Iterator[pa.RecordBatch]:
-    """Columns with the same types whatever the file's: text is `string`; for media see `_media`; others stay."""
+    """Columns with the same types whatever the file's: text is `string`; for media see `_media`; others stay.
+
+    A missing modality is told from what the row has; a missing source is the empty one.
+    """
 
     def settled(name: str, column: pa.Array) -> pa.Array:
         if name in MEDIA:
@@ -143,14 +154,26 @@ def _settled(batches: Iterable[pa.RecordBatch], root: Path, where: str) -> Itera
 
     for batch in batches:
         names = [name for name in batch.schema.names if name not in (*KEY_COLUMNS, "positive_rows")]
-        yield pa.RecordBatch.from_arrays([settled(name, batch[name]) for name in names], names=names)
+        columns = {name: settled(name, batch[name]) for name in names}
+        columns["modality"] = pc.coalesce(columns["modality"], _modality(columns))
+        columns["source"] = columns["source"].fill_null("")
+        yield pa.RecordBatch.from_arrays(list(columns.values()), names=names)
+
+
+def _modality(columns: Mapping[str, pa.Array]) -> pa.Array:
+    """What each row has, such as "image,text"."""
+    names = [name for name in ("image", "video", "text") if name in columns]
+    has = [pc.not_equal(columns[name], "") if name == "text" else columns[name].is_valid() for name in names]
+    codes = sum(flags.fill_null(False).to_numpy(zero_copy_only=False) << n for n, flags in enumerate(has))
+    words = [",".join(name for n, name in enumerate(names) if code >> n & 1) for code in range(2 ** len(names))]
+    return pa.array(words).take(pa.array(codes))
 
 
 def _media(column: pa.Array, root: Path, where: str) -> pa.Array:
     """Encoded bytes as `large_binary`, paths as whole paths in `large_string`, or lists of these; none is null."""
     column = _plain(column)
     if _is_list(column.type):
-        lists = _like(column, _media(_flat(column), root, where))
+        lists = _without_nulls(_like(column, _media(_flat(column), root, where)))
         return pc.if_else(pc.equal(pc.list_value_length(lists), 0), None, lists)
     if _is_binary(column.type):
         return column.cast(pa.large_binary())
@@ -202,6 +225,13 @@ def _like(lists: pa.Array, values: pa.Array) -> pa.ListArray:
     null = pt.is_null(lists.type)
     counts = np.zeros(len(lists), np.int64) if null else pc.list_value_length(lists).fill_null(0).to_numpy()
     return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32()), values)
+
+
+def _without_nulls(lists: pa.ListArray) -> pa.ListArray:
+    """The lists without the nulls in them."""
+    kept = lists.flatten().is_valid().to_numpy(zero_copy_only=False)
+    bounds = np.concatenate([[0], np.cumsum(kept)])[lists.offsets.to_numpy()]
+    return pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), lists.flatten().filter(pa.array(kept)))
 
 
 def _with_columns(batch: pa.RecordBatch, **columns: np.ndarray | pa.Array) -> pa.RecordBatch:

@@ -1,12 +1,13 @@
 """The last row of the ladder: the candidates of the distilled embedder, reranked (U-MARVEL+ in the paper).
 
-result = evaluate_reranked(rerankers, dataset, recipe, ref, test, validation, run / "evaluation" / "rerank")
+result = evaluate_reranked(rerankers, dataset, recipe, ref, test, calibration, run / "evaluation" / "rerank")
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -24,13 +25,20 @@ from umarvel_ray.retrieve.rank import Scope, write_ranking
 VALIDATION = "validation"
 
 
+class Calibration(NamedTuple):
+    """What the fusion weight is chosen on: some validation queries in a dataset, and the embedder's result on them."""
+
+    dataset: Dataset
+    result: LadderResult
+
+
 def evaluate_reranked(
     rerankers: RerankerGroup,
     dataset: Dataset,
     recipe: Recipe,
     ref: CheckpointRef,
     test: LadderResult,
-    validation: LadderResult | None,
+    calibration: Calibration | None,
     out_dir: str | Path,
 ) -> LadderResult:
     """Score the top candidates of every query with the reranker and fuse the scores (`retrieve/fusion.py`).
@@ -38,7 +46,7 @@ def evaluate_reranked(
     Args:
         ref: the reranker's checkpoint.
         test: the embedder's result on `recipe.evaluate.split`.
-        validation: its result on the validation split, required if `evaluate.rerank_weight` is "calibrate".
+        calibration: required if `evaluate.rerank_weight` is "calibrate".
 
     Raises:
         UserError: an unreadable checkpoint, or a full disk.
@@ -48,8 +56,8 @@ def evaluate_reranked(
     if saved := open_result(folder, identity):
         return saved
     if recipe.evaluate.rerank_weight == "calibrate":
-        assert validation is not None, "calibrating the weight needs the validation result"
-        weights = _calibrated(rerankers, dataset, recipe, ref, validation, folder / "validation-scores")
+        assert calibration is not None, "the weight cannot be calibrated on nothing"
+        weights = _calibrated(rerankers, recipe, ref, calibration, folder / "validation-scores")
     else:
         weights = dict.fromkeys(SCOPES, recipe.evaluate.rerank_weight)
     split = recipe.evaluate.split
@@ -78,19 +86,15 @@ def _areas(scored: pa.Table, ranking: pa.Table, queries: Queries, weight: float,
 
 
 def _calibrated(
-    rerankers: RerankerGroup,
-    dataset: Dataset,
-    recipe: Recipe,
-    ref: CheckpointRef,
-    validation: LadderResult,
-    folder: Path,
+    rerankers: RerankerGroup, recipe: Recipe, ref: CheckpointRef, calibration: Calibration, folder: Path
 ) -> dict[Scope, float]:
     """The weight of each scope that is best on the validation queries."""
-    settings, queries = recipe.evaluate, dataset.queries(VALIDATION)
-    scored = _scored(rerankers, dataset, VALIDATION, validation, ref, settings.rerank_top, folder)
+    settings, (dataset, result) = recipe.evaluate, calibration
+    queries = dataset.queries(VALIDATION)
+    scored = _scored(rerankers, dataset, VALIDATION, result, ref, settings.rerank_top, folder)
     weights = {}
     for scope in SCOPES:
-        ranking = validation.ranking(scope)
+        ranking = result.ranking(scope)
         weights[scope] = calibrate_weight(ranking, answers_of(scored, ranking), queries, settings, settings.rerank_top)
     return weights
 

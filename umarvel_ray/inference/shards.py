@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def read_shard(folder: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
     """One shard, without the quarantine in its metadata."""
-    return pq.read_table(shard_path(folder, index), columns=columns).replace_schema_metadata(None)
+    return pq.read_table(shard_path(folder, index), columns=columns, partitioning=None).replace_schema_metadata(None)
 
 
 def shard_facts(folder: Path, index: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from umarvel_ray.items.template import (
 from umarvel_ray.recipe import ModelSettings
 
 TEXT_SLOT = "\x00"
+TAGS = (INSTRUCTION_START, INSTRUCTION_END)
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,11 @@ class ItemEncoder:
         prefix = str(self.tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False))
         return prefix.rstrip("\ufffd")  # of a character cut in half
 
+    def leaves_room(self, instruction: str) -> bool:
+        """Whether a text after this instruction is read at least in part."""
+        ids = self.tokenizer.backend_tokenizer.encode(self.clean(instruction), add_special_tokens=False).ids
+        return len(ids) < self.settings.max_text_tokens - len(TAGS)
+
     def _frame(self, pictures: Sequence[Picture]) -> tuple[str, str]:
         """The rendered conversation before and after the user's text; cached, since rendering dominates encoding."""
         moving = tuple(picture.is_video for picture in pictures)
@@ -197,8 +203,8 @@ class ItemEncoder:
         limit = self.settings.max_text_tokens
         if not instruction:
             return self.cut(self.clean(text), limit)
-        tags = (INSTRUCTION_START, INSTRUCTION_END) if self.settings.instruction_mask else ("", "")
-        instruction = self.cut(self.clean(instruction), max(limit - 2, 0))
+        tags = TAGS if self.settings.instruction_mask else ("", "")
+        instruction = self.cut(self.clean(instruction), max(limit - len(TAGS), 0))
         text = self._control.sub(" ", text or "")
         # Normalized as one string (docs/method.md#text-cleaning): the text keeps the case of its first letter, and an
         # empty text leaves a period.

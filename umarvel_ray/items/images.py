@@ -18,7 +18,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.limits import OWN_FILES, MediaLimits
 
+MAX_ASPECT = 200  # of what a Qwen-VL image processor takes
 MAX_SCANS = 100  # JPEGs have about a dozen; one scan takes a few bytes but costs a pass over all pixels
+PNG, PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 TILE = 322, 323  # TIFF tags of a tile's width and height; a tile may be larger than the picture
 SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"BM": "bmp", b"RIFF": "webp"}
 _LAZY_LOAD = threading.Lock()  # several items may share a PIL picture, whose lazy loading is not thread-safe
@@ -38,7 +40,7 @@ def open_image(image: str | Path | bytes | Image.Image, where: str, limits: Medi
         limits: formats and sizes that are accepted; a PIL picture may have any format.
 
     Raises:
-        BadImage: missing, unreadable, truncated, empty, over a limit, or given by URL.
+        BadImage: missing, unreadable, truncated, empty, much longer than wide, over a limit, or given by URL.
     """
     try:
         with _LAZY_LOAD if isinstance(image, Image.Image) else nullcontext(), warnings.catch_warnings():
@@ -48,8 +50,9 @@ def open_image(image: str | Path | bytes | Image.Image, where: str, limits: Medi
                 raise BadImage(f"{where}: picture of {picture.width}×{picture.height} is over {limits.pixels} pixels")
             if 0 in picture.size:
                 raise BadImage(f"{where}: picture of {picture.width}×{picture.height} is empty")
+            check_aspect(picture.size, where)
             picture.load()
-            return _rgb(ImageOps.exif_transpose(picture))
+            return _rgb(_upright(picture))
     except BadImage:
         raise
     except FileNotFoundError as error:
@@ -60,6 +63,12 @@ def open_image(image: str | Path | bytes | Image.Image, where: str, limits: Medi
     except Exception as error:
         reason = " ".join(str(error).split())
         raise BadImage(f"{where}: picture cannot be read ({type(error).__name__}: {reason})") from None
+
+
+def check_aspect(size: tuple[int, int], where: str) -> None:
+    """Raises: BadImage: one side is more than MAX_ASPECT times the other."""
+    if max(size) > MAX_ASPECT * min(size):
+        raise BadImage(f"{where}: aspect ratio over {MAX_ASPECT}: {size[0]} × {size[1]} pixels")
 
 
 def open_stream(
@@ -105,7 +114,7 @@ def picture_uri(image: bytes | str | Path | None) -> str | None:
 
 def _identify(image: str | Path | bytes, where: str, limits: MediaLimits) -> Image.Image:
     """Open the picture and check its header; pixels are not decoded yet."""
-    stream = open_stream(image, where, limits=limits)
+    stream = io.BytesIO(without_png_notes(open_stream(image, where, limits=limits).getvalue()))
     picture = Image.open(stream, formats=limits.formats)
     if picture.format in ("JPEG", "MPO") and (scans := stream.getvalue().count(b"\xff\xda")) > MAX_SCANS:
         raise BadImage(f"{where}: JPEG has {scans} scans, over {MAX_SCANS}")
@@ -115,6 +124,27 @@ def _identify(image: str | Path | bytes, where: str, limits: MediaLimits) -> Ima
     ):
         raise BadImage(f"{where}: TIFF tile has {tile} pixels, over {limits.pixels}")
     return picture
+
+
+def without_png_notes(content: bytes) -> bytes:
+    """A PNG without its texts and color profile, which Pillow refuses when long or damaged; other bytes as they are."""
+    if not content.startswith(PNG):
+        return content
+    kept, start = [PNG], len(PNG)
+    while start < len(content):
+        stop = start + 12 + int.from_bytes(content[start : start + 4])  # its length, type and checksum take 12 bytes
+        if content[start + 4 : start + 8] not in PNG_NOTES:
+            kept.append(content[start:stop])
+        start = stop
+    return b"".join(kept)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF block says; a block that cannot be read turns nothing."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # its parser raises anything on malformed bytes
+        return picture
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

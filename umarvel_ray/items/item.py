@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from umarvel_ray.errors import UserError
 
+SURROGATES = re.compile("[\ud800-\udfff]")  # alone, half of a character: a text that was cut, or broken JSON
+BLANK = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode categories of characters that show nothing
 ITEM_KEYS = {"text", "image", "video", "instruction"}
 
 Item = dict[str, Any]
@@ -14,6 +18,8 @@ Item = dict[str, Any]
 
 def check_item(item: Item | str, where: str) -> Item:
     """Validate an item and return it as a dict without empty values; a bare string is text.
+
+    Its text is made `readable`.
 
     Args:
         where: names the item (file and row, or id) in errors.
@@ -28,12 +34,19 @@ def check_item(item: Item | str, where: str) -> Item:
     if unknown := item.keys() - ITEM_KEYS:
         raise UserError(f"{where}: unknown key '{min(unknown)}'; valid keys are {', '.join(sorted(ITEM_KEYS))}")
     kept = {key: value for key, value in item.items() if value is not None and not _is_empty(value)}
-    for key in ("text", "instruction"):
-        if key in kept and not isinstance(kept[key], str):
+    for key in kept.keys() & {"text", "instruction"}:
+        if not isinstance(kept[key], str):
             raise UserError(f"{where}: '{key}' must be text, not {type(kept[key]).__name__}")
+        kept[key] = readable(kept[key])
     if not kept.keys() & {"text", "image", "video"}:
         raise UserError(f"{where}: nothing to embed; give a text, an image or a video")
     return kept
+
+
+def readable(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which UTF-8 and tokenizers refuse; "" if it shows nothing."""
+    shows = any(unicodedata.category(character) not in BLANK for character in text)
+    return SURROGATES.sub("\ufffd", text) if shows else ""
 
 
 def with_instruction(item: Item | str, instruction: str | None) -> Item | str:
@@ -45,4 +58,6 @@ def with_instruction(item: Item | str, instruction: str | None) -> Item | str:
 
 
 def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not readable(value)
     return isinstance(value, Sequence) and not isinstance(value, bytes) and len(value) == 0

@@ -20,14 +20,13 @@ import torch
 from PIL import Image
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.items.images import BadImage, open_image
+from umarvel_ray.items.images import MAX_ASPECT, BadImage, open_image
 from umarvel_ray.items.limits import OWN_FILES, MediaLimits
 from umarvel_ray.items.videos import Video, open_video
 from umarvel_ray.recipe import ModelSettings
 
 CONFIG = "preprocessor_config.json"
 REFERENCE_SIDE = 28  # the reference's own resizing always assumes merged patches of this size
-MAX_ASPECT = 200
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.items.images import open_image, open_stream
+from umarvel_ray.items.images import check_aspect, open_image, open_stream
 from umarvel_ray.items.limits import OWN_FILES, MediaLimits
 
 # Self-contained formats only: a playlist (HLS, DASH, concat) names files and addresses that FFmpeg would open.
@@ -56,7 +56,7 @@ def open_video(
             raise _too_long(where, limits)
         chosen = spread(len(video), max_frames)
         frames = [open_image(video[n], f"{where}, frame {n}", limits) for n in chosen]
-        return Video([frame.resize(frames[0].size) for frame in frames], [float(n) for n in chosen])
+        return Video(_of_one_size(frames), [float(n) for n in chosen])
     try:
         with open_stream(video, where, "video", limits) as stream:
             return _decode(stream, max_frames, where, limits)
@@ -88,7 +88,13 @@ def _decode(stream: Any, max_frames: int, where: str, limits: MediaLimits) -> Vi
             if number in wanted:
                 frames.append(frame.to_image().rotate(frame.rotation, expand=True))
                 seconds.append(float(frame.time) if frame.time is not None else float(number))
-    return Video(frames, [second - seconds[0] for second in seconds])
+    check_aspect(frames[0].size, where)
+    return Video(_of_one_size(frames), [second - seconds[0] for second in seconds])
+
+
+def _of_one_size(frames: list[Image.Image]) -> list[Image.Image]:
+    """Frames as large as the first: a stream may change its resolution or orientation."""
+    return [frame if frame.size == frames[0].size else frame.resize(frames[0].size) for frame in frames]
 
 
 def _frames(container: Any, where: str, limits: MediaLimits) -> Iterator[Any]:

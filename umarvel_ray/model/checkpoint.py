@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROVENANCE = "umarvel.json"
+# Configurations, tokenizer and chat template, however their files are called, and files that change nothing.
+READ = ("*.json", "*.jinja", "merges.txt")
+NOT_READ = (PROVENANCE, "modules.json", "config_sentence_transformers.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """A checkpoint: its absolute path, its settings, and a digest of its weights and settings.
+    """A checkpoint: its absolute path, its settings, and a digest of all that its vectors depend on.
 
     Checkpoints of equal `identity` give equal embeddings, or equal scores if they are rerankers.
     """
@@ -53,8 +56,8 @@ class CheckpointRef:
         for file in sorted(path.glob("*.safetensors")):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        for name in ("tokenizer.json", "preprocessor_config.json", "config.json"):
-            digest.update((path / name).read_bytes() if (path / name).exists() else b"")
+        for file in sorted(file for pattern in READ for file in path.glob(pattern) if file.name not in NOT_READ):
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
         return cls(str(path), settings, digest.hexdigest())
 
 

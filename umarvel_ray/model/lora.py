@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ from umarvel_ray.recipe import Lora
 ADAPTER = "default"
 TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Names from before transformers 4.52 (first two), and today's.
+LAYERS = re.compile(r"^base_model\.model\.(model|language_model\.model|model\.language_model)\.layers\.")
+NAME = "base_model.model.model.language_model.layers."
 VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # PEFT keys that change what r and α mean
 
 
@@ -82,12 +86,16 @@ def _load_adapter(model: HasBackbone, lora: Lora, init: str) -> None:
         raise UserError(
             f"lora.init {path}: made with {variant}, which is not supported; merge it into the base model instead"
         )
-    if (config["r"], config["lora_alpha"]) != (lora.r, lora.alpha):
-        raise UserError(
-            f"lora.init {path}: made with r: {config['r']}, alpha: {config['lora_alpha']}; "
-            "set lora.r and lora.alpha to these"
-        )
-    for name, value in saved.items():
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if r is None or alpha is None:
+        kind = config.get("peft_type", "unknown")
+        raise UserError(f"lora.init {path}: a PEFT adapter of type {kind}; use one of type LORA")
+    if (r, alpha) != (lora.r, lora.alpha):
+        raise UserError(f"lora.init {path}: made with r: {r}, alpha: {alpha}; set lora.r and lora.alpha to these")
+    for saved_name, value in saved.items():
+        name = LAYERS.sub(NAME, saved_name)
         if name not in own or own[name].shape != value.shape:
-            raise UserError(f"lora.init {path}: '{name}' fits no layer of this model; use an adapter of the same base")
+            raise UserError(
+                f"lora.init {path}: '{saved_name}' fits no layer of this model; use an adapter of the same base"
+            )
         own[name].copy_(value)

@@ -14,7 +14,9 @@ from __future__ import annotations
 import base64
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 SETTINGS = "umarvel.json"
 EMB, START, END = "<emb>", "<instruction_start>", "<instruction_end>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+PNG, PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+SURROGATES = re.compile("[\ud800-\udfff]")
+BLANK = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode categories of characters that show nothing
 KEYS = {"text", "image", "video", "instruction"}
 MODALITIES: list[Any] = ["text", "image", "video", ("image", "text"), "message"]  # "message": a mixed batch
 PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
@@ -129,14 +134,18 @@ class UMarvelEmbedding(InputModule):
             task: "query", "document" or None.
 
         Returns:
-            input_ids, attention_mask and pool_mask: int64 (B, L); position_ids: int64 (B, L) or (3, B, L); and the
-            vision tower's inputs, if there are pictures.
+            input_ids, attention_mask and pool_mask: int64 (B, L); position_ids: int64 (B, L) or (B, L, 3); and, if
+            there are pictures, the vision tower's inputs and how many pictures and videos each item has. Losses that
+            cut a batch into smaller ones slice the first axis of these.
 
         Raises:
             ValueError: nothing to embed, an unknown key, or an instruction on a document.
             ImportError: a video file without PyAV to decode it.
         """
         items = [_item(value, prompt, task) for value in inputs]
+        counts = {
+            f"num_{kind}s_per_sample": torch.tensor([len(item[kind]) for item in items]) for kind in ("image", "video")
+        }
         stills = [self._resized(open_picture(image)) for item in items for image in item["image"]]
         features = dict(self.image_processor(stills, return_tensors="pt")) if stills else {}
         grids = iter(features.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long)).tolist())
@@ -153,19 +162,21 @@ class UMarvelEmbedding(InputModule):
             rendered, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
         )
         ids, attention_mask = tokens["input_ids"], tokens["attention_mask"]
-        features |= {"input_ids": ids, "attention_mask": attention_mask}
+        features |= {"input_ids": ids, "attention_mask": attention_mask, **(counts if features else {})}
         features["pool_mask"] = self._pooled(ids).long() * attention_mask
         if self.settings["positions"] == "sequential":
             features["position_ids"] = torch.arange(ids.shape[1]).expand_as(ids)
         else:
             shown = np.isin(ids, self._pictures)
             positions = [rotary_positions(*parts) for parts in zip(shown, spans, strict=True)]
-            features["position_ids"] = torch.from_numpy(np.stack(positions, axis=1))
+            features["position_ids"] = torch.from_numpy(np.stack([own.T for own in positions]))
         return features
 
     def forward(self, features: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
         """Add the token embeddings, float32 (B, L, D), and set `attention_mask` to the pooling mask."""
         inputs = {name: features[name] for name in MODEL_INPUTS if name in features}
+        if inputs["position_ids"].ndim > 2:
+            inputs["position_ids"] = inputs["position_ids"].permute(2, 0, 1)  # M-RoPE: (3, B, L)
         hidden = self.model(**inputs, use_cache=False).last_hidden_state
         return features | {"token_embeddings": hidden.float(), "attention_mask": features["pool_mask"]}
 
@@ -254,9 +265,10 @@ class UMarvelEmbedding(InputModule):
 
 def open_picture(image: str | Path | bytes | Image.Image) -> Image.Image:
     """Upright RGB: transparency on white, 16-bit gray scaled to 8 bits, the first frame of an animation."""
-    picture = image if isinstance(image, Image.Image) else Image.open(_source(image))
+    picture = image if isinstance(image, Image.Image) else Image.open(_without_png_notes(image))
     picture.load()
-    picture = ImageOps.exif_transpose(picture)
+    with suppress(Exception):  # a damaged EXIF block turns nothing
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
     elif picture.mode == "F":
@@ -265,6 +277,21 @@ def open_picture(image: str | Path | bytes | Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def _without_png_notes(image: str | Path | bytes) -> BytesIO:
+    """A picture's bytes, without a PNG's texts and color profile, which Pillow refuses when long or damaged."""
+    source = _source(image)
+    content = source.getvalue() if isinstance(source, BytesIO) else Path(source).read_bytes()
+    if not content.startswith(PNG):
+        return BytesIO(content)
+    kept, start = [PNG], len(PNG)
+    while start < len(content):
+        stop = start + 12 + int.from_bytes(content[start : start + 4])  # its length, type and checksum take 12 bytes
+        if content[start + 4 : start + 8] not in PNG_NOTES:
+            kept.append(content[start:stop])
+        start = stop
+    return BytesIO(b"".join(kept))
 
 
 def open_video(video: Any, max_frames: int) -> tuple[list[Image.Image], list[float]]:
@@ -285,12 +312,16 @@ def open_video(video: Any, max_frames: int) -> tuple[list[Image.Image], list[flo
         raise ValueError("the video has no frames")
     chosen = np.linspace(0, count - 1, min(max_frames, count)).round().astype(int).tolist()
     if isinstance(video, list | tuple):
-        frames = [open_picture(video[number]) for number in chosen]
-        return [frame.resize(frames[0].size) for frame in frames], [float(number) for number in chosen]
+        return _of_one_size([open_picture(video[number]) for number in chosen]), [float(number) for number in chosen]
     kept = [(number, frame) for number, frame in enumerate(_decode(video)) if number in chosen]
     seconds = [float(number if frame.time is None else frame.time) for number, frame in kept]
     pictures = [frame.to_image().rotate(frame.rotation, expand=True) for _, frame in kept]
-    return pictures, [second - seconds[0] for second in seconds]
+    return _of_one_size(pictures), [second - seconds[0] for second in seconds]
+
+
+def _of_one_size(frames: list[Image.Image]) -> list[Image.Image]:
+    """Frames as large as the first: a stream may change its resolution or orientation."""
+    return [frame if frame.size == frames[0].size else frame.resize(frames[0].size) for frame in frames]
 
 
 def rotary_positions(shown: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
@@ -340,7 +371,7 @@ def _item(value: Any, prompt: str | None, task: str | None) -> dict[str, Any]:
     item = value if isinstance(value, dict) else {infer_modality(value, MODALITIES): value}
     if unknown := item.keys() - KEYS:
         raise ValueError(f"unknown key '{min(unknown)}'; an input has {', '.join(sorted(KEYS))}")
-    text, instruction = item.get("text") or "", item.get("instruction") or prompt or ""
+    text, instruction = (_visible(value or "") for value in (item.get("text"), item.get("instruction") or prompt))
     images, video = item.get("image"), item.get("video")
     if not isinstance(images, list | tuple):
         images = [] if images is None or images == "" else [images]
@@ -350,6 +381,12 @@ def _item(value: Any, prompt: str | None, task: str | None) -> dict[str, Any]:
     if task == "document" and instruction:
         raise ValueError("a document carries no instruction; put it on the query")
     return {"text": text, "image": images, "video": videos, "instruction": instruction}
+
+
+def _visible(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which tokenizers refuse; "" if it shows nothing."""
+    shows = any(unicodedata.category(character) not in BLANK for character in text)
+    return SURROGATES.sub("\ufffd", text) if shows else ""
 
 
 def _tidy(text: str) -> str:

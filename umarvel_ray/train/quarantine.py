@@ -50,7 +50,7 @@ def without_unusable(dataset: Dataset, name: str, folder: Path) -> Dataset:
     inputs = digest_of(dataset.documents.digest, queries.digest)
     if not _is_check_of(file, inputs) or _some_are_mended(file, dataset.documents, name, queries):
         _write_unusable(dataset.documents, name, queries, file, inputs)
-    bad = pq.read_table(file, columns=["table", "row"])
+    bad = pq.read_table(file, columns=["table", "row"], partitioning=None)
     if not bad.num_rows:
         return dataset
     kept = _usable(queries, _rows_of(bad, DOCUMENTS), _rows_of(bad, name))
@@ -87,7 +87,7 @@ def _is_check_of(file: Path, inputs: str) -> bool:
 
 def _some_are_mended(file: Path, documents: StoredTable, name: str, queries: Queries) -> bool:
     """Whether a row that was unusable no longer is: its picture, a file of its own, may have been repaired."""
-    bad = pq.read_table(file, columns=["table", "row", "reason"])
+    bad = pq.read_table(file, columns=["table", "row", "reason"], partitioning=None)
     bad = bad.filter(pc.not_equal(bad["reason"], NO_POSITIVE))
     for table, source in ((DOCUMENTS, documents), (name, queries.table)):
         rows = _rows_of(bad, table)
