@@ -15,8 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from umarvel_ray.errors import UserError
+from umarvel_ray.evaluate.examples import Pictures
 from umarvel_ray.items.encoder import ItemEncoder
-from umarvel_ray.items.images import BadImage, open_image, without_png_notes
+from umarvel_ray.items.images import BadImage, open_image, picture_uri, without_png_notes
 from umarvel_ray.items.limits import MediaLimits
 from umarvel_ray.items.pictures import CONFIG, PictureFormat, PixelScale, read_picture
 from umarvel_ray.recipe import ModelSettings
@@ -248,3 +249,13 @@ def test_a_picture_shared_by_items_may_be_opened_by_many_threads():
         with ThreadPoolExecutor(8) as threads:
             opened = list(threads.map(open_image, [shared] * 8, ["item"] * 8))
         assert all(np.array_equal(np.asarray(picture), pixels) for picture in opened)
+
+
+def test_of_several_pictures_the_first_is_shown(tmp_path):
+    """In search results and in the report."""
+    first, second = encoded(half_and_half()), encoded(half_and_half().rotate(90))
+    (tmp_path / "a.png").write_bytes(first)
+    assert picture_uri([first, second]) == picture_uri([str(tmp_path / "a.png")]) == picture_uri(first)
+    pictures = Pictures()
+    assert pictures.add([first, second]) == 0
+    assert pictures.add([second]) == 1

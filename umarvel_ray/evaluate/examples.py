@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from umarvel_ray.data.content import picture_key
 from umarvel_ray.data.dataset import Dataset
 from umarvel_ray.evaluate.results import LadderResult
-from umarvel_ray.items.images import BadImage, image_type, open_image, picture_uri
+from umarvel_ray.items.images import BadImage, first_picture, image_type, open_image, picture_uri
 from umarvel_ray.retrieve.metrics import find_hits, recall_at_k
 
 SHOWN = 5  # documents per query
@@ -31,8 +31,8 @@ class Pictures:
         self.uris: list[str] = []
         self._bytes = 0
 
-    def add(self, image: bytes | str | None) -> int | None:
-        """The picture's number; None if there is no picture, it cannot be read, or the budget is used up."""
+    def add(self, image: bytes | str | list[bytes | str] | None) -> int | None:
+        """The number of the (first) picture; None if there is none, it cannot be read, or the budget is used up."""
         if image is None:
             return None
         key = picture_key({"image": image})
@@ -40,9 +40,9 @@ class Pictures:
             self._number[key] = self._store(image)
         return self._number[key]
 
-    def _store(self, image: bytes | str) -> int | None:
+    def _store(self, image: bytes | str | list[bytes | str]) -> int | None:
         try:
-            uri = picture_uri(_small(image))
+            uri = picture_uri(_small(first_picture(image)))
         except BadImage:
             return None
         if self._bytes + len(uri) > PICTURE_BUDGET:

@@ -10,6 +10,7 @@ import threading
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -104,11 +105,17 @@ def image_type(content: bytes) -> str | None:
     return next((kind for start, kind in SIGNATURES.items() if content.startswith(start)), None)
 
 
-def picture_uri(image: bytes | str | Path | None) -> str | None:
-    """A picture (encoded bytes or a path) as a data URI in its own format; None stays None."""
-    if image is None:
+def first_picture(image: Any) -> Any:
+    """The picture of a row that has one, or the first of several; None stays None."""
+    return image[0] if isinstance(image, list) else image
+
+
+def picture_uri(image: bytes | str | Path | list[bytes | str] | None) -> str | None:
+    """A picture (encoded bytes or a path), or the first of several, as a data URI in its own format; None for none."""
+    shown = first_picture(image)
+    if shown is None:
         return None
-    content = image if isinstance(image, bytes) else Path(image).read_bytes()
+    content: bytes = shown if isinstance(shown, bytes) else Path(shown).read_bytes()
     return f"data:image/{image_type(content) or 'webp'};base64,{base64.b64encode(content).decode()}"
 
 
