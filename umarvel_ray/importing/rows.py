@@ -128,11 +128,11 @@ def _swift(row: Row, locate: Locate) -> Record:
 def _swift_answers(row: Row, locate: Locate) -> Record:
     """`query`, `response` and `rejected_response`, whose placeholders share one list of images in this order."""
     parts = [_texts(row.get(name), name) for name in ("query", "response", "rejected_response")]
-    images = iter(_list(row.get("images")))
+    images = _list(row.get("images"))
     marks = sum(len(MARK.findall(text)) for texts in parts for text in texts)
-    if marks != len(given := list(images)):
-        raise BadRow("wrong number of pictures", f"{marks} placeholders, {len(given)} images")
-    left = iter(given)
+    if marks != len(images):
+        raise BadRow("wrong number of pictures", f"{marks} placeholders, {len(images)} images")
+    left = iter(images)
     sides = [
         tuple(_marked(text, [next(left) for _ in MARK.findall(text)], locate) for text in texts) for texts in parts
     ]

@@ -116,20 +116,13 @@ def _object(value: Any) -> Row | Fault:
 
 def _parquet(path: Path) -> Numbered:
     with open_parquet(path, ()) as file:
-        number = 0
-        for batch in file.iter_batches(max(1, rows_at_once(file.metadata) // LESS)):
-            for row in _objects(batch):
-                number += 1
-                yield number, row
+        batches = file.iter_batches(max(1, rows_at_once(file.metadata) // LESS))
+        yield from enumerate((row for batch in batches for row in _objects(batch)), 1)
 
 
 def _arrow(path: Path) -> Numbered:
     with _arrow_stream(path) as stream:
-        number = 0
-        for batch in stream:
-            for row in _objects(batch):
-                number += 1
-                yield number, row
+        yield from enumerate((row for batch in stream for row in _objects(batch)), 1)
 
 
 @contextmanager

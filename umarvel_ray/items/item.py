@@ -45,8 +45,7 @@ def check_item(item: Item | str, where: str) -> Item:
 
 def readable(text: str) -> str:
     """The text with U+FFFD for halves of surrogate pairs, which UTF-8 and tokenizers refuse; "" if it shows nothing."""
-    shows = any(unicodedata.category(character) not in BLANK for character in text)
-    return SURROGATES.sub("\ufffd", text) if shows else ""
+    return "" if _is_blank(text) else SURROGATES.sub("\ufffd", text)
 
 
 def with_instruction(item: Item | str, instruction: str | None) -> Item | str:
@@ -57,7 +56,11 @@ def with_instruction(item: Item | str, instruction: str | None) -> Item | str:
     return item if item.get("instruction") else item | {"instruction": instruction}
 
 
+def _is_blank(text: str) -> bool:
+    return all(unicodedata.category(character) in BLANK for character in text)
+
+
 def _is_empty(value: Any) -> bool:
     if isinstance(value, str):
-        return not readable(value)
+        return _is_blank(value)
     return isinstance(value, Sequence) and not isinstance(value, bytes) and len(value) == 0
