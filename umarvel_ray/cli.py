@@ -112,6 +112,7 @@ def _main(argv: list[str] | None) -> None:
     serve.add_argument("--reranker", help="a reranker's checkpoint; without it, no reranking")
     serve.add_argument("--index", help="a folder of embeddings or a saved index; without it, no search")
     serve.add_argument("--data", help="the documents behind the index: builtin:demo or a Parquet folder")
+    serve.add_argument("--live", help="a folder for documents that clients add; without it, none are taken")
     serve.add_argument("--config", type=Path, help="a Ray Serve config file; default: the shipped one")
     serve.set_defaults(run=_run_serve)
     options, late = parser.parse_known_args(argv)
@@ -222,12 +223,17 @@ def _run_serve(options: argparse.Namespace) -> None:
     from umarvel_ray.serving.environment import SERVE
 
     prepare_environment(SERVE)
-    parts = {"UMARVEL_RERANKER": options.reranker, "UMARVEL_INDEX": options.index, "UMARVEL_DATA": options.data}
+    parts = {f"UMARVEL_{name.upper()}": getattr(options, name) for name in ("reranker", "index", "data", "live")}
     if options.model:
         os.environ["UMARVEL_EMBEDDER"] = options.model
-        parts |= {name: parts[name] or "" for name in ("UMARVEL_RERANKER", "UMARVEL_INDEX")}
+        parts |= {name: parts[name] or "" for name in ("UMARVEL_RERANKER", "UMARVEL_INDEX", "UMARVEL_LIVE")}
     os.environ.update({name: value for name, value in parts.items() if value is not None})
-    os.execv(sys.executable, [sys.executable, "-m", "ray.serve.scripts", "run", str(config)])
+    from umarvel_ray.serving.auth import VARIABLE, hashed
+    from umarvel_ray.serving.run import run
+
+    if listed := os.environ.get(VARIABLE, "").strip():
+        os.environ[VARIABLE] = hashed(listed)  # the environment of many processes, for as long as they live
+    run(config)
 
 
 def guard(work: Callable[[], None]) -> int:

@@ -6,16 +6,19 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from markupsafe import escape
 
 from tests.support.random_result import random_result
+from tests.support.small_dataset import make_dataset
 from umarvel_ray.data.dataset import Queries
 from umarvel_ray.data.stored import write_stored
 from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.evaluate.report import page as page_of
 from umarvel_ray.evaluate.report import table, write_report
 from umarvel_ray.evaluate.results import SCOPES
-from umarvel_ray.recipe import load_recipe
+from umarvel_ray.recipe import Data, load_recipe
 from umarvel_ray.runs import Run
 
 LADDER = ["base", "text", "image-text", "instruction", "hard-negatives", "distillation", "recall+rerank"]
@@ -135,6 +138,23 @@ def test_page_shows_every_task_checkpoint_and_number(written, dataset):
         assert page.count(f'<div class="why">{story}</div>') == 12
     defined = {int(n) for n in re.findall(r"^\.p(\d+)\{", page, re.M)}
     assert {int(n) for n in re.findall(r'class="pic p(\d+)"', page)} == defined
+
+
+@pytest.mark.parametrize("name", ["flickr30k.v1_task0", "7", "0.5", "a|b, <c> {d} %s", "Straße № 1/2", "items", "test"])
+def test_a_task_may_have_any_name_that_the_data_may(name, tmp_path):
+    make_dataset(tmp_path / "data")
+    for table_name in ("pools", "train", "validation", "test"):
+        path = tmp_path / "data" / f"{table_name}.parquet"
+        rows = pq.read_table(path).to_pylist()
+        renamed = [row | {"task": name if row["task"] == "words_task1" else row["task"]} for row in rows]
+        pq.write_table(pa.Table.from_pylist(renamed), path)
+    dataset = open_dataset(Data(root=str(tmp_path / "data")), tmp_path / "tables")
+    dataset.validate("test")
+    run = make_run(tmp_path / "run")
+    results = [random_result(dataset, run.recipe, step, 0.5, tmp_path / step) for step in ("base", "instruction")]
+    page = write_report(run, dataset, results).read_text(encoding="utf-8")
+    assert str(escape(name)) in page
+    assert table(results).count("\n| ") == 8  # two tasks, their average and a head for each scope
 
 
 def test_texts_cannot_become_markup(written, dataset, tmp_path):

@@ -254,6 +254,14 @@ def too_few(folder: Path) -> Path:
     return write_jsonl(folder / "a.jsonl", [{"query": "a", "pos": ["b"]}, {"query": "c", "pos": ["d"]}])
 
 
+def too_few_to_train(folder: Path) -> Path:
+    return write_jsonl(folder / "a.jsonl", [{"query": f"a{n}", "pos": [f"b{n}"]} for n in range(4)])
+
+
+def mostly_unusable(folder: Path) -> Path:
+    return write_jsonl(folder / "a.jsonl", [{"query": f"a{n}", "pos": [] if n else ["b"]} for n in range(10)])
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -270,6 +278,8 @@ def too_few(folder: Path) -> Path:
         (empty_csv, ["a.csv", "empty"]),
         (no_json, ["a.json", "not valid JSON"]),
         (too_few, ["2 queries", "other content"]),
+        (too_few_to_train, ["no task has 4 queries", "but 2", "add rows"]),
+        (mostly_unusable, ["1 groups", "9 of 10 rows were set aside", "a.jsonl, row 2: no positive"]),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(make, words, tmp_path, capsys):

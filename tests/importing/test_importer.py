@@ -15,15 +15,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import REPO
 from tests.importing.sources import CAPTIONS, N, found, rows, write_csv, write_jsonl, write_pictures, write_tar
 from umarvel_ray.cli import main
+from umarvel_ray.data.plan import contrastive_plan
+from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.importing import importer
 from umarvel_ray.importing.importer import import_dataset
-from umarvel_ray.importing.recipe_file import batch_of
+from umarvel_ray.importing.recipe_file import Size, batch_of
 from umarvel_ray.importing.tasks import DEFAULTS
 from umarvel_ray.recipe import load_recipe
 
@@ -74,10 +78,39 @@ def test_what_is_printed(source, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("queries", "documents", "batch"), [(1, 1, 2), (18, 18, 4), (100, 90, 16), (100, 10, 4), (10_000, 9_000, 128)]
+    ("queries", "distinct", "batch"), [(4, 4, 2), (18, 18, 4), (100, 90, 16), (100, 10, 4), (10_000, 9_000, 128)]
 )
-def test_a_batch_is_one_that_the_data_can_fill(queries, documents, batch):
-    assert batch_of(queries, documents, 128) == batch
+def test_a_batch_is_at_most_half_of_the_positives_and_a_quarter_of_the_queries(queries, distinct, batch):
+    assert batch_of(Size(queries, distinct), 128) == batch
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 12), min_size=3, max_size=40), st.booleans())
+def test_the_written_recipe_can_fill_its_batches_or_the_import_says_why(tmp_path_factory, captions, same):
+    """Pictures with some captions each: all of their own, or the same everywhere."""
+    folder = tmp_path_factory.mktemp("few")
+    names = write_pictures(folder / "in", len(captions))
+    lines = [
+        {"file": name, "captions": [f"{'it' if same and n > 2 else n} as {k}" for k in range(count)]}
+        for n, (name, count) in enumerate(zip(names, captions, strict=True))
+    ]
+    write_jsonl(folder / "in" / "a.jsonl", lines)
+    reason = None
+    try:
+        import_dataset(folder / "in", folder / "out")
+    except UserError as error:
+        reason = str(error)
+    assert (folder / "out").exists() == (reason is None)
+    if reason is not None:
+        assert "with other content" in reason
+        return
+    recipe = load_recipe(str(folder / "out" / "recipe.yaml"))
+    dataset = open_dataset(recipe.data, folder / "tables")
+    for phase in (recipe.stage1.instruction, recipe.stage2.train):
+        for homogeneous in (phase.homogeneous, 1.0):
+            changed = phase.model_copy(update={"homogeneous": homogeneous})
+            plan = contrastive_plan(dataset.queries("train"), changed, recipe.seed, dataset.content())
+            assert len(plan) == phase.max_steps
 
 
 @pytest.mark.parametrize(

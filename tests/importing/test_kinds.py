@@ -33,6 +33,7 @@ from tests.importing.sources import (
     write_tar,
 )
 from umarvel_ray.data.tables import open_dataset
+from umarvel_ray.errors import UserError
 from umarvel_ray.importing.importer import import_dataset
 from umarvel_ray.recipe import Data
 
@@ -327,12 +328,21 @@ def test_ms_swift_with_pictures_in_one_list(tmp_path):
 
 def test_a_label_says_whether_a_pair_matches(tmp_path):
     lines = [{"sentence1": queries(n), "sentence2": answers(n), "label": n % 2} for n in range(2 * N)]
-    lines.append({"sentence1": "a", "sentence2": "b", "label": 4.2})
+    lines.append({"sentence1": "a", "sentence2": "b", "label": ""})
     import_dataset(write_jsonl(tmp_path / "a.jsonl", lines), tmp_path / "out")
     assert found(tmp_path / "out") == {(1, said(queries(n))): {said(answers(n))} for n in range(1, 2 * N, 2)}
     aside = reasons(tmp_path / "out")
     assert [row for _, row, reason in aside if reason.startswith("labelled as no match")] == [*range(1, 2 * N, 2)]
-    assert aside[-1] == ("a.jsonl", 2 * N + 1, "label without a meaning: 'label' is 4.2, not from 0 to 1")
+    assert aside[-1] == ("a.jsonl", 2 * N + 1, "no label: 'label' is empty")
+
+
+@pytest.mark.parametrize("labels", [[5.0, 0.8, 3.2], [0, 1, 2], [1, "entailment"], ["1", "4.5"], [-1, 1], [True, [1]]])
+def test_a_table_whose_labels_mean_something_else_is_refused(labels, tmp_path):
+    """Scores from 0 to 5, three classes: what looks like a match would be none."""
+    lines = [{"sentence1": queries(n), "sentence2": answers(n), "label": labels[n % len(labels)]} for n in range(N)]
+    with pytest.raises(UserError, match=r"a.jsonl, row \d: 'label' is .*, not a number from 0 \(no match\) to 1"):
+        import_dataset(write_jsonl(tmp_path / "a.jsonl", lines), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_equal_queries_and_documents_become_one(tmp_path):

@@ -26,6 +26,7 @@ from umarvel_ray.index.snapshot import snapshots
 
 D = 8
 MODALITIES, SOURCES = ["text", "image", "image,text"], ["news", "notes", "shop"]
+LANGUAGES, YEARS = ["en", "de", "日本語"], [1999, 2024, -1]
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +50,20 @@ def added(id_, seed):
         SOURCES[seed // 3 % 3],
         text=f"text {seed} é" if seed % 2 else None,
         image=seed.to_bytes(4, "big") * 5 if seed % 4 < 2 else None,
+        metadata=metadata_of(seed),
     )
+
+
+def metadata_of(seed):
+    chosen = {"language": LANGUAGES[seed % 5 % 3], "year": YEARS[seed % 7 % 3]}
+    return {name: value for number, (name, value) in enumerate(chosen.items()) if seed >> number & 1}
 
 
 @cache
 def base_of(factory, size=300):
     rows = [added(f"b{i}", 10**6 + i) for i in range(size)]
-    table = pa.Table.from_pylist([row.document for row in reversed(rows)])  # not in the index's order
+    documents = [row.document | {"language": None, "year": None} | row.metadata for row in reversed(rows)]
+    table = pa.Table.from_pylist(documents).drop_columns("metadata")  # not in the index's order
     folder = Path(tempfile.mkdtemp(prefix="umarvel-base-"))
     atexit.register(shutil.rmtree, folder)
     documents = write_stored(folder / "documents.arrow", table.schema, table.to_batches())
@@ -63,23 +71,28 @@ def base_of(factory, size=300):
     return Corpus(index, documents, documents.find(pa.array(index.ids))), {row.id: row for row in rows}
 
 
-def matching(truth, modalities=None, sources=None):
-    return [
-        row
-        for row in truth.values()
-        if (modalities is None or row.modality in modalities) and (sources is None or row.source in sources)
-    ]
+def matching(truth, modalities=None, sources=None, filters=None):
+    wanted = {"modality": modalities, "source": sources} | (filters or {})
+    wanted = {name: values for name, values in wanted.items() if values is not None}
+    return [row for row in truth.values() if all(row.labels.get(name) in values for name, values in wanted.items())]
 
 
-def check(replica, truth, query, k, modalities=None, sources=None, exact=True):
+def document_of(row, hit):
+    """The document of a hit as it was added: a row of the base has its metadata as columns."""
+    columns = {name: hit.document[name] for name in ("language", "year") if hit.document.get(name) is not None}
+    found = {"metadata": columns} | hit.document
+    return {name: found.get(name) for name in row.document}
+
+
+def check(replica, truth, query, k, modalities=None, sources=None, filters=None, exact=True):
     """`search` finds what numpy finds in the dict; with an approximate base, only what must hold regardless."""
-    hits = replica.search(query, k, modalities, sources)
-    rows = matching(truth, modalities, sources)
+    hits = replica.search(query, k, modalities, sources, filters)
+    rows = matching(truth, modalities, sources, filters)
     assert len(hits) == min(k, len(rows)) == len({hit.document["id"] for hit in hits})
     allowed = {row.id: row for row in rows}
     for hit in hits:
         row = allowed[hit.document["id"]]
-        assert {name: hit.document.get(name) for name in row.document} == row.document
+        assert document_of(row, hit) == row.document
         assert hit.score == pytest.approx(float(row.vector @ query), abs=1e-5)
     scores = [hit.score for hit in hits]
     assert scores == sorted(scores, reverse=True)
@@ -96,6 +109,11 @@ OPERATIONS = st.lists(
         st.integers(0, 10**5).map(lambda seed: added(f"n{seed % 40}", seed)),
     ),
     max_size=6,
+)
+FILTERS = st.dictionaries(
+    st.sampled_from(["language", "year", "modality", "nobody's"]),
+    st.lists(st.sampled_from([*LANGUAGES, *YEARS, "1999", 2**70, "text"]), max_size=4),
+    max_size=2,
 )
 CHOICES = st.none() | st.lists(st.sampled_from([*MODALITIES, *SOURCES]), max_size=4)
 
@@ -148,7 +166,12 @@ class AnIndexIsADict(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 10**6), k=st.integers(1, 40), modalities=CHOICES, sources=CHOICES)
     def search(self, seed, k, modalities, sources):
         assert self.replica.follow() == self.sequence
-        check(self.replica, self.truth, unit(seed), k, modalities, sources, self.EXACT)
+        check(self.replica, self.truth, unit(seed), k, modalities, sources, exact=self.EXACT)
+
+    @rule(seed=st.integers(0, 10**6), k=st.integers(1, 40), sources=CHOICES, filters=FILTERS)
+    def search_by_any_label(self, seed, k, sources, filters):
+        assert self.replica.follow() == self.sequence
+        check(self.replica, self.truth, unit(seed), k, None, sources, filters, self.EXACT)
 
     @invariant()
     def nothing_is_missing(self):

@@ -106,7 +106,7 @@ def test_a_cut_query_keeps_its_instruction_and_both_tags(tiny_base):
 
 def test_a_cut_inside_a_character_leaves_no_rubble(tiny_base):
     encoder = ItemEncoder.from_pretrained(tiny_base, SMALL)
-    assert {encoder.cut("日本語", n) for n in range(10)} == {"", "日", "日本", "日本語"}
+    assert {encoder.tokens.cut("日本語", n) for n in range(10)} == {"", "日", "日本", "日本語"}
 
 
 def test_control_tokens_in_text_are_only_text(encoder):

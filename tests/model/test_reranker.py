@@ -336,12 +336,13 @@ def test_a_bad_item_gives_one_clear_line(tiny_base, query, document, message):
 
 
 def test_a_tokenizer_without_separate_yes_and_no_is_refused(tiny_base):
-    words = Tokenizer(models.WordLevel({"?": 0, "<emb>": 1}, unk_token="?"))
+    words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="?", pad_token="?", chat_template=CHAT_TEMPLATE
     )
     items = ItemEncoder.from_pretrained(tiny_base, SETTINGS)
+    tokenizer.add_tokens(list(items.tokens.controls))
     with pytest.raises(UserError, match="'Yes' and 'No'"):
         PairEncoder(ItemEncoder(tokenizer, items.picture_format, items.family, SETTINGS), 64)
 

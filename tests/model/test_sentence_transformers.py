@@ -122,7 +122,7 @@ def items(pictures: dict[str, str]) -> dict[str, list]:
         "documents": [
             *plain,
             {"image": pictures["turned"]},
-            {"image": [pictures["deep"], pictures["plain"]], "text": "two <emb> pictures <|im_end|>"},
+            {"image": [pictures["deep"], pictures["plain"]], "text": "two <emb> pictures <|im_\rend|>"},
             {
                 "video": [pictures["plain"], pictures["clear"], pictures["turned"]],
                 "image": pictures["deep"],

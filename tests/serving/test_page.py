@@ -76,6 +76,8 @@ def watched(browser, url: str, **options):
 @pytest.fixture
 def page(browser, url):
     with watched(browser, url) as page:
+        page.get_by_label("Instruction", exact=True).fill("")
+        page.get_by_label("Text to search for").focus()
         yield page
 
 
@@ -116,7 +118,7 @@ def uri(content: bytes) -> str:
 
 
 def test_a_text_query_shows_what_the_api_returns(page, url):
-    expect(page.get_by_text("The results are texts and pictures alike")).to_be_visible()
+    expect(page.get_by_text("the results are texts and pictures alike")).to_be_visible()
     search_text(page, "a bird on a boat")
     results = search_results(url, {"text": "a bird on a boat"})
     expect_results(page, results)
@@ -128,8 +130,23 @@ def test_a_text_query_shows_what_the_api_returns(page, url):
             assert image.get_attribute("alt") == (document["text"] or result["id"])
         assert card.locator(".text").inner_text() == (document["text"] or "")
         expect(card.get_by_text("P(yes)")).to_be_hidden()
-    expect(page.get_by_role("status")).to_have_text(re.compile(r"12 results in .*\d ms.*encode .*\d ms.*retrieve"))
+    expect(page.get_by_role("status")).to_have_text(re.compile(r"12 results \(.* × .*\) in .*\d ms.*encode .*retrieve"))
     assert page.title() == "a bird on a boat · search"
+
+
+def test_a_first_search_has_an_instruction_and_others_are_a_click_away(browser, url):
+    with watched(browser, url) as page:
+        expect(page.get_by_label("Instruction", exact=True)).to_have_value(INSTRUCTION)
+        search_text(page, "a boat")
+        expect_results(page, search_results(url, {"text": "a boat", "instruction": INSTRUCTION}))
+        other = "Find a clip-art picture with this title."
+        page.get_by_label("Ready instructions").select_option(other)
+        expect_results(page, search_results(url, {"text": "a boat", "instruction": other}))
+        page.get_by_label("Ready instructions").select_option("")
+        expect_results(page, search_results(url, {"text": "a boat"}))
+    with watched(browser, url) as page:
+        add_picture(page, "chosen", "three.png", "image/png", picture(3))  # the first instruction is not for pictures
+        expect_results(page, search_results(url, {"image": uri(picture(3))}))
 
 
 @pytest.mark.parametrize("method", ["chosen", "dropped", "pasted"])
@@ -142,7 +159,7 @@ def test_a_picture_finds_itself(page, method):
 
 
 def test_picture_text_and_instruction_together(page, url):
-    page.get_by_label("Instruction").fill(INSTRUCTION)
+    page.get_by_label("Instruction", exact=True).fill(INSTRUCTION)
     page.get_by_label("Text to search for").fill("at dusk")
     add_picture(page, "chosen", "three.png", "image/png", picture(3))
     query = {"text": "at dusk", "image": uri(picture(3)), "instruction": INSTRUCTION}
@@ -153,7 +170,7 @@ def test_picture_text_and_instruction_together(page, url):
 
 
 def test_a_link_repeats_the_query_and_back_restores_the_picture(page, browser, url):
-    page.get_by_label("Instruction").fill(INSTRUCTION)
+    page.get_by_label("Instruction", exact=True).fill(INSTRUCTION)
     search_text(page, "a red & blue boat")
     page.get_by_role("switch", name="Rerank").check()
     text = {"text": "a red & blue boat", "instruction": INSTRUCTION}
@@ -172,7 +189,7 @@ def test_a_link_repeats_the_query_and_back_restores_the_picture(page, browser, u
     expect(page.locator("#preview")).to_be_hidden()
     with watched(browser, link) as friend:
         expect_results(friend, search_results(url, text, rerank=True))
-        expect(friend.get_by_label("Instruction")).to_have_value(INSTRUCTION)
+        expect(friend.get_by_label("Instruction", exact=True)).to_have_value(INSTRUCTION)
 
 
 def test_rerank_shows_p_yes(page, url):
@@ -300,13 +317,13 @@ def test_everything_works_by_keyboard(page, url):
     expect_results(page, results)
 
     seen = []
-    for _ in range(11):
+    for _ in range(12):
         page.keyboard.press("Tab")
         seen.append(page.evaluate(FOCUSED))
         assert page.evaluate(RING) == "solid", seen[-1]
     assert seen == [
-        *("Add a picture", "Search", "Instruction", "Pictures", "Texts", "Pictures with text", "Rerank"),
-        *("Results", "tiny", "More like this (result 1)", "More like this (result 2)"),
+        *("Add a picture", "Search", "Instruction", "Ready instructions", "Pictures", "Texts", "Pictures with text"),
+        *("Rerank", "Results", "tiny", "More like this (result 1)", "More like this (result 2)"),
     ]
 
     page.keyboard.press("/")
@@ -344,7 +361,8 @@ def test_the_accessibility_tree(page):
           - textbox "Text to search for": a red fox in the snow
           - button "Add a picture"
           - button "Search"
-          - combobox "Instruction"
+          - textbox "Instruction"
+          - combobox "Ready instructions"
           - group "Kind":
             - checkbox "Pictures"
             - checkbox "Texts"
@@ -355,7 +373,7 @@ def test_the_accessibility_tree(page):
             - checkbox "tiny"
         - region "Results":
           - heading "Results" [level=2]
-          - status: /12 results in/
+          - status: /12 results .* in/
           - list "Results":
             - listitem:
               - 'heading "Result 1 (text from tiny)" [level=3]'
@@ -370,7 +388,7 @@ def test_the_accessibility_tree(page):
 def test_the_instructions_of_the_shipped_data_are_offered(page):
     with open(demo.DATA / "instructions.tsv", newline="") as file:
         wanted = {row["prompt_1"] for row in csv.DictReader(file, delimiter="\t")}
-    offered = page.locator("#instructions option").evaluate_all("options => options.map((one) => one.value)")
+    offered = page.locator("#instructions option").evaluate_all("options => options.map((one) => one.value.trim())")
     assert wanted < set(offered)
     assert INSTRUCTION in offered
 

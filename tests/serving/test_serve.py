@@ -313,6 +313,19 @@ def test_added_documents_are_found_and_deleted_ones_are_not(url, embedder):
     _, notes, _ = call(f"{url}/v1/search", body | {"filter": {"source": ["notes"], "modality": ["text"]}})
     assert {result["id"] for result in notes["results"]} == {"n1", "t0"}
 
+    labelled = {"id": "n1", "text": "a lantern on a hill", "source": "notes", "metadata": {"tenant": "é", "year": 2024}}
+    _, again, _ = call(f"{url}/v1/index", {"documents": [labelled]})
+    body["after"] = again["sequence"]
+    for metadata, ids in [
+        ({"tenant": ["é", "other"], "year": [2024]}, {"n1"}),
+        ({"tenant": ["é"], "year": ["2024"]}, set()),
+        ({"tenant": ["e"]}, set()),
+        ({}, found.keys()),
+    ]:
+        _, response, _ = call(f"{url}/v1/search", body | {"filter": {"metadata": metadata}})
+        assert {result["id"] for result in response["results"]} == ids
+    assert 0 <= call(f"{url}/v1/index")[1]["behind_s"] < 60
+
     _, deleted, _ = call(f"{url}/v1/index/delete", {"ids": ["n1", "n2", "nobody"]})
     assert (deleted["deleted"], deleted["unknown"]) == (2, ["nobody"])
     restored = {"documents": [{"id": "t0", "text": TEXTS[0], "source": "tiny"}]}
@@ -348,7 +361,7 @@ def test_health_when_ready(url):
         ("embeddings", {"input": ["a", {"image": base64.b64encode(picture(1)[:60]).decode()}]}, "input[1]", 1),
         ("embeddings", {"input": ["a", {"text": "b", "color": "red"}]}, "input[1].color", 1),
         ("embeddings", {"input": ["a", ""]}, "input[1]", 1),
-        ("embeddings", {"input": [[1, 2, 3]]}, "input[0]", 0),
+        ("embeddings", {"input": [[1, 2, 3]]}, "input", None),
         ("embeddings", {"input": ["a", {"image": 3}]}, "input[1].image", 1),
         ("embeddings", {"input": {"image": ["", 3]}}, "input.image[1]", 1),
         ("embeddings", {"messages": [{"role": "user", "content": 3}]}, "messages[0].content", 0),
@@ -356,14 +369,27 @@ def test_health_when_ready(url):
         ("embeddings", {"input": ["a", {}]}, "input[1]", 1),
         ("embeddings", {"input": [{"text": "a", "instruction": "b"}], "input_type": "document"}, "input[0]", 0),
         ("embeddings", {"input": "\ud800"}, "input.text", None),
-        ("embeddings", {"input": ["a"] * 97}, "input", None),
-        ("embeddings", {"input": "a", "dimensionz": 3}, "dimensionz", None),
+        ("embeddings", {"input": ["a"] * 2049}, "input", None),
+        ("embeddings", {"input": ["word " * 6000] * 150}, "input", None),
+        ("embeddings", {"input": {"image": ["http://a"] * 9999}}, "input.image", None),
+        ("embeddings", {"input": [{"image": "http://a"}] * 257}, "input", None),
+        ("embeddings", {"input": "a", "dimensions": -1}, "dimensions", None),
         ("embeddings", b"{not json", "body", None),
         ("rerank", {"query": "a", "documents": ["a", {"image": "cat.png"}]}, "documents[1].image", 1),
         ("rerank", {"query": {"image": "cat.png"}, "documents": ["a"]}, "query.image", None),
         ("rerank", {"query": "a", "documents": [{"text": "a", "instruction": "b"}]}, "documents[0]", 0),
         ("search", {"query": {"image": "ftp://example.org/cat.png"}}, "query.image", None),
         ("search", {"query": "a", "top_k": 0}, "top_k", None),
+        ("search", {"query": "a", "filter": {"metadata": {"year": [2.5]}}}, "filter.metadata.year[0]", 0),
+        ("search", {"query": "a", "filter": {"metadata": {"year": []}}}, "filter.metadata.year", None),
+        ("search", {"query": "a", "filter": {"language": ["en"]}}, "filter.language", None),
+        (
+            "index",
+            {"documents": [{"id": "a", "text": "a", "metadata": {"year": True}}]},
+            "documents[0].metadata.year",
+            0,
+        ),
+        ("index", {"documents": [{"id": "a", "text": "a", "metadata": {"a": 2**63}}]}, "documents[0].metadata.a", 0),
     ],
 )
 def test_the_error_locates_the_bad_item(url, route, body, param, index):

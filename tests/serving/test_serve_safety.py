@@ -38,13 +38,13 @@ def test_keys_from_file_and_environment(tmp_path, caplog):
     loaded = Keys.load(path, {auth.VARIABLE: f"bob:{OTHER}, {'y' * 16}"})
     assert not caplog.records
     assert len(loaded) == 4
-    names = [loaded.name_of(f"Bearer {key}") for key in (KEY, OTHER, "x" * 16, "y" * 16)]
+    names = [loaded.holder_of(f"Bearer {key}").name for key in (KEY, OTHER, "x" * 16, "y" * 16)]
     assert names == ["ann", "bob", *(hashlib.sha256(c * 16).hexdigest()[:8] for c in (b"x", b"y"))]
-    assert loaded.name_of(f"bearer {KEY}") == "ann"
+    assert loaded.holder_of(f"bearer {KEY}") == ("ann", True)
     for wrong in (None, "", KEY, f"Basic {KEY}", "Bearer ", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer é"):
-        assert loaded.name_of(wrong) is None
+        assert loaded.holder_of(wrong) is None
     copy = pickle.loads(pickle.dumps(loaded))
-    assert copy.name_of(f"Bearer {KEY}") == "ann"
+    assert copy.holder_of(f"Bearer {KEY}").name == "ann"
     assert KEY not in repr(loaded)
     assert KEY.encode() not in pickle.dumps(loaded)
     path.chmod(0o640)
@@ -54,8 +54,52 @@ def test_keys_from_file_and_environment(tmp_path, caplog):
 
 
 def test_without_keys_the_service_is_open():
-    assert not keys()
-    assert not Keys.load(environment={})
+    assert not keys().are_needed
+    assert not Keys.load(environment={}).are_needed
+
+
+def test_hashes_stand_for_keys():
+    stored = auth.hashed(f"ann:{KEY}, bob:{OTHER} read")
+    assert KEY not in stored
+    assert OTHER not in stored
+    assert keys(stored).holders == keys(f"ann:{KEY}", f"bob:{OTHER} read").holders
+    assert keys(stored).holder_of(f"Bearer {OTHER}") == ("bob", False)
+    assert auth.hashed(stored) == stored
+
+
+def test_a_key_that_only_reads_does_not_change_the_index():
+    app = service(allowed=keys(f"ann:{KEY} read", f"bob:{OTHER} write"))
+    ann, bob = ({"authorization": f"Bearer {key}"} for key in (KEY, OTHER))
+    for path in ("/v1/index", "/v1/index/", "/v1/index/delete"):
+        response = call(app, "POST", path, **ann)
+        assert (response.status, response.error["type"]) == (403, "permission_error")
+        assert call(app, "POST", path, **bob).status == 404  # this app has no index
+    assert call(app, "POST", "/v1/raw", [b"abc"], **ann).body == b"3"
+    assert call(app, "GET", "/v1/index", **ann).status == 404
+
+
+def test_an_edited_file_of_keys_counts_without_a_restart(tmp_path, caplog):
+    path = tmp_path / "keys"
+    path.write_text(f"ann:{KEY}\n")
+    path.chmod(0o600)
+    current = auth.CurrentKeys(Keys.load(path, {auth.VARIABLE: "eve:" + "e" * 16}))
+
+    def names(now: float) -> list[str | None]:
+        found = [current.at(now).holder_of(f"Bearer {key}") for key in (KEY, OTHER, "e" * 16)]
+        return [holder and holder.name for holder in found]
+
+    assert names(0.0) == ["ann", None, "eve"]
+    path.write_text(f"bob:{OTHER} read\n")
+    assert names(0.5) == ["ann", None, "eve"]  # it is looked at once a second
+    assert names(1.1) == [None, "bob", "eve"]
+    path.write_text(f"bob:{OTHER[:3]}\n")
+    assert names(2.2) == [None, "bob", "eve"]
+    assert "keys stay as they were" in caplog.text
+    path.write_text("")
+    assert names(3.3) == [None, None, "eve"]
+    assert current.at(3.3).are_needed
+    path.unlink()
+    assert names(4.4) == [None, None, "eve"]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +109,7 @@ def test_without_keys_the_service_is_open():
         ("# nothing\n", "no API key"),
         (f"ann:{KEY[:15]}", "line 1: the API key is shorter than 16"),
         (f"\nann {KEY}", "line 2: not an API key"),
+        (f"ann:{KEY} admin", "line 1: not an API key"),
         (f"ann:{KEY}é", "not an API key"),
         (f"ann:{KEY}\nbob:{KEY}", "line 2: .* twice"),
         (f"ann:{KEY}\nann:{OTHER}", "line 2: .* twice"),
@@ -87,7 +132,8 @@ def test_every_hash_is_compared_for_every_key(monkeypatch):
     monkeypatch.setattr(auth, "hmac", spy)
     for key, name in (("a" * 16, "a"), ("e" * 16, "e"), ("f" * 16, None)):
         compared.clear()
-        assert several.name_of(f"Bearer {key}") == name
+        holder = several.holder_of(f"Bearer {key}")
+        assert (holder and holder.name) == name
         assert compared == [hashlib.sha256(letter * 16).digest() for letter in (b"a", b"b", b"c", b"d", b"e")]
 
 

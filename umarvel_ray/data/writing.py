@@ -18,6 +18,7 @@ from umarvel_ray.ragged import Ragged
 
 TEXTS = ("id", "text", "instruction", "modality", "source", "concept", "task")
 PATH = pa.large_string()
+AVERAGE = "average"  # what metrics call the mean over the tasks
 
 Pool = tuple[str, str, np.ndarray]  # task, split, rows of documents
 
@@ -30,8 +31,8 @@ def store_documents(path: Path, batches: Iterable[pa.RecordBatch], root: Path, w
         where: names the table in errors.
 
     Raises:
-        UserError: a column of a wrong type, an id that is missing or occurs twice, a document with an instruction, or
-            the table cannot be written.
+        UserError: a column of a wrong type, an id that is missing, empty or occurs twice, a document with an
+            instruction, or the table cannot be written.
     """
 
     def with_keys() -> Iterator[pa.RecordBatch]:
@@ -56,7 +57,7 @@ def store_queries(
         rows: their rows, from `document_rows`.
 
     Raises:
-        UserError: see `store_documents`; a query without a task or positives, or with an unknown one.
+        UserError: see `store_documents`; a query without a task or positives, or with an unknown one; see `check_task`.
     """
 
     def with_positives() -> Iterator[pa.RecordBatch]:
@@ -78,8 +79,10 @@ def store_pools(path: Path, pools: Sequence[Pool], where: str) -> StoredTable:
     """Store pools; columns `task`, `split` and `rows`.
 
     Raises:
-        UserError: a task has two pools in a split, or the table cannot be written.
+        UserError: a task has two pools in a split, or the table cannot be written; see `check_task`.
     """
+    for task in dict.fromkeys(task for task, _, _ in pools):
+        check_task(task, where)
     for (task, split), count in Counter((task, split) for task, split, _ in pools).items():
         if count > 1:
             raise UserError(f"{where}: task '{task}' has {count} pools in split '{split}'; keep one")
@@ -96,6 +99,23 @@ def _distinct(task: str, split: str, rows: np.ndarray, where: str) -> np.ndarray
     if repeats := len(rows) - len(first):
         print(f"{where}, task '{task}', split '{split}': {repeats:,} repeated documents are counted once")
     return rows[first]
+
+
+def check_task(task: str, where: str) -> None:
+    """Make sure that a task can be reported.
+
+    Args:
+        where: names the table in errors.
+
+    Raises:
+        UserError: its name is empty, holds more than one line, or is that of the average over the tasks.
+    """
+    if not task.strip():
+        raise UserError(f"{where}: a task's name is empty; give it one")
+    if len(task.splitlines()) > 1:
+        raise UserError(f"{where}: a task's name has several lines: {task!r}; write it in one")
+    if task == AVERAGE:
+        raise UserError(f"{where}: a task is called '{AVERAGE}', which is the average over the tasks; rename it")
 
 
 def document_rows(ids: pa.ListArray, documents: StoredTable) -> Ragged:
@@ -253,6 +273,8 @@ def _check_ids(table: StoredTable, where: str) -> None:
     ids = table.column("id")
     if ids.null_count:
         raise UserError(f"{where}: row {_first(ids.is_null())} has no id; give it one")
+    if pc.any(empty := pc.equal(pc.utf8_trim_whitespace(ids), "")).as_py():
+        raise UserError(f"{where}: the id of row {_first(empty)} is empty; give it one")
     if pc.count_distinct(ids).as_py() < len(ids):
         values, found = ids.value_counts().flatten()
         twice = values.filter(pc.greater(found, 1))[0].as_py()
@@ -263,6 +285,8 @@ def _check_tasks(table: StoredTable, where: str) -> None:
     tasks = table.column("task")
     if tasks.null_count:
         raise UserError(f"{where}: row {_first(tasks.is_null())} has no task; give it one")
+    for task in pc.unique(tasks).to_pylist():
+        check_task(task, where)
 
 
 def _check_positives(table: StoredTable, positives: pa.ListArray, rows: Ragged, where: str) -> None:

@@ -84,11 +84,9 @@ def table(results: Sequence[LadderResult], scopes: Sequence[str] = SCOPES, avera
         lines.append(f"|---|---:|---:|---:|{'---:|' * len(results)}")
         for task, numbers in results[-1].scores[scope].items():
             if not averages_only:
-                cells = [f"{recall[task]:.3f}" for recall in recalls]
-                lines.append(
-                    f"| {task} | {numbers['k']:.0f} | {numbers['queries']:.0f} | {chance[task]:.3f} | "
-                    f"{' | '.join(cells)} |"
-                )
+                cells = [f"{value:.3f}" for value in (chance[task], *(recall[task] for recall in recalls))]
+                shown = task.replace("|", "&#124;")
+                lines.append(f"| {shown} | {numbers['k']:.0f} | {numbers['queries']:.0f} | {' | '.join(cells)} |")
         bold = "" if averages_only else "**"
         cells = [f"{bold}{recall[AVERAGE]:.3f}{bold}" for recall in recalls]
         queries = sum(numbers["queries"] for numbers in results[-1].scores[scope].values())
@@ -101,6 +99,7 @@ def page(run: Run, dataset: Dataset, results: Sequence[LadderResult], final: Lad
     split, pictures = run.recipe.evaluate.split, Pictures()
     shown = examples(dataset, split, results, final, pictures)
     tasks = list(final.scores["local"])
+    recalls = {scope: [_recalls(result, scope) for result in results] for scope in SCOPES}
     environment = Environment(
         loader=PackageLoader("umarvel_ray.evaluate", "."), autoescape=select_autoescape(), trim_blocks=True,
         lstrip_blocks=True,
@@ -118,7 +117,8 @@ def page(run: Run, dataset: Dataset, results: Sequence[LadderResult], final: Lad
         average=AVERAGE,
         tasks=tasks,
         shape_of={task: TASK_SHAPES.get(task.rpartition("task")[2], "") for task in tasks},
-        recalls={scope: [_recalls(result, scope) for result in results] for scope in SCOPES},
+        recalls=recalls,
+        best={scope: {task: max(recall[task] for recall in recalls[scope]) for task in tasks} for scope in SCOPES},
         chance={scope: final.chance(scope) for scope in SCOPES},
         queries=sum(int(numbers["queries"]) for numbers in final.scores["local"].values()),
         documents=len(dataset.global_pool(split)),

@@ -9,12 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from umarvel_ray.data.writing import AVERAGE
 from umarvel_ray.files import write_json
 from umarvel_ray.retrieve.metrics import mean
 from umarvel_ray.retrieve.rank import Scope, read_ranking
 
 SCOPES: tuple[Scope, ...] = ("local", "global")
-AVERAGE = "average"
 RERANKED = "recall+rerank"  # the ladder's last row
 
 

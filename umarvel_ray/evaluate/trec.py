@@ -1,20 +1,25 @@
-"""TREC run files: lines of `query Q0 document rank score tag`, readable by trec_eval, ir_measures and pyserini."""
+"""TREC run files: lines of `query Q0 document rank score tag`, readable by trec_eval, ir_measures and pyserini.
+
+White space, which separates the columns, is percent-encoded in ids, and so is "%": `urllib.parse.unquote` reverses it.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from umarvel_ray.errors import UserError
 from umarvel_ray.files import atomic_path
 from umarvel_ray.ragged import Ragged
 from umarvel_ray.retrieve.metrics import ranks_in
 
 QUERIES = 1024  # whose lines are in memory at once
+SPECIAL = re.compile(r"[\s%]")
 
 
 def write_run(path: Path, ranking: pa.Table, query_ids: pa.Array, document_ids: pa.Array, tag: str) -> None:
@@ -24,14 +29,14 @@ def write_run(path: Path, ranking: pa.Table, query_ids: pa.Array, document_ids: 
         query_ids, document_ids: of all rows of the two tables.
 
     Raises:
-        UserError: an id is empty or contains white space, which the format cannot represent.
+        OSError: the file cannot be written.
     """
     with atomic_path(path) as partial, partial.open("w", encoding="utf-8") as file:
         for start in range(0, ranking.num_rows, QUERIES):
             part = ranking.slice(start, QUERIES)
             documents = Ragged.of_arrow(part["documents"])
-            queries = _ids(path, query_ids, part["query"].combine_chunks())
-            found = _ids(path, document_ids, pa.array(documents.values))
+            queries = _escaped(query_ids, part["query"].combine_chunks())
+            found = _escaped(document_ids, pa.array(documents.values))
             file.writelines(_lines(queries, documents, found, pc.list_flatten(part["scores"]).to_pylist(), tag))
 
 
@@ -41,9 +46,5 @@ def _lines(queries: list[str], documents: Ragged, found: list[str], scores: list
     return map("{} Q0 {} {} {:.6f} {}\n".format, owners, found, ranks, scores, repeat(tag))
 
 
-def _ids(path: Path, ids: pa.Array, rows: pa.Array) -> list[str]:
-    found: list[str] = ids.take(rows).to_pylist()
-    bad = next((id_ for id_ in found if len(id_.split()) != 1), None)
-    if bad is not None:
-        raise UserError(f"run file {path}: id '{bad}' is empty or contains white space; rename it")
-    return found
+def _escaped(ids: pa.Array, rows: pa.Array) -> list[str]:
+    return [SPECIAL.sub(lambda found: quote(found[0]), id_) for id_ in ids.take(rows).to_pylist()]

@@ -20,7 +20,7 @@ from umarvel_ray.files import atomic_folder
 from umarvel_ray.importing.detect import detect
 from umarvel_ray.importing.prepare import Prepared, Ready, prepared_ahead
 from umarvel_ray.importing.read import read
-from umarvel_ray.importing.recipe_file import on_gpus, recipe_tree, write_recipe
+from umarvel_ray.importing.recipe_file import Size, on_gpus, recipe_tree, size_of, write_recipe
 from umarvel_ray.importing.record import Fault, Item, Picture, Place, Record, Row
 from umarvel_ray.importing.split import SPLITS, TRAIN, split_queries
 from umarvel_ray.importing.store import Links, Store
@@ -90,18 +90,20 @@ def import_dataset(
                 if not tally.kept:
                     raise UserError(f"{path}: none of {tally.rows:,} rows can be used; {tally.first or 'it is empty'}")
                 links = store.links()
-            query_split, item_split = split_queries(links, holdout, seed)
+            with _told_of_faults(path, tally):
+                query_split, item_split = split_queries(links, holdout, seed)
+                size = _training_size(links, query_split)
+                recipe = recipe_tree(name, to, size)
             pools = pools_of(links, query_split, item_split)
             write_tables(folder, items, links, query_split, item_split, pools, name)
             items.unlink()
-            queries, documents = _training_size(query_split, pools)
-            write_recipe(folder / "recipe.yaml", recipe_tree(name, to, queries, documents))
+            write_recipe(folder / "recipe.yaml", recipe)
     except OSError as error:
         raise UserError(f"{to}: cannot be written ({error.strerror or error}); give --to another folder") from None
     for line in [*_rows(tally, to), *_made(links, query_split, pools, name), *_look(tally, query_split)]:
         print(line)
     print("next:")
-    for command in _next(name, to, *_training_size(query_split, pools)):
+    for command in _next(name, to, size):
         print(f"  {command}")
 
 
@@ -114,6 +116,17 @@ def _written(to: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+@contextmanager
+def _told_of_faults(path: Path, tally: Tally) -> Iterator[None]:
+    """What is said of too few rows also says how many were set aside."""
+    try:
+        yield
+    except UserError as error:
+        aside = tally.rows - tally.kept
+        lost = f" ({aside:,} of {tally.rows:,} rows were set aside, the first: {tally.first})" if aside else ""
+        raise UserError(f"{path}: {error}{lost}") from None
 
 
 def _take(row: Row, record: Prepared | Fault, store: Store, quarantine: Quarantine, tally: Tally) -> None:
@@ -191,16 +204,18 @@ def _look(tally: Tally, query_split: np.ndarray) -> Iterator[str]:
         yield f"  {SPLITS[query_split[query]]:<10}  {line}"
 
 
-def _training_size(query_split: np.ndarray, pools: Pools) -> tuple[int, int]:
-    """The queries and the distinct documents of the training split."""
-    return int((query_split == TRAIN).sum()), len(np.unique(pools.item[pools.split == TRAIN]))
+def _training_size(links: Links, query_split: np.ndarray) -> Size:
+    training = query_split == TRAIN
+    number = np.cumsum(training) - 1  # of each query among those of the split
+    pairs = links.positives[training[links.positives[:, 0]]]
+    return size_of(links.shape[training], np.stack([number[pairs[:, 0]], pairs[:, 1]], axis=1))
 
 
-def _next(name: str, to: Path, queries: int, documents: int) -> Iterator[str]:
+def _next(name: str, to: Path, size: Size) -> Iterator[str]:
     folder, run = shlex.quote(_short(to)), shlex.quote(f"runs/{name}")
     yield f"umarvel train {folder}/recipe.yaml     # the demo's tiny model on two CPU cores; report in {run}/report"
     yield f"umarvel search 'a few words' --run {run}"
-    yield f"{on_gpus(name, folder, queries, documents)}     # on a GPU"
+    yield f"{on_gpus(name, folder, size)}     # on a GPU"
 
 
 def _short(path: Path) -> str:

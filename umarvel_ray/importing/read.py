@@ -11,9 +11,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from umarvel_ray.errors import UserError
 from umarvel_ray.importing.columns import CAPTION, SIDECARS, WEBDATASET, first
 from umarvel_ray.importing.detect import PICTURE_SUFFIXES, Source, sidecar_of
-from umarvel_ray.importing.record import BadRow, Fault, Item, Place, Record, Row
+from umarvel_ray.importing.record import BadRow, BadTable, Fault, Item, Place, Record, Row
 from umarvel_ray.importing.rows import record_of
 from umarvel_ray.importing.tables import TEXT_SUFFIXES, rows_of
 from umarvel_ray.importing.text import FALLBACK, column_name, encoding_of, read_text
@@ -70,6 +71,8 @@ def _tables(source: Source) -> Iterator[Row]:
             place = Place(name, number, str(row[key]) if key and row[key] is not None else "")
             try:
                 yield Row(place, record_of(source.kind, row, partial(folder.locate, table)))
+            except BadTable as error:
+                raise UserError(f"{table}, row {number}: {error}") from None
             except BadRow as error:
                 yield Row(place, error.fault)
 

@@ -56,6 +56,10 @@ class BadRow(Exception):
         self.fault = Fault(reason, detail)
 
 
+class BadTable(BadRow):
+    """A row shows that its table would be misunderstood; readers turn it into a `UserError`."""
+
+
 class Place(NamedTuple):
     """Where a row stands.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ from umarvel_ray.importing.columns import (
     negatives_of,
     sides_of,
 )
-from umarvel_ray.importing.record import BadRow, Item, Picture, Record
+from umarvel_ray.importing.record import BadRow, BadTable, Item, Picture, Record
 from umarvel_ray.importing.tables import Row
 from umarvel_ray.items.item import readable
 
@@ -41,6 +42,7 @@ def record_of(kind: str, row: Row, locate: Locate) -> Record:
 
     Raises:
         BadRow: a value is missing or of a wrong type, or the row says that its pair does not match.
+        BadTable: a label that is not from 0 to 1, so that the labels of other rows mean something else too.
     """
     return READ[kind]({name: _readable(value) for name, value in row.items()}, locate)
 
@@ -230,12 +232,16 @@ def _check_score(row: Row) -> None:
     name = first(row, SCORE)
     if name is None or row[name] is None:
         return
+    if isinstance(row[name], str) and not row[name].strip():
+        raise BadRow("no label", f"'{name}' is empty")
     try:
         score = float(row[name])
     except (TypeError, ValueError):
-        raise BadRow("label without a meaning", f"'{name}' is {row[name]!r}, not a number from 0 to 1") from None
+        score = math.inf
+    if math.isnan(score):
+        raise BadRow("no label", f"'{name}' is not a number")
     if not 0 <= score <= 1:
-        raise BadRow("label without a meaning", f"'{name}' is {score:g}, not from 0 to 1")
+        raise BadTable(f"'{name}' is {row[name]!r}, not a number from 0 (no match) to 1; scale or drop the column")
     if score <= MATCH:
         raise BadRow("labelled as no match", f"'{name}' is {score:g}")
 

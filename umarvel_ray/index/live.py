@@ -2,7 +2,7 @@
 
     replica = LiveIndex.open("runs/demo/live", identity, dimension, base=Corpus.open(...))
     replica.follow()                                             # call periodically: applies new commits
-    replica.search(vector, top_k=10, modalities=["image"], sources=["notes"])
+    replica.search(vector, top_k=10, sources=["notes"], filters={"language": ["en", "de"]})
 
 Search is exact over added documents, and as exact as the base's index over the base. `follow` prepares the next view of
 the index next to the current one and then swaps them. Searches in other threads therefore take no lock, see only whole
@@ -12,28 +12,24 @@ commits and never wait, and no document disappears while the log is compacted in
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import faiss
 import numpy as np
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.index.corpus import Corpus, Hit
-from umarvel_ray.index.faiss_index import bitmap_of
-from umarvel_ray.index.log import Damaged, read_log
-from umarvel_ray.index.records import Add, Record, decode
+from umarvel_ray.index.corpus import Corpus
+from umarvel_ray.index.hits import Hit
+from umarvel_ray.index.labels import Filters
+from umarvel_ray.index.log import RESTORE, Damaged, Position, read_log
+from umarvel_ray.index.parts import Part, base_part, snapshot_part
+from umarvel_ray.index.records import Add, decode
 from umarvel_ray.index.snapshot import Snapshot, empty_snapshot, open_snapshot, snapshots
+from umarvel_ray.index.tail import Tail
 from umarvel_ray.index.writer import check_index
-
-_FIRST_ROWS = 1024
-
-LABELS = ("modality", "source")  # of a document, by which searches can be filtered
-Codes = tuple[dict[str, int], dict[str, int]]  # a number for each modality and for each source
 
 
 class LiveIndex:
@@ -41,10 +37,9 @@ class LiveIndex:
 
     def __init__(self, folder: Path | None, identity: str, dimension: int, base: Corpus | None) -> None:
         self._folder, self._identity, self._dimension = folder, identity, dimension
-        self._codes: Codes = ({}, {})
-        self._base = [_base_part(base, self._codes)] if base else []
+        self._base = [base_part(base)] if base else []
         self._following = Lock()
-        self._rows = _Rows(self._base, empty_snapshot(dimension), self._codes)
+        self._rows = _Rows(self._base, empty_snapshot(dimension))
         self._view = self._rows.view()
 
     @classmethod
@@ -83,22 +78,16 @@ class LiveIndex:
         """Apply new commits, if any, and return `sequence`.
 
         Raises:
-            UserError: an index of another model, or a damaged log. Earlier commits remain searchable.
+            UserError: an index of another model, or a damaged log. Everything read before remains searchable.
+            OSError: the files cannot be read now; likewise.
         """
         with self._following:
-            folder = self._folder
-            if folder and check_index(folder, self._identity, self._dimension):
-                rows = self._rows
+            if self._folder:
                 try:
-                    current = rows.snapshot == _last_snapshot(folder)
-                    if current:
-                        rows.catch_up(folder)
-                except Damaged:  # or the log was compacted or rewritten since this replica read it
-                    current = False
-                if not current:
-                    rows = self._read(folder)
-                if rows is not self._rows or rows.position.sequence > self.sequence:
-                    self._rows, self._view = rows, rows.view()
+                    self._apply_new(self._folder)
+                finally:  # what was read before an error is not held back
+                    if self._rows.position.sequence > self.sequence:
+                        self._view = self._rows.view()
             return self.sequence
 
     def search(
@@ -107,14 +96,19 @@ class LiveIndex:
         top_k: int,
         modalities: Sequence[str] | None = None,
         sources: Sequence[str] | None = None,
+        filters: Filters | None = None,
     ) -> list[Hit]:
         """The `top_k` best documents (or all, if there are fewer) for one unit vector float32 (d,), best first.
 
         Args:
             modalities, sources: restrict the search to these; None for no restriction.
+            filters: for each name, the values of which a document must have one: of its metadata, of further columns of
+                the base, or "modality" and "source".
 
         Raises:
-            UserError: the dimension of the vector differs from the index's.
+            UserError: the dimension of the vector differs from the index's, or a document that was read before is
+                damaged.
+            OSError: a document cannot be read now.
         """
         if vector.shape != (self._dimension,):
             raise UserError(
@@ -122,19 +116,41 @@ class LiveIndex:
                 "the index's own model"
             )
         vector = np.ascontiguousarray(vector, np.float32)
-        found = []
-        for part in self._view.parts:
-            scores, rows = part.search(vector, top_k, part.among(self._codes, (modalities, sources)))
-            found += [(score, row, part) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
-        best = heapq.nlargest(top_k, found, key=lambda hit: hit[0])
-        return [Hit(part.document(row), score) for score, row, part in best]
+        given = {"modality": modalities, "source": sources}
+        wanted = {**(filters or {}), **{name: values for name, values in given.items() if values is not None}}
+        view = self._view
+        try:
+            return view.search(vector, top_k, wanted)
+        except (Damaged, OSError):
+            self._read_again(view)
+            return self._view.search(vector, top_k, wanted)
+
+    def _apply_new(self, folder: Path) -> None:
+        if not check_index(folder, self._identity, self._dimension):
+            if self.sequence:
+                raise Damaged(f"{folder}: index.json is missing; {RESTORE}")
+            return
+        try:
+            if self._rows.snapshot == _last_snapshot(folder):
+                self._rows.catch_up(folder)
+                return
+        except Damaged:  # or the log was compacted or rewritten since this replica read it
+            pass
+        self._rows = self._read(folder)
+
+    def _read_again(self, view: _View) -> None:
+        """Replace a view whose documents can no longer be read where they were, unless that has been done."""
+        with self._following:
+            if self._folder and self._view is view:
+                self._rows = self._read(self._folder)
+                self._view = self._rows.view()
 
     def _read(self, folder: Path) -> _Rows:
         """Read the newest snapshot and all later commits."""
         while True:
             newest = _last_snapshot(folder)
             try:
-                rows = _Rows(self._base, open_snapshot(folder, self._dimension), self._codes)
+                rows = _Rows(self._base, open_snapshot(folder, self._dimension))
                 rows.catch_up(folder)
                 return rows
             except Damaged:
@@ -142,136 +158,56 @@ class LiveIndex:
                     raise
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows that are searched together; only those that are alive can be found."""
-
-    search: Callable[[np.ndarray, int, np.ndarray], tuple[np.ndarray, np.ndarray]]  # scores (k',), rows (k',)
-    document: Callable[[int], dict[str, Any]]
-    row_of: dict[str, int]
-    labels: np.ndarray  # int32 (n, 2): codes of modality and source
-    alive: np.ndarray  # bool (n,)
-
-    def among(self, codes: Codes, wanted: tuple[Sequence[str] | None, ...]) -> np.ndarray:
-        """The rows that a search with these filters may return, bool (n,)."""
-        rows = self.alive
-        for column, code_of, names in zip(self.labels.T, codes, wanted, strict=True):
-            if names is not None:
-                chosen = np.zeros(len(code_of), bool)
-                chosen[[code_of[name] for name in names if name in code_of]] = True
-                rows = rows & chosen[column]
-        return rows
-
-
 class _View(NamedTuple):
     """What searches see; immutable."""
 
-    parts: list[_Part]
+    parts: list[Part]
     sequence: int
+
+    def search(self, vector: np.ndarray, top_k: int, filters: Filters) -> list[Hit]:
+        found = []
+        for part in self.parts:
+            scores, rows = part.search(vector, top_k, part.among(filters))
+            found += [(score, row, part) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
+        best = heapq.nlargest(top_k, found, key=lambda hit: hit[0])
+        return [Hit(part.document(row), score) for score, row, part in best]
 
 
 class _Rows:
     """The location of every document as of a position in the log. Used by `follow` only."""
 
-    def __init__(self, base: list[_Part], snapshot: Snapshot, codes: Codes) -> None:
+    def __init__(self, base: list[Part], snapshot: Snapshot) -> None:
         self.snapshot, self.position = snapshot.end.sequence, snapshot.end
-        self._codes = codes
         self._fixed = [replace(part, alive=part.alive.copy()) for part in base]
-        self._tail = _Tail(snapshot.vectors.shape[1])
-        part = _snapshot_part(snapshot, codes)
+        self._tail = Tail(snapshot.vectors.shape[1])
+        part = snapshot_part(snapshot)
         for id_ in (*part.row_of, *snapshot.deleted):
             self._drop(id_)
         self._fixed.append(part)
 
     def catch_up(self, folder: Path) -> None:
+        """Apply the commits after `position`, each whole or not at all. Raises: see `read_log`."""
         for position, payload in read_log(folder, self.position):
-            for record in decode(payload):
-                self._apply(record)
+            self._apply(folder, position, payload)
             self.position = position
 
     def view(self) -> _View:
         parts = [*self._fixed, self._tail.part()]
         return _View([replace(part, alive=part.alive.copy()) for part in parts], self.position.sequence)
 
-    def _apply(self, record: Record) -> None:
-        self._drop(record.id)
-        if isinstance(record, Add):
-            self._tail.append(record, [_code(self._codes[0], record.modality), _code(self._codes[1], record.source)])
+    def _apply(self, folder: Path, position: Position, payload: bytes) -> None:
+        records, file = list(decode(payload)), self._tail.file(folder, position.file)  # whatever fails, fails here
+        start = position.offset - len(payload)
+        for record, place in records:
+            self._drop(record.id)
+            if isinstance(record, Add):
+                self._tail.append(record, file, start + place.start, payload[place])
 
     def _drop(self, id_: str) -> None:
-        parts: list[_Part | _Tail] = [*self._fixed, self._tail]
+        parts: list[Part | Tail] = [*self._fixed, self._tail]
         for part in parts:
             if (row := part.row_of.get(id_)) is not None:
                 part.alive[row] = False
-
-
-class _Tail:
-    """The documents added since the snapshot. Rows are only ever appended, so the rows of a view never change."""
-
-    def __init__(self, dimension: int) -> None:
-        self.row_of: dict[str, int] = {}
-        self.alive = np.empty(_FIRST_ROWS, bool)
-        self._vectors = np.empty((_FIRST_ROWS, dimension), np.float32)
-        self._labels = np.empty((_FIRST_ROWS, 2), np.int32)
-        self._documents: list[dict[str, Any]] = []
-
-    def append(self, record: Add, labels: list[int]) -> None:
-        row = len(self._documents)
-        if row == len(self.alive):
-            arrays = self.alive, self._vectors, self._labels
-            self.alive, self._vectors, self._labels = (np.concatenate([old, np.empty_like(old)]) for old in arrays)
-        self.alive[row], self._vectors[row], self._labels[row] = True, record.vector, labels
-        self.row_of[record.id] = row
-        self._documents.append(record.document)
-
-    def part(self) -> _Part:
-        rows = slice(len(self._documents))
-        search = partial(_search_exactly, self._vectors[rows])
-        return _Part(search, self._documents.__getitem__, self.row_of, self._labels[rows], self.alive[rows])
-
-
-def _base_part(base: Corpus, codes: Codes) -> _Part:
-    def search(vector: np.ndarray, k: int, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        [scores], [found] = base.index.search_rows(vector[None], k, among)
-        return scores, found
-
-    labels = [base.documents.column(name).take(base.rows) for name in LABELS]
-    return _part(search, lambda row: base.read(np.array([row]))[0], base.index.ids, labels, codes)
-
-
-def _snapshot_part(snapshot: Snapshot, codes: Codes) -> _Part:
-    table = snapshot.documents
-    search, labels = partial(_search_exactly, snapshot.vectors), [table[name] for name in LABELS]
-    # `take` would combine the chunks of each column, and so copy every picture of the snapshot.
-    return _part(search, lambda row: table.slice(row, 1).to_pylist()[0], table["id"].to_pylist(), labels, codes)
-
-
-def _part(
-    search: Callable, document: Callable[[int], dict[str, Any]], ids: list[str], labels: list[Any], codes: Codes
-) -> _Part:
-    """A part whose rows are all alive; `labels`: an Arrow column for each of LABELS."""
-    numbers = np.array(
-        [[_code(code_of, name) for name in column.to_pylist()] for code_of, column in zip(codes, labels, strict=True)],
-        np.int32,
-    )
-    rows = {id_: row for row, id_ in enumerate(ids)}
-    return _Part(search, document, rows, numbers.T, np.ones(len(ids), bool))
-
-
-def _code(code_of: dict[str, int], name: str) -> int:
-    return code_of.setdefault(name, len(code_of))
-
-
-def _search_exactly(
-    vectors: np.ndarray, vector: np.ndarray, k: int, among: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores float32 (k',) and rows int64 (k',) of the best inner products, by faiss, without copying the vectors."""
-    k = min(k, int(np.count_nonzero(among)))
-    scores, rows = np.empty(k, np.float32), np.empty(k, np.int64)
-    if k:
-        inputs = faiss.swig_ptr(vector), faiss.swig_ptr(vectors), len(vector), 1, len(vectors), k
-        faiss.knn_inner_product(*inputs, faiss.swig_ptr(scores), faiss.swig_ptr(rows), bitmap_of(among))
-    return scores, rows
 
 
 def _last_snapshot(folder: Path) -> int:

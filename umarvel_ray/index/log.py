@@ -1,13 +1,11 @@
 """A write-ahead log: one writer appends commits, each durable when `append` returns; readers follow.
 
 A log is a folder of files `log-N`, where N is the number of the first commit in the file. The writer starts a new file
-so that older ones can be compacted into a snapshot. Each commit is one frame, so that a crash leaves all or none of it:
+so that older ones can be compacted into a snapshot. Each commit is one frame (frames.py), so that a crash leaves all or
+none of it.
 
-    magic 4s | length u32 | CRC-32 of the previous frame u32 | CRC-32 u32 | payload      (all little-endian)
-
-The CRC-32 covers the frame's offset in the file, the length, the previous CRC and the payload; a copy of a frame inside
-a document is therefore not mistaken for a frame. An incomplete frame at the end of the newest file is a write that a
-crash interrupted, and was never acknowledged. Anywhere else it is damage: every commit ends with an fsync, so nothing
+An incomplete frame at the end of the newest file is a write in progress, or one that a crash interrupted and that was
+never acknowledged: a reader waits for the rest. Anywhere else it is damage: every commit ends with an fsync, so nothing
 valid can follow a torn frame. Each frame repeats the previous frame's CRC, so that a reader notices if a machine crash
 has undone a commit it had already read.
 """
@@ -15,8 +13,7 @@ has undone a commit it had already read.
 from __future__ import annotations
 
 import os
-import struct
-import zlib
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,11 +21,9 @@ from typing import BinaryIO, NamedTuple
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.files import sync_folder
+from umarvel_ray.index.frames import MAX_PAYLOAD, end_of, frame_of, is_damaged, read_at, read_frame
+from umarvel_ray.index.names import numbered, numbers
 
-MAGIC = b"UMWL"
-_HEADER = struct.Struct("<4sIII")
-_COVERED = struct.Struct("<QII")
-_MAX_PAYLOAD = 2**32 - 1
 RESTORE = "restore the folder from a backup, or start a new one and add the documents again"
 
 
@@ -45,19 +40,13 @@ class Position(NamedTuple):
     offset: int = 0  # bytes from the start of the file
 
 
-class _Frame(NamedTuple):
-    payload: bytes
-    previous: int
-    crc: int
-
-
 def log_path(folder: Path, first: int) -> Path:
-    return folder / f"log-{first:012d}"
+    return folder / numbered("log", first)
 
 
 def log_files(folder: Path) -> list[int]:
     """The number of the first commit in each file, ascending."""
-    return sorted(int(name[4:]) for name in os.listdir(folder) if name.startswith("log-"))
+    return numbers(folder, "log")
 
 
 def read_log(folder: Path, start: Position) -> Iterator[tuple[Position, bytes]]:
@@ -71,23 +60,50 @@ def read_log(folder: Path, start: Position) -> Iterator[tuple[Position, bytes]]:
     while True:
         # List the files before reading this one: if a newer file exists by now, this one is complete.
         following = next((first for first in log_files(folder) if first > position.file), None)
-        path = log_path(folder, position.file)
-        try:
-            file = path.open("rb")
-        except FileNotFoundError:
-            raise Damaged(f"{path}: missing; {RESTORE}") from None
-        with file:
-            for frame in _frames(file, path, position):
-                offset = position.offset + _HEADER.size + len(frame.payload)
-                position = Position(position.sequence + 1, frame.crc, position.file, offset)
-                yield position, frame.payload
+        file = LogFile(log_path(folder, position.file))
+        for reached, payload in file.commits(position):
+            yield reached, payload
+            position = reached
         if following is None:
             return
         if position.sequence + 1 != following:
-            raise Damaged(
-                f"{path}: ends after commit {position.sequence}, but the next file begins with {following}; {RESTORE}"
-            )
+            ends = f"ends after commit {position.sequence}, but the next file begins with {following}"
+            raise Damaged(f"{file.path}: {ends}; {RESTORE}")
         position = position._replace(file=following, offset=0)
+
+
+class LogFile:
+    """A log file open for reading; it remains readable when the writer removes it.
+
+    Raises:
+        Damaged: there is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise Damaged(f"{path}: missing; {RESTORE}") from None
+        weakref.finalize(self, os.close, self._handle)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from an offset, or fewer at the end of the file. Thread-safe."""
+        return read_at(self._handle, offset, length)
+
+    def commits(self, position: Position) -> Iterator[tuple[Position, bytes]]:
+        """The complete commits after a position in this file. Raises: see `read_log`."""
+        sequence, crc, first, offset = position
+        if os.fstat(self._handle).st_size < offset:
+            raise Damaged(f"{self.path}: damaged, shorter than when it was last read; {RESTORE}")
+        while (frame := read_frame(self._handle, offset)).payload is not None:
+            _, length, previous, frame_crc = frame.fields
+            if previous != crc:
+                raise Damaged(f"{self.path}, byte {offset}: this commit does not follow the previous one; {RESTORE}")
+            sequence, crc, offset = sequence + 1, frame_crc, end_of(offset, length)
+            yield Position(sequence, crc, first, offset), frame.payload
+        if is_damaged(self._handle, offset, crc, frame):
+            raise Damaged(f"{self.path}, byte {offset}: damaged, and later commits follow; {RESTORE}")
 
 
 class LogWriter:
@@ -98,7 +114,8 @@ class LogWriter:
     """
 
     def __init__(self, folder: Path, end: Position) -> None:
-        self.position = end
+        newest = max(log_files(folder), default=end.file)  # begun, but without a commit, if it is not the file of `end`
+        self.position = end if newest == end.file else end._replace(file=newest, offset=0)
         self._folder = folder
         self._file = self._open()
 
@@ -108,19 +125,20 @@ class LogWriter:
         Raises:
             UserError: the commit exceeds 4 GiB or cannot be written; the log is unchanged.
         """
-        if len(payload) > _MAX_PAYLOAD:
+        if len(payload) > MAX_PAYLOAD:
             raise UserError(f"a commit of {len(payload):,} bytes is too large; add fewer documents at once")
         sequence, previous, first, offset = self.position
-        crc = _crc(offset, previous, payload)
-        frame = _HEADER.pack(MAGIC, len(payload), previous, crc) + payload
+        frame, crc = frame_of(payload, offset, previous)
         try:
+            if os.fstat(self._file.fileno()).st_size > offset:  # of a commit that failed: nothing may follow a frame
+                self._file.truncate(offset)
             self._file.seek(offset)
             remaining = memoryview(frame)
             while remaining:
                 remaining = remaining[self._file.write(remaining) :]
             os.fdatasync(self._file.fileno())
         except OSError as error:
-            with suppress(OSError):  # the next commit overwrites it in any case
+            with suppress(OSError):
                 self._file.truncate(offset)
             raise _cannot_write(self._file.name, error) from None
         self.position = Position(sequence + 1, crc, first, offset + len(frame))
@@ -137,6 +155,8 @@ class LogWriter:
             try:
                 file = self._open()
             except UserError:
+                with suppress(OSError):  # a file that begins with the next commit must not be there without it
+                    log_path(self._folder, self.position.file).unlink()
                 self.position = old
                 raise
             self._file.close()
@@ -160,47 +180,3 @@ class LogWriter:
 
 def _cannot_write(path: Path | str, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror}; free space or choose another folder")
-
-
-def _crc(offset: int, previous: int, payload: bytes) -> int:
-    return zlib.crc32(payload, zlib.crc32(_COVERED.pack(offset, len(payload), previous)))
-
-
-def _frames(file: BinaryIO, path: Path, start: Position) -> Iterator[_Frame]:
-    """The complete frames of one file, starting at a position."""
-    size = os.fstat(file.fileno()).st_size
-    offset, crc = start.offset, start.crc
-    if size < offset:
-        raise Damaged(f"{path}: damaged, shorter than when it was last read; {RESTORE}")
-    while frame := _frame_at(file, offset, size):
-        if frame.previous != crc:
-            raise Damaged(f"{path}, byte {offset}: this commit does not follow the previous one; {RESTORE}")
-        yield frame
-        offset, crc = offset + _HEADER.size + len(frame.payload), frame.crc
-    if _frame_beyond(file, offset, size):
-        raise Damaged(f"{path}, byte {offset}: damaged, and complete commits follow; {RESTORE}")
-
-
-def _frame_at(file: BinaryIO, offset: int, size: int) -> _Frame | None:
-    """The frame at an offset, if it is complete."""
-    file.seek(offset)
-    header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size:
-        return None
-    magic, length, previous, crc = _HEADER.unpack(header)
-    if magic != MAGIC or offset + _HEADER.size + length > size:
-        return None
-    payload = file.read(length)
-    return _Frame(payload, previous, crc) if _crc(offset, previous, payload) == crc else None
-
-
-def _frame_beyond(file: BinaryIO, offset: int, size: int) -> bool:
-    """Whether there is a complete frame anywhere after an offset."""
-    file.seek(offset)
-    rest = file.read(size - offset)
-    found = rest.find(MAGIC, 1)
-    while found >= 0:
-        if _frame_at(file, offset + found, size):
-            return True
-        found = rest.find(MAGIC, found + 1)
-    return False

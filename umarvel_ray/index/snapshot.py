@@ -1,29 +1,33 @@
 """A snapshot: all documents added up to a commit, in files that replicas memory-map.
 
-`snapshot-N/` holds `vectors.npy` float32 (n, d), `documents.arrow` (id, text, image, video, modality, source) and
-`snapshot.json` (the CRC of commit N, and the deleted ids of the base). The folder appears complete, by one rename.
+`snapshot-N/` holds `vectors.npy` float32 (n, d), `documents.arrow` (id, text, image, video, modality, source, metadata
+as JSON) and `snapshot.json` (the CRC of commit N, and the deleted ids of the base). The folder appears complete, by one
+rename.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from umarvel_ray.files import sync_folder
+from umarvel_ray.index.labels import Value
 from umarvel_ray.index.log import RESTORE, Damaged, Position
+from umarvel_ray.index.names import numbered, numbers
 from umarvel_ray.index.records import Add
 
 PARTIAL = ".snapshot.partial"
-ROWS = 1024  # rows copied at a time
+ROWS, BYTES = 1024, 16 << 20  # copied at a time
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -32,6 +36,7 @@ SCHEMA = pa.schema(
         ("video", pa.large_binary()),
         ("modality", pa.string()),
         ("source", pa.string()),
+        ("metadata", pa.string()),
     ]
 )
 
@@ -53,18 +58,19 @@ def empty_snapshot(dimension: int) -> Snapshot:
 
 def snapshots(folder: Path) -> list[int]:
     """The number of the last commit in each snapshot, ascending."""
-    return sorted(int(name[9:]) for name in os.listdir(folder) if name.startswith("snapshot-"))
+    return numbers(folder, "snapshot")
 
 
 def snapshot_path(folder: Path, sequence: int) -> Path:
-    return folder / f"snapshot-{sequence:012d}"
+    return folder / numbered("snapshot", sequence)
 
 
 def open_snapshot(folder: Path, dimension: int) -> Snapshot:
     """The newest snapshot, or an empty one if there is none.
 
     Raises:
-        Damaged: it cannot be read, or was removed in the meantime because there is a newer one.
+        Damaged: it is not whole, or was removed in the meantime because there is a newer one.
+        OSError: it cannot be read now.
     """
     if not (found := snapshots(folder)):
         return empty_snapshot(dimension)
@@ -73,19 +79,45 @@ def open_snapshot(folder: Path, dimension: int) -> Snapshot:
         facts = json.loads((path / "snapshot.json").read_text())
         vectors = np.load(path / "vectors.npy", mmap_mode="r")
         documents = pa.ipc.open_file(pa.memory_map(str(path / "documents.arrow"))).read_all()
-    except (OSError, ValueError) as error:
+        end = Position(found[-1], facts["crc"], found[-1] + 1, 0)
+        deleted = frozenset(facts["deleted"])
+        if len(vectors) != len(documents):
+            raise ValueError(f"{len(vectors)} vectors for {len(documents)} documents")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
+            raise
         raise Damaged(f"{path}: not readable ({str(error).splitlines()[0]}); {RESTORE}") from None
-    end = Position(found[-1], facts["crc"], found[-1] + 1, 0)
-    return Snapshot(vectors, documents, frozenset(facts["deleted"]), end)
+    if "metadata" not in documents.schema.names:  # written before there was any
+        documents = documents.append_column("metadata", pa.nulls(len(documents), pa.string()))
+    return Snapshot(vectors, documents, deleted, end)
+
+
+def document_at(snapshot: Snapshot, row: int) -> dict[str, Any]:
+    """A document, as `Add.document` gave it."""
+    [document] = snapshot.documents.slice(row, 1).to_pylist()
+    return document | {"metadata": metadata_of(document["metadata"])}
+
+
+def metadata_of(text: str | None) -> dict[str, Value]:
+    """The metadata in a row of `documents.arrow`."""
+    metadata: dict[str, Value] = json.loads(text) if text else {}
+    return metadata
 
 
 def write_snapshot(
-    folder: Path, old: Snapshot, kept: np.ndarray, added: Sequence[Add], deleted: Iterable[str], end: Position
+    folder: Path,
+    old: Snapshot,
+    kept: np.ndarray,
+    added: Iterable[Add],
+    count: int,
+    deleted: Iterable[str],
+    end: Position,
 ) -> None:
     """Write the snapshot of commit `end`: the rows of an old one that are kept, and the documents added since.
 
     Args:
         kept: bool (n,), by row of `old`.
+        added: `count` documents; few of them are in memory at a time.
         deleted: ids of the base's documents that are deleted.
 
     Raises:
@@ -94,27 +126,45 @@ def write_snapshot(
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    with _durable(partial / "vectors.npy") as file:
-        shape = int(kept.sum()) + len(added), old.vectors.shape[1]
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with (
+        _durable(partial / "documents.arrow") as documents,
+        pa.ipc.new_file(documents, SCHEMA) as arrow,
+        _durable(partial / "vectors.npy") as vectors,
+    ):
+        shape = int(kept.sum()) + count, old.vectors.shape[1]
+        np.lib.format.write_array_header_1_0(vectors, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for start in range(0, len(kept), ROWS):
             rows = slice(start, start + ROWS)
-            file.write(old.vectors[rows][kept[rows]].tobytes())
-        for record in added:
-            file.write(record.vector.tobytes())
-    with _durable(partial / "documents.arrow") as file, pa.ipc.new_file(file, SCHEMA) as arrow:
+            vectors.write(old.vectors[rows][kept[rows]].tobytes())
         start = 0
         for batch in old.documents.to_batches():
             arrow.write_batch(batch.filter(pa.array(kept[start : start + batch.num_rows])))
             start += batch.num_rows
-        for start in range(0, len(added), ROWS):
-            documents = [record.document for record in added[start : start + ROWS]]
-            arrow.write_batch(pa.RecordBatch.from_pylist(documents, SCHEMA))
+        for records in _batches(added):
+            vectors.write(b"".join(record.vector.tobytes() for record in records))
+            arrow.write_batch(pa.RecordBatch.from_pylist([_row(record) for record in records], SCHEMA))
     with _durable(partial / "snapshot.json") as file:
         file.write(json.dumps({"crc": end.crc, "deleted": sorted(deleted)}).encode())
     sync_folder(partial)
     partial.rename(snapshot_path(folder, end.sequence))
     sync_folder(folder)
+
+
+def _batches(added: Iterable[Add]) -> Iterator[list[Add]]:
+    records: list[Add] = []
+    size = 0
+    for record in added:
+        records.append(record)
+        size += sum(len(part or b"") for part in (record.image, record.video))
+        if len(records) == ROWS or size > BYTES:
+            yield records
+            records, size = [], 0
+    if records:
+        yield records
+
+
+def _row(record: Add) -> dict[str, Any]:
+    return record.document | {"metadata": json.dumps(dict(record.metadata)) if record.metadata else None}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -30,12 +30,16 @@ import numpy as np
 from umarvel_ray.errors import UserError
 from umarvel_ray.files import write_json
 from umarvel_ray.index.log import RESTORE, Damaged, LogWriter, Position, log_files, log_path, read_log
-from umarvel_ray.index.records import Add, Delete, Record, decode, encode
+from umarvel_ray.index.records import Add, Record, decode, encode
 from umarvel_ray.index.snapshot import PARTIAL, Snapshot, open_snapshot, snapshot_path, snapshots, write_snapshot
 
-COMPACT_BYTES = 256 * 2**20  # log size: what a new replica has to replay and keep in memory
+COMPACT_BYTES = 256 * 2**20  # log size: what a new replica has to replay
 FORMAT = 1
 _RETRY_S = 0.05
+
+
+class Locked(UserError):
+    """Another writer holds the index."""
 
 
 class Committed(NamedTuple):
@@ -54,9 +58,11 @@ class IndexWriter:
         self._committing, self._compacting = Lock(), Lock()
         snapshot = open_snapshot(folder, dimension)
         self._ids = {*(self._base_ids - snapshot.deleted), *snapshot.documents["id"].to_pylist()}
+        self._uncompacted = 0  # bytes of commits since the snapshot
         end = snapshot.end
-        for position, payload in read_log(folder, end):
-            for record in decode(payload):
+        for position, payload in read_log(folder, snapshot.end):
+            self._uncompacted += len(payload)
+            for record, _ in decode(payload):
                 self._note(record)
             end = position
         self._log = LogWriter(folder, end)
@@ -78,11 +84,13 @@ class IndexWriter:
             wait_s: how long to wait for another writer to exit.
 
         Raises:
-            UserError: another writer, an index of another model, a damaged log, or a folder that cannot be written.
+            Locked: another writer.
+            UserError: an index of another model, a damaged log, or a folder that cannot be written.
         """
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            check_index(folder, identity, dimension)  # an index of another model is an error whoever holds it
             lock = _locked(folder, wait_s)
             shutil.rmtree(folder / PARTIAL, ignore_errors=True)
             try:
@@ -105,9 +113,7 @@ class IndexWriter:
     @property
     def needs_compaction(self) -> bool:
         """Whether the log has grown beyond `COMPACT_BYTES`."""
-        done = max(snapshots(self._folder), default=0)
-        files = [log_path(self._folder, first) for first in log_files(self._folder) if first > done]
-        return sum(path.stat().st_size for path in files) > COMPACT_BYTES
+        return self._uncompacted > COMPACT_BYTES
 
     def __len__(self) -> int:
         """Number of documents, including the base's."""
@@ -123,6 +129,7 @@ class IndexWriter:
         with self._committing:
             if records:
                 self._log.append(payload)
+                self._uncompacted += len(payload)
             return Committed(self.sequence, [self._note(record) for record in records])
 
     def compact(self) -> int:
@@ -132,18 +139,10 @@ class IndexWriter:
             UserError: the disk is full; the log is unchanged.
         """
         with self._compacting:
-            old = open_snapshot(self._folder, self._dimension)
-            with self._committing:
-                end = self._log.position
-                if end.sequence > old.end.sequence:
-                    self._log.roll()  # 1.
-            if end.sequence > old.end.sequence:
-                try:
-                    self._write_snapshot(old, end)  # 2.
-                    self._remove_before(old.end)  # 3.
-                except OSError as error:
-                    raise UserError(f"cannot compact {self._folder}: {error.strerror}; free space") from None
-            return end.sequence
+            try:
+                return self._compact()
+            except OSError as error:
+                raise UserError(f"cannot compact {self._folder}: {error.strerror}; free space") from None
 
     def close(self) -> None:
         """Release the folder to another writer."""
@@ -155,16 +154,40 @@ class IndexWriter:
         (self._ids.add if isinstance(record, Add) else self._ids.discard)(record.id)
         return existed
 
+    def _compact(self) -> int:
+        old = open_snapshot(self._folder, self._dimension)
+        with self._committing:
+            end, size = self._log.position, self._uncompacted
+            if end.sequence == old.end.sequence:
+                return end.sequence
+            self._log.roll()  # 1.
+        self._write_snapshot(old, end)  # 2.
+        with self._committing:
+            self._uncompacted -= size
+        self._remove_before(old.end)  # 3.
+        return end.sequence
+
     def _write_snapshot(self, old: Snapshot, end: Position) -> None:
-        last: dict[str, Record] = {}
-        for position, payload in read_log(self._folder, old.end):
-            last |= {record.id: record for record in decode(payload)}
-            if position.sequence == end.sequence:
-                break
+        last: dict[str, tuple[Position, int]] = {}  # record of each id
+        added: set[str] = set()
+        for position, number, record in self._records(old.end, end):
+            last[record.id] = position, number
+            (added.add if isinstance(record, Add) else added.discard)(record.id)
+        deleted = (last.keys() - added) & self._base_ids
         kept = np.array([id_ not in last for id_ in old.documents["id"].to_pylist()], bool)
-        added = [record for record in last.values() if isinstance(record, Add)]
-        deleted = {record.id for record in last.values() if isinstance(record, Delete)} & self._base_ids
-        write_snapshot(self._folder, old, kept, added, old.deleted | deleted, end)
+        documents = (
+            record
+            for position, number, record in self._records(old.end, end)
+            if isinstance(record, Add) and last[record.id] == (position, number)
+        )
+        write_snapshot(self._folder, old, kept, documents, len(added), old.deleted | deleted, end)
+
+    def _records(self, start: Position, end: Position) -> Iterator[tuple[Position, int, Record]]:
+        """Each record between two positions, with its commit and its number there."""
+        for position, payload in read_log(self._folder, start):
+            yield from ((position, number, record) for number, (record, _) in enumerate(decode(payload)))
+            if position.sequence == end.sequence:
+                return
 
     def _remove_before(self, end: Position) -> None:
         """Remove the snapshots and log files that the snapshot of `end` replaces."""
@@ -187,15 +210,15 @@ def check_index(folder: Path, identity: str, dimension: int) -> bool:
         return False
     try:
         found = json.loads(path.read_text())
-    except ValueError:
+        format_, theirs, size = found["format"], found["identity"], found["dimension"]
+    except (ValueError, KeyError, TypeError):
         raise Damaged(f"{path}: not readable; {RESTORE}") from None
-    if found["format"] != FORMAT:
-        raise UserError(f"{folder}: the live index has format {found['format']}, not {FORMAT}; start a new folder")
-    if (found["identity"], found["dimension"]) != (identity, dimension):
+    if format_ != FORMAT:
+        raise UserError(f"{folder}: the live index has format {format_}, not {FORMAT}; start a new folder")
+    if (theirs, size) != (identity, dimension):
         raise UserError(
-            f"{folder}: its documents were embedded with another model ({found['identity'][:12]}, dimension "
-            f"{found['dimension']}, not {identity[:12]}, {dimension}); serve that model, or choose another folder and "
-            "add the documents again"
+            f"{folder}: its documents were embedded with another model ({theirs[:12]}, dimension {size}, not "
+            f"{identity[:12]}, {dimension}); serve that model, or choose another folder and add the documents again"
         )
     return True
 
@@ -216,5 +239,5 @@ def _locked(folder: Path, wait_s: float) -> BinaryIO:
             return file
         if time.monotonic() >= deadline:
             file.close()
-            raise UserError(f"{folder}: another writer holds this index; stop it, or wait until it exits")
+            raise Locked(f"{folder}: another writer holds this index; stop it, or wait until it exits")
         time.sleep(_RETRY_S)

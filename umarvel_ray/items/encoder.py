@@ -7,7 +7,6 @@ Queries and documents share one template: a user turn with the pictures, then th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.items.family import Family, family_of, read_model_config
 from umarvel_ray.items.item import Item, check_item
 from umarvel_ray.items.limits import OWN_FILES, MediaLimits
-from umarvel_ray.items.pictures import Picture, PictureFormat, read_picture, read_video
+from umarvel_ray.items.pictures import Picture, PictureFormat, read_pictures
 from umarvel_ray.items.positions import Span, rotary_positions
 from umarvel_ray.items.template import (
     EMB,
@@ -35,6 +34,7 @@ from umarvel_ray.items.template import (
     text_part,
     user_turn,
 )
+from umarvel_ray.items.tokens import Piece, Tokens
 from umarvel_ray.recipe import ModelSettings
 
 TEXT_SLOT = "\x00"
@@ -61,6 +61,11 @@ class EncodedItem:
     def length(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.input_ids, self.pool_mask, self.positions, *(picture.pixels for picture in self.pictures))
+        return sum(array.nbytes for array in arrays)
+
 
 class ItemEncoder:
     """Tokenizes items and prepares their pictures on the CPU. Picklable; holds no weights."""
@@ -72,12 +77,11 @@ class ItemEncoder:
         self.picture_format = pictures
         self.settings = settings
         self.family = family
-        self.picture_token_ids = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
-        ids = map(tokenizer.convert_tokens_to_ids, (EMB, INSTRUCTION_START, INSTRUCTION_END))
-        self._emb, self._start, self._end = ids
-        self._frames: dict[tuple[bool, ...], tuple[str, str]] = {}
-        # A control token spelled out in a user's text would otherwise be read as structure.
-        self._control = re.compile("|".join(re.escape(token) for token in tokenizer.get_added_vocab()))
+        self.tokens = Tokens(tokenizer)
+        controls = self.tokens.controls
+        self.picture_token_ids = self._image, self._video = controls[IMAGE], controls[VIDEO]
+        self._emb, self._start, self._end = (controls[token] for token in (EMB, *TAGS))
+        self._frames: dict[tuple[bool, ...], tuple[list[Piece], list[Piece]]] = {}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, settings: ModelSettings, limits: MediaLimits = OWN_FILES) -> ItemEncoder:
@@ -93,6 +97,9 @@ class ItemEncoder:
             tokenizer = load_tokenizer(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+        known = tokenizer.get_added_vocab()
+        if missing := [token for token in (IMAGE, VIDEO, VISION_START, VISION_END) if token not in known]:
+            raise UserError(f"{path}: its tokenizer has no {missing[0]}; take the one of the base model")
         family = family_of(read_model_config(path), path)
         return cls(tokenizer, PictureFormat.from_pretrained(path, settings, limits), family, settings)
 
@@ -100,13 +107,16 @@ class ItemEncoder:
         """A copy of this encoder with other limits on the pictures and videos it opens."""
         return ItemEncoder(self.tokenizer, replace(self.picture_format, limits=limits), self.family, self.settings)
 
-    def encode(self, item: Item | str, side: str, where: str = "item") -> EncodedItem:
+    def encode(
+        self, item: Item | str, side: str, where: str = "item", pictures: tuple[Picture, ...] | None = None
+    ) -> EncodedItem:
         """Encode one item; a bare string is text.
 
         Args:
             item: {"text"?, "image"? (one or a list), "video"?, "instruction"? (queries only)}.
             side: "query" or "document".
             where: names the item (file and row, or id) in errors.
+            pictures: the item's, if they have been read already.
 
         Raises:
             UserError: nothing to embed, an unknown key, an instruction on a document, a bad picture or video.
@@ -114,10 +124,10 @@ class ItemEncoder:
         item = check_item(item, where)
         if side == "document" and item.get("instruction"):
             raise UserError(f"{where}: a document carries no instruction; put it on the query")
-        pictures = self.pictures(item, where)
-        text = self._text(item.get("instruction"), item.get("text")) + self._prompt(item)
+        pictures = self.pictures(item, where) if pictures is None else pictures
+        text = self._text(item.get("instruction"), item.get("text"))
         before, after = self._frame(pictures)
-        input_ids = self.tokenize(before + text + after, pictures)
+        input_ids = self.tokenize([*before, *text, self._prompt(item), *after], pictures)
         return EncodedItem(
             input_ids=input_ids,
             pool_mask=self._pool_mask(input_ids),
@@ -127,38 +137,37 @@ class ItemEncoder:
 
     def pictures(self, item: Item, where: str) -> tuple[Picture, ...]:
         """Open, resize and patchify the item's images, then its video."""
-        images = item.get("image", [])
-        opened = [
-            read_picture(image, self.picture_format, where)
-            for image in (images if isinstance(images, list | tuple) else [images])
-        ]
-        if "video" in item:
-            opened.append(read_video(item["video"], self.picture_format, where))
-        return tuple(opened)
+        return read_pictures(item, self.picture_format, where)
 
-    def tokenize(self, rendered: str, pictures: Sequence[Picture]) -> np.ndarray:
-        """Token ids, int32 (L,), of a rendered conversation; each picture's placeholder becomes its run of tokens."""
+    def pieces(self, rendered: str) -> list[Piece]:
+        """A rendered template in pieces, with one picture token for each picture."""
         if self.family.timestamps:  # each frame group is wrapped in tags of its own
             rendered = rendered.replace(f"{VISION_START}{VIDEO}{VISION_END}", VIDEO)
-        head, *rest = re.split(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}", rendered)
-        runs = [self._placeholders(picture) for picture in pictures]
-        text = head + "".join(run + part for run, part in zip(runs, rest, strict=True))
-        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        return np.asarray(encoding.ids, dtype=np.int32)
+        return self.tokens.pieces(rendered)
+
+    def tokenize(self, pieces: Sequence[Piece], pictures: Sequence[Picture]) -> np.ndarray:
+        """Token ids, int32 (L,), of a conversation; each picture's token becomes its run of tokens."""
+        runs = iter([self._run(picture) for picture in pictures])
+        expanded = [part for piece in pieces for part in (next(runs) if piece in self.picture_token_ids else [piece])]
+        return np.asarray(self.tokens.ids(expanded), dtype=np.int32)
 
     def positions(self, input_ids: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
         """Rotary positions, int32 (3, L), as `ModelSettings.positions` says."""
         spans = [span for picture in pictures for span in self._spans(picture)]
         return rotary_positions(np.isin(input_ids, self.picture_token_ids), spans, self.settings.positions)
 
-    def _placeholders(self, picture: Picture) -> str:
+    def _run(self, picture: Picture) -> Sequence[Piece]:
         groups, rows, columns = picture.grid
         run = rows * columns // self.picture_format.merge_size**2
         if picture.seconds is None:
-            return IMAGE * run
+            return [self._image] * run
         if not self.family.timestamps:
-            return VIDEO * groups * run
-        return "".join(f"<{second:.1f} seconds>{VISION_START}{VIDEO * run}{VISION_END}" for second in picture.seconds)
+            return [self._video] * groups * run
+        start, end = (self.tokens.controls[tag] for tag in (VISION_START, VISION_END))
+        pieces: list[Piece] = []
+        for second in picture.seconds:
+            pieces += [f"<{second:.1f} seconds>", start, *[self._video] * run, end]
+        return pieces
 
     def _spans(self, picture: Picture) -> list[Span]:
         groups, rows, columns = picture.grid
@@ -172,43 +181,35 @@ class ItemEncoder:
 
     def clean(self, text: str | None) -> str:
         """The text without control tokens, normalized by `format_string`."""
-        return format_string(self._control.sub(" ", text or ""))
-
-    def cut(self, text: str, tokens: int) -> str:
-        """The longest prefix of `text` that fits in `tokens` tokens."""
-        if len(text.encode()) <= tokens:  # a token is at least one byte
-            return text
-        ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        if len(ids) <= tokens:
-            return text
-        prefix = str(self.tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False))
-        return prefix.rstrip("\ufffd")  # of a character cut in half
+        return format_string(self.tokens.without_controls(text or ""))
 
     def leaves_room(self, instruction: str) -> bool:
         """Whether a text after this instruction is read at least in part."""
-        ids = self.tokenizer.backend_tokenizer.encode(self.clean(instruction), add_special_tokens=False).ids
-        return len(ids) < self.settings.max_text_tokens - len(TAGS)
+        return len(self.tokens.text_ids(self.clean(instruction))) < self.settings.max_text_tokens - len(TAGS)
 
-    def _frame(self, pictures: Sequence[Picture]) -> tuple[str, str]:
-        """The rendered conversation before and after the user's text; cached, since rendering dominates encoding."""
+    def _frame(self, pictures: Sequence[Picture]) -> tuple[list[Piece], list[Piece]]:
+        """The conversation before and after the user's text; cached, since rendering dominates encoding."""
         moving = tuple(picture.is_video for picture in pictures)
         if moving not in self._frames:
             messages = [user_turn(TEXT_SLOT, pictures), {"role": "assistant", "content": [text_part(f"{EMB}.")]}]
             rendered = render(self.tokenizer, messages, self.settings.generation_prompt)
             before, _, after = rendered.partition(TEXT_SLOT)
-            self._frames[moving] = before, after
+            self._frames[moving] = self.pieces(before), self.pieces(after)
         return self._frames[moving]
 
-    def _text(self, instruction: str | None, text: str | None) -> str:
+    def _text(self, instruction: str | None, text: str | None) -> list[Piece]:
         limit = self.settings.max_text_tokens
         if not instruction:
-            return self.cut(self.clean(text), limit)
-        tags = TAGS if self.settings.instruction_mask else ("", "")
-        instruction = self.cut(self.clean(instruction), max(limit - len(TAGS), 0))
-        text = self._control.sub(" ", text or "")
+            return [self.tokens.cut(self.clean(text), limit)]
+        instruction = self.tokens.cut(self.clean(instruction), max(limit - len(TAGS), 0))
         # Normalized as one string (docs/method.md#text-cleaning): the text keeps the case of its first letter, and an
         # empty text leaves a period.
-        return self.cut(format_string(f"{tags[0]}{instruction}{tags[1]} {text}"), limit)
+        opened = f"{INSTRUCTION_START}{instruction}{INSTRUCTION_END}" if self.settings.instruction_mask else instruction
+        whole = format_string(f"{opened} {self.tokens.without_controls(text or '')}")
+        if not self.settings.instruction_mask:
+            return [self.tokens.cut(whole, limit)]
+        left = limit - len(TAGS) - len(self.tokens.text_ids(instruction))
+        return [self._start, instruction, self._end, self.tokens.cut(whole.removeprefix(opened), max(left, 0))]
 
     def _prompt(self, item: Item) -> str:
         if not self.settings.compression_prompt:

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.items.encoder import ItemEncoder
+from umarvel_ray.items.encoder import TEXT_SLOT, ItemEncoder
 from umarvel_ray.items.item import Item, check_item
 from umarvel_ray.items.pictures import Picture
 from umarvel_ray.items.template import EMB, picture_parts, render, text_part
+from umarvel_ray.items.tokens import Piece
 from umarvel_ray.recipe import ModelSettings
 
 TASK = (
@@ -26,6 +27,7 @@ TASK = (
     "the query. If it does, respond with 'Yes'; if it does not, respond with 'No'."
 )
 IGNORED = -100  # a position without a label
+QUERY, DOCUMENT = 0, 1  # the sides of a pair
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class PairEncoder:
     def __init__(self, items: ItemEncoder, max_text_tokens: int) -> None:
         self.items = items
         self.max_text_tokens = max_text_tokens
+        self._frames: dict[tuple[int, tuple[bool, ...]], tuple[list[Piece], list[Piece]]] = {}
         self.answer_ids = {word: self._ids(word) for word in ("Yes", "No")}
         turns = {"user": [], "assistant": [text_part(EMB)]}
         rendered = render(items.tokenizer, [{"role": role, "content": parts} for role, parts in turns.items()])
@@ -105,43 +108,50 @@ class PairEncoder:
         parts = [self.encode_query(query, where), self.encode_document(document, where)]
         return join(parts if answer is None else [*parts, self.reply(answer)])
 
-    def encode_query(self, item: Item | str, where: str = "query") -> EncodedPair:
-        """Encode everything up to and including "Candidate:". Raises: see `encode`."""
+    def encode_query(
+        self, item: Item | str, where: str = "query", pictures: tuple[Picture, ...] | None = None
+    ) -> EncodedPair:
+        """Encode everything up to and including "Candidate:". Args, raises: see `encode` and `ItemEncoder.encode`."""
         item = check_item(item, where)
-        pictures = self.items.pictures(item, where)
+        pictures = self.items.pictures(item, where) if pictures is None else pictures
         instruction = self.items.clean(item.get("instruction"))
-        text = self._cut(f"{instruction} {item.get('text') or ''}")
-        prompt, _ = self._render([*picture_parts(pictures), text_part(text)], [])
-        return self._side(prompt, pictures)
+        return self._side(QUERY, pictures, f"{instruction} {item.get('text') or ''}")
 
-    def encode_document(self, item: Item | str, where: str = "document") -> EncodedPair:
-        """Encode the candidate and the header of the assistant turn. Raises: see `encode`."""
+    def encode_document(
+        self, item: Item | str, where: str = "document", pictures: tuple[Picture, ...] | None = None
+    ) -> EncodedPair:
+        """Encode the candidate and the header of the assistant turn. Args, raises: as `encode_query`."""
         item = check_item(item, where)
         if item.get("instruction"):
             raise UserError(f"{where}: a document carries no instruction; put it on the query")
-        pictures = self.items.pictures(item, where)
-        _, prompt = self._render([], [*picture_parts(pictures), text_part(self._cut(item.get("text") or ""))])
-        return self._side(prompt, pictures)
+        pictures = self.items.pictures(item, where) if pictures is None else pictures
+        return self._side(DOCUMENT, pictures, item.get("text") or "")
 
     def reply(self, answer: bool) -> EncodedPair:
         """The answer word and the end of the turn, both with labels."""
         ids = np.asarray([*self.answer_ids["Yes" if answer else "No"], self.end_id], dtype=np.int32)
         return EncodedPair(ids, ids, self.items.positions(ids, ()), ())
 
-    def _render(self, query: list[dict[str, str]], document: list[dict[str, str]]) -> tuple[str, str]:
-        # <emb> marks the boundary: `clean` strips it from users' texts, so it occurs exactly once.
-        content = [text_part(f"{TASK}\nQuery: "), *query, text_part(f"\nCandidate: {EMB}"), *document]
-        rendered = render(self.items.tokenizer, [{"role": "user", "content": content}], generation_prompt=True)
-        before, after = rendered.split(EMB)
-        return before, after
+    def _frame(self, side: int, pictures: tuple[Picture, ...]) -> tuple[list[Piece], list[Piece]]:
+        """One side of the prompt before and after the user's text; cached, since rendering dominates encoding."""
+        key = side, tuple(picture.is_video for picture in pictures)
+        if key not in self._frames:
+            sides: list[list[dict[str, str]]] = [[], []]
+            sides[side] = [*picture_parts(pictures), text_part(TEXT_SLOT)]
+            query, document = sides
+            # <emb> marks the boundary.
+            content = [text_part(f"{TASK}\nQuery: "), *query, text_part(f"\nCandidate: {EMB}"), *document]
+            rendered = render(self.items.tokenizer, [{"role": "user", "content": content}], generation_prompt=True)
+            before, _, after = rendered.split(EMB)[side].partition(TEXT_SLOT)
+            self._frames[key] = self.items.pieces(before), self.items.pieces(after)
+        return self._frames[key]
 
-    def _side(self, prompt: str, pictures: tuple[Picture, ...]) -> EncodedPair:
-        input_ids = self.items.tokenize(prompt, pictures)
+    def _side(self, side: int, pictures: tuple[Picture, ...], text: str) -> EncodedPair:
+        before, after = self._frame(side, pictures)
+        text = self.items.tokens.cut(self.items.clean(text), self.max_text_tokens)
+        input_ids = self.items.tokenize([*before, text, *after], pictures)
         positions = self.items.positions(input_ids, pictures)
         return EncodedPair(input_ids, np.full_like(input_ids, IGNORED), positions, pictures)
-
-    def _cut(self, text: str) -> str:
-        return self.items.cut(self.items.clean(text), self.max_text_tokens)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.items.tokenizer(text, add_special_tokens=False).input_ids

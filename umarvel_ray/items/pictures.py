@@ -13,17 +13,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.images import MAX_ASPECT, BadImage, open_image
 from umarvel_ray.items.limits import OWN_FILES, MediaLimits
 from umarvel_ray.items.videos import Video, open_video
-from umarvel_ray.recipe import ModelSettings
+
+if TYPE_CHECKING:  # a process that only decodes starts without them
+    import torch
+
+    from umarvel_ray.recipe import ModelSettings
 
 CONFIG = "preprocessor_config.json"
 REFERENCE_SIDE = 28  # the reference's own resizing always assumes merged patches of this size
@@ -62,6 +65,8 @@ class PixelScale:
 
     def __call__(self, pictures: Sequence[np.ndarray], device: torch.device | str = "cpu") -> torch.Tensor:
         """`Picture.pixels` of one or more pictures → the tower's input, float32 (patches, 3 · times · patch²)."""
+        import torch
+
         if len({pixels.shape[1] for pixels in pictures}) > 1:  # both stills and videos
             return torch.cat([self([pixels], device) for pixels in pictures])
         patches = torch.from_numpy(np.concatenate(pictures)).to(device)
@@ -166,6 +171,19 @@ def read_picture_config(path: str | Path) -> dict[str, Any]:
         if not isinstance(config, dict) or key not in config:
             raise UserError(f"{file}: no '{key}'; give a directory with a Qwen-VL image processor")
     return config
+
+
+def read_pictures(item: dict[str, Any], form: PictureFormat, where: str) -> tuple[Picture, ...]:
+    """An item's images, then its video.
+
+    Raises:
+        BadImage, BadVideo: one of them is unusable; the message names `where`.
+    """
+    images = item.get("image", [])
+    opened = [read_picture(image, form, where) for image in (images if isinstance(images, list | tuple) else [images])]
+    if "video" in item:
+        opened.append(read_video(item["video"], form, where))
+    return tuple(opened)
 
 
 def read_picture(image: Any, form: PictureFormat, where: str) -> Picture:

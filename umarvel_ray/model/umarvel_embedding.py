@@ -18,6 +18,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from io import BytesIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +27,14 @@ import torch
 from PIL import Image, ImageOps
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.base.modules import InputModule
+from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 SETTINGS = "umarvel.json"
 EMB, START, END = "<emb>", "<instruction_start>", "<instruction_end>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+TEXT_SLOT = "\x00"
 PNG, PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 SURROGATES = re.compile("[\ud800-\udfff]")
 BLANK = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode categories of characters that show nothing
@@ -77,8 +80,14 @@ class UMarvelEmbedding(InputModule):
         self._pictures = [model.config.image_token_id, model.config.video_token_id]
         self._image, self._video = tokenizer.convert_ids_to_tokens(self._pictures)
         self._timestamps = model.config.model_type == "qwen3_vl"  # a time and tags of its own per temporal patch
-        # Control tokens spelled out in a user's text would be read as structure.
-        self._control = re.compile("|".join(re.escape(token) for token in tokenizer.get_added_vocab()))
+        self._controls: dict[str, int] = tokenizer.get_added_vocab()
+        longest_first = sorted(self._controls, key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, longest_first)))
+        # For users' texts: does not know the control tokens, so no text becomes structure.
+        self._plain = Tokenizer(tokenizer.backend_tokenizer.model)
+        for part in ("normalizer", "pre_tokenizer"):
+            if (own := getattr(tokenizer.backend_tokenizer, part)) is not None:
+                setattr(self._plain, part, own)
 
     @property
     def modalities(self) -> list[Any]:
@@ -157,10 +166,8 @@ class UMarvelEmbedding(InputModule):
             [*(self._span(next(grids)) for _ in item["image"]), *(span for clip in own for span in self._spans(clip))]
             for item, own in zip(items, clips, strict=True)
         ]
-        rendered = [self._render(*parts) for parts in zip(items, spans, clips, strict=True)]
-        tokens = self.tokenizer(
-            rendered, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
-        )
+        rows = [self._ids(self._render(*parts)) for parts in zip(items, spans, clips, strict=True)]
+        tokens = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
         ids, attention_mask = tokens["input_ids"], tokens["attention_mask"]
         features |= {"input_ids": ids, "attention_mask": attention_mask, **(counts if features else {})}
         features["pool_mask"] = self._pooled(ids).long() * attention_mask
@@ -218,10 +225,11 @@ class UMarvelEmbedding(InputModule):
         merge = self.image_processor.merge_size
         return Span((times, rows // merge, columns // merge), interval)
 
-    def _render(self, item: dict[str, Any], spans: list[Span], clips: list[Clip]) -> str:
+    def _render(self, item: dict[str, Any], spans: list[Span], clips: list[Clip]) -> list[str | int]:
+        """The conversation in pieces: texts, and the ids of control tokens."""
         content = [{"type": kind} for kind in ("image", "video") for _ in item[kind]]
         turns = [
-            {"role": "user", "content": [*content, {"type": "text", "text": self._text(item)}]},
+            {"role": "user", "content": [*content, {"type": "text", "text": TEXT_SLOT}]},
             {"role": "assistant", "content": [{"type": "text", "text": f"{EMB}."}]},
         ]
         rendered: str = self.tokenizer.apply_chat_template(
@@ -233,23 +241,49 @@ class UMarvelEmbedding(InputModule):
             rendered = rendered.replace(tag, timed)
         runs = iter(spans)
         shown = f"{re.escape(self._image)}|{re.escape(self._video)}"
-        return re.sub(shown, lambda found: found[0] * int(np.prod(next(runs).grid)), rendered)
+        rendered = re.sub(shown, lambda found: found[0] * int(np.prod(next(runs).grid)), rendered)
+        before, _, after = rendered.partition(TEXT_SLOT)
+        return [*self._pieces(before), *self._text(item), *self._pieces(after)]
 
-    def _text(self, item: dict[str, Any]) -> str:
+    def _text(self, item: dict[str, Any]) -> list[str | int]:
         limit = self.settings["max_text_tokens"]
-        text, instruction = (self._control.sub(" ", item[key]) for key in ("text", "instruction"))
+        text, instruction = (self._spelled.sub(" ", item[key].replace("\r", "")) for key in ("text", "instruction"))
+        pieces: list[str | int] = [self._cut(_tidy(text), limit)]
         if item["instruction"]:
-            start, end = (START, END) if self.settings["instruction_mask"] else ("", "")
-            text = f"{start}{self._cut(_tidy(instruction), max(limit - 2, 0))}{end} {text}"
-        text = self._cut(_tidy(text), limit)
+            masked, instruction = self.settings["instruction_mask"], self._cut(_tidy(instruction), max(limit - 2, 0))
+            opened = f"{START}{instruction}{END}" if masked else instruction
+            text = _tidy(f"{opened} {text}")
+            pieces = [self._cut(text, limit)]
+            if masked:
+                left = max(limit - 2 - len(self._text_ids(instruction)), 0)
+                pieces = [self._start, instruction, self._end, self._cut(text.removeprefix(opened), left)]
         if self.settings["compression_prompt"]:
             words = {"image": "image", "video": "video", "text": "sentence"}
             shown = [word for key, word in words.items() if item[key]]
-            text += f"\nSummarize above {' and '.join(shown)} in one word: "
-        return text
+            pieces.append(f"\nSummarize above {' and '.join(shown)} in one word: ")
+        return pieces
+
+    def _pieces(self, rendered: str) -> list[str | int]:
+        texts, controls = self._spelled.split(rendered), self._spelled.findall(rendered)
+        pieces: list[str | int] = [texts[0]]
+        for control, text in zip(controls, texts[1:], strict=True):
+            pieces += [self._controls[control], text]
+        return [piece for piece in pieces if piece != ""]
+
+    def _ids(self, pieces: list[str | int]) -> list[int]:
+        """Token ids; texts that follow one another are tokenized as one."""
+        ids: list[int] = []
+        for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
+            run = list(group)
+            ids += self._text_ids("".join(map(str, run))) if is_text else map(int, run)
+        return ids
+
+    def _text_ids(self, text: str) -> list[int]:
+        controls = set(self._controls.values()) - {self.tokenizer.unk_token_id}
+        return [one for one in self._plain.encode(text, add_special_tokens=False).ids if one not in controls]
 
     def _cut(self, text: str, tokens: int) -> str:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._text_ids(text)
         if len(ids) <= tokens:
             return text
         kept: str = self.tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False)

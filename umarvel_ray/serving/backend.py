@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,19 +20,26 @@ from ray.serve.metrics import Counter
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.hits import RERANK_DEPTH, Hit, fuse_hits
+from umarvel_ray.index.labels import Filters
 from umarvel_ray.index.records import Add, Delete, Record
 from umarvel_ray.index.writer import Committed
 from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
 from umarvel_ray.items.limits import MediaLimits
-from umarvel_ray.items.pair_encoder import PairEncoder
+from umarvel_ray.items.pair_encoder import EncodedPair, PairEncoder
+from umarvel_ray.items.pictures import Picture, PictureFormat
 from umarvel_ray.model.checkpoint import CheckpointRef
+from umarvel_ray.serving.access_log import location, log
 from umarvel_ray.serving.cache import Embedded, content_key, embedding_cache
+from umarvel_ray.serving.corpus import IndexState
+from umarvel_ray.serving.decoders import MEDIA, Decoders
 from umarvel_ray.serving.errors import BadItem, NotServed
-from umarvel_ray.serving.items import Item, library_item, place, remote_images
+from umarvel_ray.serving.items import Item, characters, library_item, place, remote_images
 from umarvel_ray.serving.remote import RemotePictures
 from umarvel_ray.serving.remote_model import ModelVersion, RemoteModel, RetryBudget, call_deployment
 from umarvel_ray.serving.settings import Service
 
+# What the models get in one call, so that other requests have their turn and no message is over the limit of gRPC.
+CALL_PAIRS, CALL_ITEMS, CALL_BYTES = 64, 256, 2**26
 LIGHT_TEXT = 2000  # characters; tokenizing fewer takes less time than handing them to a thread and back
 
 T = TypeVar("T")
@@ -44,6 +52,9 @@ class ReadItem:
     item: dict[str, Any]
     where: str
     index: int | None
+
+
+Undecoded = ReadItem | BadItem | None
 
 
 class PairEncoders(NamedTuple):
@@ -78,6 +89,7 @@ class Backend:
         self._rerank_weight = service.rerank_weight
         self._cache = embedding_cache(service.cache_mb * 2**20)
         self._remote = RemotePictures(service.limits)
+        self._decoders = Decoders(service.limits)
         self._items = Counter("umarvel_items", "items embedded, by where the vector came from", ("source",))
 
     @property
@@ -93,19 +105,24 @@ class Backend:
         """Convert a client's item or list of items to library items; `name` is its key in the request body.
 
         Raises:
-            BadItem: too many items.
+            BadItem: too many items, characters or URLs.
         """
-        if isinstance(given, list) and len(given) > self.limits.max_items:
-            raise BadItem(f"{name}: {len(given)} items; send at most {self.limits.max_items} at a time", name)
+        limits = self.limits
+        if isinstance(given, list) and len(given) > limits.max_items:
+            raise BadItem(f"{name}: {len(given)} items; send at most {limits.max_items} at a time", name)
 
         def read_one(index: int | None, item: str | Item) -> ReadItem:
             where = place(name, index)
-            return ReadItem(library_item(item, where, index, self.limits, fetched), where, index)
+            return ReadItem(library_item(item, where, index, limits, fetched), where, index)
 
         indexed: list[tuple[int | None, str | Item]] = (
             list(enumerate(given)) if isinstance(given, list) else [(None, given)]
         )
-        urls = [url for _, item in indexed for url in remote_images(item)]
+        if sum(characters(item) for _, item in indexed) > limits.max_request_text:
+            raise BadItem(f"{name}: over {limits.max_request_text} characters; send fewer texts at a time", name)
+        urls = [url for _, item in indexed for url in remote_images(item, limits.max_images)]
+        if len(urls) > limits.max_remote:
+            raise BadItem(f"{name}: {len(urls)} URLs; send at most {limits.max_remote} at a time", name)
         fetched = dict(zip(urls, await self._remote.fetch(urls), strict=True))
         light = all(isinstance(item, str) or not (item.image or item.video) for _, item in indexed)
         return await _run([partial(_catch, read_one, *one) for one in indexed], light)
@@ -130,26 +147,55 @@ class Backend:
             BadItem: the query.
             NotServed: there is no reranker.
         """
+        [scores] = await self.score_groups([(query, documents)], stored)
+        return scores
+
+    async def score_groups(
+        self, groups: Sequence[tuple[ReadItem, Sequence[ReadItem | BadItem]]], stored: bool = False
+    ) -> list[list[float | BadItem]]:
+        """P(yes) of each query's documents; the reranker gets up to `CALL_PAIRS` pairs at a time.
+
+        Args, raises: see `score`.
+        """
         model = self.reranker
 
-        async def work(version: ModelVersion[PairEncoders]) -> list[float | BadItem]:
+        async def work(version: ModelVersion[PairEncoders]) -> list[list[float | BadItem]]:
             encoders = version.encoder
+            form = encoders.client.items.picture_format
+            queries = await self._decoded([query for query, _ in groups], form)
+            given = [one for _, documents in groups for one in documents]
+            # The index's own documents were decoded when they came.
+            sides = iter([(one, None) for one in given] if stored else await self._decoded(given, form))
             encode_document = (encoders.stored if stored else encoders.client).encode_document
 
-            def prepare() -> list[Any]:
-                sides = [_encode(encode_document, document) for document in documents]
-                return [_encode(encoders.client.encode_query, query), *sides]
+            def prepare() -> list[tuple[EncodedPair | BadItem, list[EncodedPair | BadItem]]]:
+                return [
+                    (
+                        _encode(encoders.client.encode_query, *query),
+                        [_encode(encode_document, *next(sides)) for _ in documents],
+                    )
+                    for query, (_, documents) in zip(queries, groups, strict=True)
+                ]
 
-            prompt, *sides = await asyncio.to_thread(prepare)
-            require_good([prompt])
-            valid = [side for side in sides if not isinstance(side, BadItem)]
-            scores = iter(await model.call(lambda handle: handle.score.remote(version.identity, prompt, valid)))
-            return [side if isinstance(side, BadItem) else float(next(scores)) for side in sides]
+            prepared = await asyncio.to_thread(prepare)
+            prompts = require_good([prompt for prompt, _ in prepared])
+            pairs = [
+                (prompt, side)
+                for prompt, (_, sides) in zip(prompts, prepared, strict=True)
+                for side in sides
+                if not isinstance(side, BadItem)
+            ]
+            scores: list[float] = []
+            for part in in_calls(pairs, [prompt.nbytes + side.nbytes for prompt, side in pairs], CALL_PAIRS):
+                call = by_prompt(part)
+                scores += await model.call(lambda handle, call=call: handle.score.remote(version.identity, call))
+            left = iter(scores)
+            return [[side if isinstance(side, BadItem) else next(left) for side in sides] for _, sides in prepared]
 
         return await model.through_updates(work)
 
     async def search(
-        self, query: ReadItem, top_k: int, rerank: bool, filters: dict[str, list[str] | None], after: int
+        self, query: ReadItem, top_k: int, rerank: bool, filters: Filters, after: int
     ) -> tuple[list[Hit], dict[str, float]]:
         """The corpus's `top_k` documents, best first, and the milliseconds that each part of the search took.
 
@@ -209,10 +255,10 @@ class Backend:
         self._require_writer()
         return await self.embedder.through_updates(lambda version: self._commit(version, [Delete(id_) for id_ in ids]))
 
-    async def index_size(self) -> tuple[int, int]:
-        """The number of documents and of the last commit, as one replica sees them. Raises: NotServed."""
+    async def index_state(self) -> IndexState:
+        """The index as one replica sees it. Raises: NotServed."""
         search = _require(self._search, "an index", "index")
-        return await call_deployment(lambda: search.size.remote(), self._index_budget)
+        return await call_deployment(lambda: search.state.remote(), self._index_budget)
 
     @property
     def writable(self) -> bool:
@@ -226,26 +272,58 @@ class Backend:
         writer = self._require_writer()
         return await call_deployment(lambda: writer.commit.remote(version.identity, records), self._index_budget)
 
+    async def _decoded(
+        self, items: Sequence[Undecoded], form: PictureFormat
+    ) -> list[tuple[Undecoded, tuple[Picture, ...] | None]]:
+        """Items with their pictures, read in processes of their own; an item whose pictures are bad is bad."""
+        budget = self._decoders.budget()
+
+        async def decode(one: Undecoded) -> tuple[Undecoded, tuple[Picture, ...] | None]:
+            if not isinstance(one, ReadItem):
+                return one, None
+            try:
+                return one, await self._decoders.read(one.item, form, one.where, budget)
+            except UserError as error:
+                return BadItem(str(error), one.where, one.index), None
+            except Exception as error:
+                return _unforeseen(error, one), None
+
+        async with asyncio.TaskGroup() as group:  # if the client leaves, all of them end
+            tasks = [group.create_task(decode(one)) if _has_media(one) else None for one in items]
+        return [(one, None) if task is None else task.result() for one, task in zip(items, tasks, strict=True)]
+
     async def _embed(
         self, version: ModelVersion[ItemEncoder], items: Sequence[ReadItem | BadItem], side: str
     ) -> list[Embedded | BadItem]:
         keys = [None if isinstance(one, BadItem) else content_key(version.identity, side, one.item) for one in items]
         cached = [None if key is None else self._cache.get(key) for key in keys]
 
-        def encode(item: dict[str, Any], where: str) -> EncodedItem:
-            return version.encoder.encode(item, side, where)
+        unknown = [None if known is not None else one for known, one in zip(cached, items, strict=True)]
+        decoded = await self._decoded(unknown, version.encoder.picture_format)
 
-        def prepare(known: Embedded | None, one: ReadItem | BadItem) -> Embedded | EncodedItem | BadItem:
-            return known if known is not None else _encode(encode, one)
+        def encode(item: dict[str, Any], where: str, pictures: tuple[Picture, ...] | None) -> EncodedItem:
+            return version.encoder.encode(item, side, where, pictures)
 
-        prepared = await _run([partial(prepare, *pair) for pair in zip(cached, items, strict=True)], _is_light(items))
+        def prepare(
+            known: Embedded | None, one: ReadItem | BadItem | None, pictures: tuple[Picture, ...] | None
+        ) -> Embedded | EncodedItem | BadItem:
+            if known is not None:
+                return known
+            assert one is not None
+            return _encode(encode, one, pictures)
+
+        calls = [partial(prepare, known, *one) for known, one in zip(cached, decoded, strict=True)]
+        prepared = await _run(calls, _is_light(items))
         new = [one for one in prepared if isinstance(one, EncodedItem)]
         for source, count in (("model", len(new)), ("cache", sum(isinstance(one, Embedded) for one in prepared))):
             if count:
                 self._items.inc(count, {"source": source})
-        vectors = iter(
-            await self.embedder.call(lambda handle: handle.encode.remote(version.identity, new)) if new else ()
-        )
+        found: list[np.ndarray] = []
+        for call in in_calls(new, [one.nbytes for one in new], CALL_ITEMS):
+            found += list(
+                await self.embedder.call(lambda handle, call=call: handle.encode.remote(version.identity, call))
+            )
+        vectors = iter(found)
         embedded: list[Embedded | BadItem] = []
         for key, one in zip(keys, prepared, strict=True):
             if isinstance(one, EncodedItem):
@@ -254,6 +332,26 @@ class Backend:
                     self._cache.put(key, one)
             embedded.append(one)
         return embedded
+
+
+def in_calls(items: Sequence[T], sizes: Sequence[int], most: int) -> Iterator[Sequence[T]]:
+    """Consecutive parts of at most `most` items and, unless a single one is larger, `CALL_BYTES`."""
+    start = held = 0
+    for number, size in enumerate(sizes):
+        if number > start and (number - start == most or held + size > CALL_BYTES):
+            yield items[start:number]
+            start, held = number, 0
+        held += size
+    if start < len(items):
+        yield items[start:]
+
+
+def by_prompt(pairs: Sequence[tuple[EncodedPair, EncodedPair]]) -> list[tuple[EncodedPair, list[EncodedPair]]]:
+    """Pairs of a prompt and a document, with the documents of one prompt that follow one another together."""
+    return [
+        (prompts[0], list(documents))
+        for prompts, documents in (zip(*group, strict=True) for _, group in groupby(pairs, lambda pair: id(pair[0])))
+    ]
 
 
 async def _run(calls: list[Callable[[], T]], light: bool) -> list[T]:
@@ -284,13 +382,24 @@ def require_good(items: Sequence[T | BadItem]) -> list[T]:
     return good
 
 
-def _encode(encode: Callable[[dict[str, Any], str], T], one: ReadItem | BadItem) -> T | BadItem:
+def _has_media(one: Undecoded) -> bool:
+    return isinstance(one, ReadItem) and any(key in one.item for key in MEDIA)
+
+
+def _encode(encode: Callable[..., T], one: ReadItem | BadItem, pictures: tuple[Picture, ...] | None) -> T | BadItem:
     if isinstance(one, BadItem):
         return one
     try:
-        return encode(one.item, one.where)
+        return encode(one.item, one.where, pictures)
     except UserError as error:
         return BadItem(str(error), one.where, one.index)
+    except Exception as error:  # one item that nobody foresaw is no reason to fail the others
+        return _unforeseen(error, one)
+
+
+def _unforeseen(error: Exception, one: ReadItem) -> BadItem:
+    log(None, event="error", **location(error))
+    return BadItem(f"{one.where}: cannot be read ({type(error).__name__})", one.where, one.index)
 
 
 def _catch(make: Callable[..., T], *args: Any) -> T | BadItem:

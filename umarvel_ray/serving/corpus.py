@@ -6,7 +6,10 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from ray import serve
@@ -14,22 +17,31 @@ from ray import serve
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.corpus import Corpus
 from umarvel_ray.index.hits import Hit
+from umarvel_ray.index.labels import Filters
 from umarvel_ray.index.live import LiveIndex
 from umarvel_ray.index.records import Add, Record
-from umarvel_ray.index.writer import Committed, IndexWriter
+from umarvel_ray.index.writer import Committed, IndexWriter, Locked
 from umarvel_ray.items.family import read_model_config
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.model.vectors import truncate_array
 from umarvel_ray.recipe import Data
-from umarvel_ray.serving.errors import NotSeen
+from umarvel_ray.serving.errors import Busy, NotSeen
+from umarvel_ray.serving.follower import FOLLOW_S, Follower
 from umarvel_ray.serving.replicas import SingleThread, check_identity, slots_used
 
-FOLLOW_S = 0.2  # how often a replica reads the writer's log
 AFTER_S = 10  # how long a search waits for the commit in `after`
 COMMIT_SLOTS = 64
-LOCK_WAIT_S = 120  # how long a new writer waits for the previous one to exit, in an update
+LOCK_REPORT_S = 60  # how often a writer says that it is still waiting for another one to exit
 
 logger = logging.getLogger("ray.serve")
+
+
+class IndexState(NamedTuple):
+    """The index as one replica sees it."""
+
+    documents: int
+    sequence: int  # of the last commit it has read
+    behind_s: float  # since it last read the log to its end; 0 if the index is read-only
 
 
 def open_base(checkpoint: CheckpointRef, index: str | None, data: str) -> tuple[Corpus | None, int]:
@@ -57,12 +69,11 @@ class SearchDeployment:
         self._checkpoint = checkpoint
         corpus, self._dimension = open_base(checkpoint, index, data)
         self._index = LiveIndex.open(live, checkpoint.identity, self._dimension, base=corpus)
-        if live:
-            threading.Thread(target=self._follow, daemon=True).start()
+        self._follower = Follower(self._index) if live else None
+        if self._follower:
+            self._follower.start()
 
-    async def search(
-        self, identity: str, vector: np.ndarray, top_k: int, filters: dict[str, list[str] | None], after: int
-    ) -> list[Hit]:
+    async def search(self, identity: str, vector: np.ndarray, top_k: int, filters: Filters, after: int) -> list[Hit]:
         """The nearest documents that pass the filters, best first.
 
         Args:
@@ -80,21 +91,17 @@ class SearchDeployment:
             if time.monotonic() > deadline:
                 raise NotSeen(after, self._index.sequence)
             await asyncio.sleep(FOLLOW_S / 4)
-        return await asyncio.to_thread(
-            self._index.search, truncate_array(vector[None], self._dimension)[0], top_k, **filters
-        )
+        vector = truncate_array(vector[None], self._dimension)[0]
+        return await asyncio.to_thread(self._index.search, vector, top_k, filters=filters)
 
-    async def size(self) -> tuple[int, int]:
-        """The number of documents, and the number of the last commit this replica has read."""
-        return len(self._index), self._index.sequence
+    async def state(self) -> IndexState:
+        behind_s = self._follower.behind_s if self._follower else 0.0
+        return IndexState(len(self._index), self._index.sequence, behind_s)
 
-    def _follow(self) -> None:
-        while True:
-            try:
-                self._index.follow()
-            except UserError as error:  # everything read before remains searchable
-                logger.error("the live index cannot be followed: %s", error)
-            time.sleep(FOLLOW_S)
+    def check_health(self) -> None:
+        """Serve calls this, and replaces the replica if it keeps failing. Raises: see `Follower.check_health`."""
+        if self._follower:
+            self._follower.check_health()
 
 
 def commit_slots(requests: list[list[Record]]) -> int:
@@ -105,27 +112,62 @@ def commit_slots(requests: list[list[Record]]) -> int:
 
 @serve.deployment(max_ongoing_requests=256, max_queued_requests=1024, ray_actor_options={"num_cpus": 0.25})
 class WriterDeployment:
-    """The index's only writer. Waiting requests are committed, and synced to disk, together."""
+    """The index's only writer. Waiting requests are committed, and synced to disk, together.
+
+    In an update Serve starts a new replica before the old one has exited, and may keep the old one until the new one is
+    ready. A new one is therefore ready before it holds the index, and takes it when the old one exits.
+    """
 
     def __init__(self, checkpoint: CheckpointRef, index: str | None, data: str, live: str) -> None:
         self._checkpoint = checkpoint
         corpus, self._dimension = open_base(checkpoint, index, data)
-        ids = corpus.index.ids if corpus else ()
-        self._writer = IndexWriter.open(live, checkpoint.identity, self._dimension, ids, wait_s=LOCK_WAIT_S)
+        ids: Iterable[str] = corpus.index.ids if corpus else ()
+        self._open = partial(IndexWriter.open, live, checkpoint.identity, self._dimension, ids)
         self._runner, self._compacting = SingleThread(), threading.Lock()
+        self._writer: IndexWriter | None = None
+        self._failure: UserError | None = None
+        try:
+            self._writer = self._open()
+        except Locked:
+            threading.Thread(target=self._take_over, daemon=True).start()
 
     async def commit(self, identity: str, records: list[Record]) -> Committed:
-        """Commit records; they are on disk when this returns. Raises: see `check_identity`."""
+        """Commit records; they are on disk when this returns.
+
+        Raises:
+            Busy: another writer still holds the index.
+            CheckpointMismatch: see `check_identity`.
+        """
         check_identity(self._checkpoint, identity)
+        if self._writer is None:
+            raise Busy
         await self._runner.idle()
         return await self._commit(records)
 
+    def check_health(self) -> None:
+        """Serve calls this, and replaces the replica if it keeps failing. Raises: UserError: see `IndexWriter.open`."""
+        if self._failure:
+            raise self._failure
+
+    def _take_over(self) -> None:
+        while True:
+            try:
+                self._writer = self._open(wait_s=LOCK_REPORT_S)
+                return
+            except Locked as error:
+                logger.warning("commits wait: %s", error)
+            except UserError as error:  # a new replica reports it when it starts
+                self._failure = error
+                return
+
     @serve.batch(max_batch_size=COMMIT_SLOTS, batch_wait_timeout_s=0, batch_size_fn=commit_slots)
     async def _commit(self, requests: list[list[Record]]) -> list[Committed]:
+        writer = self._writer
+        assert writer is not None
         all_records = [self._truncate(record) for records in requests for record in records]
-        done = await self._runner.run(self._writer.commit, all_records)
-        if self._writer.needs_compaction and not self._compacting.locked():
-            threading.Thread(target=self._compact, daemon=True).start()
+        done = await self._runner.run(writer.commit, all_records)
+        if writer.needs_compaction and not self._compacting.locked():
+            threading.Thread(target=self._compact, args=(writer,), daemon=True).start()
         existed = iter(done.existed)
         return [Committed(done.sequence, [next(existed) for _ in records]) for records in requests]
 
@@ -134,9 +176,9 @@ class WriterDeployment:
             return record
         return replace(record, vector=truncate_array(record.vector[None], self._dimension)[0])
 
-    def _compact(self) -> None:
+    def _compact(self, writer: IndexWriter) -> None:
         with self._compacting:
             try:
-                self._writer.compact()
+                writer.compact()
             except UserError as error:  # the log stays as it is; the next commit tries again
                 logger.error("the live index's log could not be compacted: %s", error)

@@ -55,8 +55,10 @@ class ErrorResponse(BaseModel):
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "an invalid item or request body"},
     401: {"model": ErrorResponse, "description": "no valid API key"},
+    403: {"model": ErrorResponse, "description": "the API key may not change the index"},
     404: {"model": ErrorResponse, "description": "a model or component that is not served"},
     409: {"model": ErrorResponse, "description": "a commit that the index has not reached"},
+    408: {"model": ErrorResponse, "description": "the request body did not arrive in time"},
     413: {"model": ErrorResponse, "description": "the request body is too large"},
     429: {"model": ErrorResponse, "description": "too many requests with this key; see Retry-After"},
     503: {"model": ErrorResponse, "description": "the service is overloaded; see Retry-After"},
@@ -66,6 +68,11 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 def error_body(message: str, kind: str, param: str | None = None, index: int | None = None) -> dict[str, Any]:
     """An `ErrorResponse` as JSON."""
     return {"error": {"message": message, "type": kind, "param": param, "index": index, "code": None}}
+
+
+def refusal(status: int, message: str, kind: str, param: str | None = None) -> JSONResponse:
+    """A response of middleware, before any route."""
+    return JSONResponse(error_body(message, kind, param), status)
 
 
 def add_handlers(app: FastAPI) -> None:

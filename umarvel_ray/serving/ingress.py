@@ -12,9 +12,11 @@ from umarvel_ray.serving.auth import Keys
 from umarvel_ray.serving.backend import Backend
 from umarvel_ray.serving.errors import ERROR_RESPONSES, RETRY_AFTER_S, add_handlers
 from umarvel_ray.serving.middleware import guard
-from umarvel_ray.serving.routes import cohere, embeddings, index, page, rerank, search, system
+from umarvel_ray.serving.routes import cohere, embeddings, index, page, rerank, search, system, tei
 from umarvel_ray.serving.settings import Limits, Service
 from umarvel_ray.version import __version__
+
+CONNECTIONS = 4096  # of slow clients whose bodies are not complete, too; see `Limits.max_requests`
 
 
 def make_app(backend: Backend | None, limits: Limits, keys: Keys) -> FastAPI:
@@ -24,15 +26,15 @@ def make_app(backend: Backend | None, limits: Limits, keys: Keys) -> FastAPI:
     )
     app.state.backend = backend
     add_handlers(app)
-    for module in (embeddings, cohere, rerank, search, index, system, page):
+    for module in (embeddings, cohere, tei, rerank, search, index, system, page):
         app.include_router(module.router, responses=ERROR_RESPONSES)
     guard(app, limits, keys)
     return app
 
 
 @serve.deployment(
-    max_ongoing_requests=256,
-    max_queued_requests=256,
+    max_ongoing_requests=CONNECTIONS,
+    max_queued_requests=CONNECTIONS,
     backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
     ray_actor_options={"num_cpus": 0.25},
 )

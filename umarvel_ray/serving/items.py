@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from umarvel_ray.serving.errors import BadItem
+from umarvel_ray.serving.fields import Body
 from umarvel_ray.serving.remote import BadRemote
 from umarvel_ray.serving.settings import Limits
 
 URL = ("http://", "https://")
-
-
-class Body(BaseModel):
-    """A request body. Unknown keys are errors, so a misspelled option does not go unnoticed."""
-
-    model_config = ConfigDict(extra="forbid")
+URL_ALPHABET, WHITESPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n"
 
 
 # A union's branch is chosen by the JSON type, so that an invalid value gets a single error, about the intended branch.
@@ -42,13 +39,20 @@ def by_type(message: str) -> Discriminator:
     return Discriminator(tag, custom_error_type="item", custom_error_message=message)
 
 
-Strings = Annotated[String | Annotated[list[str], Tag("a list")], by_type("give a string or a list of strings")]
+Strings = Annotated[
+    String | Annotated[list[str], Field(fail_fast=True), Tag("a list")], by_type("give a string or a list of strings")
+]
 
 
 class Item(Body):
-    """Text, pictures, a video, or a combination. The instruction says what to look for (queries only)."""
+    """Text, pictures, a video, or a combination. The instruction says what to look for (queries only).
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red car", "instruction": "Find a picture."}]})
+    Unknown keys are errors here: a misspelled one would change what is embedded.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"text": "a red car", "instruction": "Find a picture."}]}
+    )
 
     text: str | None = None
     image: Strings | None = Field(default=None, description="data URI, base64, or a URL of an allowed host")
@@ -62,7 +66,7 @@ class Item(Body):
 
 _Item = Annotated[Item, Tag("an item")]
 OneItem = Annotated[String | _Item, by_type("give a string or an item {text, image, video, instruction}")]
-Items = Annotated[list[OneItem], Field(min_length=1)]
+Items = Annotated[list[OneItem], Field(min_length=1, fail_fast=True)]
 OneOrMore = Annotated[
     String | _Item | Annotated[Items, Tag("a list")],
     by_type("give a string, an item {text, image, video, instruction}, or a list of them"),
@@ -74,9 +78,8 @@ class TextPart(Body):
     text: str
 
 
-class Url(BaseModel):
+class Url(Body):
     url: str
-    detail: str | None = Field(default=None, description="accepted for OpenAI clients, ignored")
 
 
 class ImagePart(Body):
@@ -90,6 +93,47 @@ class VideoPart(Body):
 
 
 Part = Annotated[TextPart | ImagePart | VideoPart, Discriminator("type")]
+Parts = Annotated[list[Part], Field(min_length=1, fail_fast=True)]
+
+
+class Content(Body):
+    """An item as content parts, as vLLM writes it."""
+
+    content: Annotated[String | Annotated[Parts, Tag("a list")], by_type("give a string or a list of parts")]
+
+    @property
+    def item(self) -> Item:
+        return Item(text=self.content) if isinstance(self.content, str) else item_of_parts(self.content)
+
+
+def _form(value: Any) -> str | None:
+    """How an item or a list of items is written."""
+    if isinstance(value, dict):
+        return "content" if "content" in value else "an item"
+    if isinstance(value, BaseModel):
+        return "content" if isinstance(value, Content) else "an item"
+    return _TAGS.get(type(value))
+
+
+_Content = Annotated[Content, Tag("content")]
+OneOrParts = Annotated[
+    String | _Item | _Content,
+    Discriminator(_form, custom_error_type="item", custom_error_message="give a string, an item or {content}"),
+]
+ItemsOrParts = Annotated[list[OneOrParts], Field(min_length=1, fail_fast=True)]
+OneOrMoreOrParts = Annotated[
+    String | _Item | _Content | Annotated[ItemsOrParts, Tag("a list")],
+    Discriminator(
+        _form, custom_error_type="item", custom_error_message="give a string, an item, {content}, or a list of them"
+    ),
+]
+
+
+def plain(given: Any) -> Any:
+    """The same items, content parts among them as items."""
+    if isinstance(given, list):
+        return [plain(one) for one in given]
+    return given.item if isinstance(given, Content) else given
 
 
 def item_of_parts(parts: Sequence[Part]) -> Item:
@@ -105,9 +149,16 @@ def place(name: str, index: int | None) -> str:
     return name if index is None else f"{name}[{index}]"
 
 
-def remote_images(item: str | Item) -> list[str]:
-    """The item's pictures that are URLs."""
-    return [] if isinstance(item, str) else [image for image in item.images if image.startswith(URL)]
+def characters(item: str | Item) -> int:
+    """How long the item's text and instruction are together."""
+    return len(item) if isinstance(item, str) else len(item.text or "") + len(item.instruction or "")
+
+
+def remote_images(item: str | Item, limit: int) -> list[str]:
+    """The item's pictures that are URLs; none if it has more pictures than `limit`, for then it is refused anyway."""
+    if isinstance(item, str) or len(item.images) > limit:
+        return []
+    return [image for image in item.images if image.startswith(URL)]
 
 
 def library_item(
@@ -160,13 +211,18 @@ def _fetched(content: bytes | BadRemote, param: str, index: int | None) -> bytes
 
 def _content(value: str, param: str, index: int | None, limit: int, kind: str = "image") -> bytes:
     header, comma, payload = value.partition(",")
-    if comma and not (header.startswith(f"data:{kind}/") and header.endswith(";base64")):
+    if comma and not re.fullmatch(rf"data:({kind}/[^,;]*|application/octet-stream)?(;[^,;]+)*;base64", header, re.I):
         raise BadItem(f"{param}: a data URI must start with data:{kind}/…;base64,", param, index)
     payload = payload if comma else value
-    if len(payload) * 3 // 4 > limit:
+    if len(payload) * 3 // 4 > limit + limit // 32:  # line breaks may be among it
         raise BadItem(f"{param}: over {limit / 2**20:g} MiB; send a smaller file", param, index)
     try:
-        return base64.b64decode(payload, validate=True)
+        # As mail and browsers write base64: with line breaks, with the alphabet of URLs, without padding.
+        digits = payload.encode("ascii").translate(URL_ALPHABET, WHITESPACE)
+        content = base64.b64decode(digits.rstrip(b"=") + b"=" * (-len(digits.rstrip(b"=")) % 4), validate=True)
+        if len(content) > limit:
+            raise BadItem(f"{param}: over {limit / 2**20:g} MiB; send a smaller file", param, index)
+        return content
     except (binascii.Error, ValueError):
         message = (
             f"{param}: send a data URI or base64; paths are not read, and URLs are fetched only from allowed hosts"

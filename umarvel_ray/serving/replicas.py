@@ -124,7 +124,7 @@ class EmbedderDeployment:
 class RerankerDeployment:
     """The pointwise reranker. It batches the candidates of one query, whose prefix is computed once.
 
-    Queries are processed one at a time.
+    Calls are processed one at a time.
     """
 
     def __init__(self, checkpoint: CheckpointRef, runtime: Runtime) -> None:
@@ -134,7 +134,11 @@ class RerankerDeployment:
         self._reranker.score("warm-up", ["warm-up"])
         self._runner = SingleThread()
 
-    async def score(self, identity: str, query: EncodedPair, documents: list[EncodedPair]) -> np.ndarray:
-        """P(yes) per document, float32 (n,). Raises: see `check_identity`."""
+    async def score(self, identity: str, groups: list[tuple[EncodedPair, list[EncodedPair]]]) -> list[float]:
+        """P(yes) of each query's documents, one list for all queries. Raises: see `check_identity`."""
         check_identity(self._checkpoint, identity)
-        return await self._runner.run(self._reranker.score_encoded, query, documents)
+
+        def work() -> list[float]:
+            return [float(p) for query, documents in groups for p in self._reranker.score_encoded(query, documents)]
+
+        return await self._runner.run(work)

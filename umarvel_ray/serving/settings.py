@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from umarvel_ray.errors import UserError
@@ -25,14 +24,15 @@ class Runtime(NamedTuple):
 
         Ray's own default is the number of logical CPUs the actor requested, which need not reflect its share.
         """
+        import torch  # only where a model runs: who starts the service need not wait for it
+
         torch.set_num_threads(self.threads or max(1, (os.cpu_count() or 1) // replicas))
 
 
 class Limits(BaseModel):
     """Limits on a request. Sizes are in bytes unless noted otherwise; None means no limit.
 
-    max_pixels: of a picture or a video frame. Decoding takes up to 16 bytes per pixel, and as many pictures are decoded
-    at once as there are threads (cores + 4): 0.25 GB each at the default.
+    max_pixels: of a picture or a video frame. Decoding takes up to 16 bytes per pixel: 0.25 GB at the default.
     requests_per_minute: per key and ingress replica; n replicas let up to n times as many through.
     allowed_media_hosts: hosts that pictures may be fetched from: `images.example.org`, or `*.example.org` for every
     host below it but not itself; prefix `http://` for plain HTTP, append `:8080` for another port. Empty: nothing is
@@ -41,19 +41,28 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    max_items: PositiveInt = 96  # as in Cohere's API
+    max_items: PositiveInt = 2048  # as in OpenAI's API
     max_text: PositiveInt = 32_768  # characters
+    max_request_text: PositiveInt = 4_194_304  # characters, of all items together
     max_images: PositiveInt = 8  # per item
     max_image_bytes: PositiveInt = 10_485_760
     max_pixels: PositiveInt = 16_777_216  # 4096²
     max_video_bytes: PositiveInt = 33_554_432
     max_video_seconds: PositiveFloat = 120.0
     max_video_pixels: PositiveInt = 2_000_000_000  # over all frames: a minute of 720p at 30 frames per second
+    max_decode_s: PositiveFloat = 30.0  # to decode a request's pictures and videos
+    decoder_bytes: PositiveInt = 1_610_612_736  # memory of a decoding process; a replica has one for every two cores
     max_body_bytes: PositiveInt = 67_108_864
+    max_body_values: PositiveInt = 262_144  # strings, commas and opening brackets of the JSON
+    body_timeout_s: PositiveFloat = 60.0  # for the body to arrive
+    max_held_bytes: PositiveInt = 536_870_912  # bodies that an ingress replica holds at a time
+    max_requests: PositiveInt = 512  # that an ingress replica answers at a time
     requests_per_minute: PositiveFloat | None = None
     allowed_media_hosts: tuple[str, ...] = ()
     remote_timeout_s: PositiveFloat = 10.0  # for all pictures of a request together, redirects included
     max_remote_bytes: PositiveInt = 67_108_864  # likewise; each picture is also limited by max_image_bytes
+    unknown_fields: Literal["ignore", "forbid"] = "ignore"  # of request bodies; ignored ones are named in a header
+    max_remote: PositiveInt = 256  # pictures that are fetched for a request
 
     def media(self) -> MediaLimits:
         """The limits for decoding pictures and videos: bytes only, no paths, and only web formats."""

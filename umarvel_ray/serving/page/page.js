@@ -11,6 +11,8 @@ const form = at("search");
 const fields = form.elements;
 let picture = null; // {uri, name} of the query's picture
 let running = null; // AbortController of the request in progress
+const first = fields.instruction.defaultValue; // the instruction that a new page begins with; it is for texts
+let chosen = false; // whether a person chose the instruction, or a link did
 let models = null; // a promise, settled once the service's models are known
 
 // The query: in the form, in the URL, on the wire.
@@ -30,7 +32,7 @@ function readForm() {
 
 function writeForm(query) {
   fields.text.value = query.text;
-  fields.instruction.value = query.instruction;
+  setInstruction(query.instruction);
   offerSources(query.source);
   for (const name of ["modality", "source"])
     for (const box of form.querySelectorAll(`[name=${name}]`)) box.checked = query[name].includes(box.value);
@@ -38,6 +40,16 @@ function writeForm(query) {
   fields.top_k.value = query.topK;
   if (!fields.top_k.value) fields.top_k.selectedIndex = 0;
   showPicture(query.picture);
+}
+
+function setInstruction(instruction) {
+  fields.instruction.value = instruction;
+  at("instructions").value = instruction;
+}
+
+function chooseInstruction(instruction) {
+  setInstruction(instruction);
+  chosen = true;
 }
 
 function toAddress({ text, instruction, modality, source, rerank, topK }) {
@@ -52,7 +64,7 @@ function fromAddress() {
   const params = new URLSearchParams(location.hash.slice(1));
   return {
     text: params.get("text") ?? "",
-    instruction: params.get("instruction") ?? "",
+    instruction: params.get("instruction") ?? (location.hash.length > 1 ? "" : first),
     picture: history.state?.picture ?? null, // not in the link, but the Back button restores it
     modality: params.getAll("modality"),
     source: params.getAll("source"),
@@ -146,6 +158,7 @@ async function search() {
 }
 
 function restore() {
+  chosen = location.hash.length > 1;
   writeForm(fromAddress());
   search();
 }
@@ -182,7 +195,7 @@ function showAnswer({ results, timings }, total) {
   offerSources(results.map((result) => result.source));
   const measured = Object.entries(TIMINGS).filter(([, name]) => timings[name] >= 0.05);
   const parts = measured.map(([part, name]) => element("span", `${part} ${duration(timings[name])}`, part));
-  const whole = element("span", `${counted(results.length)} in `);
+  const whole = element("span", `${counted(results.length)}${ofKinds(results)} in `);
   whole.append(element("b", duration(total)));
   at("status").replaceChildren(whole, " ", ...parts.flatMap((part) => [part, " "]));
   showTimes(Object.values(TIMINGS).map((name) => timings[name]), total);
@@ -241,6 +254,13 @@ function offerSources(names) {
 const element = (tag, textContent, className = "") => Object.assign(document.createElement(tag), { textContent, className });
 const counted = (number) => `${number || "No"} ${number === 1 ? "result" : "results"}`;
 
+/** How many of the results are texts, pictures …, if they are of several kinds. */
+function ofKinds(results) {
+  const numbers = Map.groupBy(results, ({ modality }) => KINDS[modality] ?? modality);
+  if (numbers.size < 2) return "";
+  return ` (${[...numbers].map(([kind, own]) => `${own.length} × ${kind}`).join(", ")})`;
+}
+
 function duration(ms) {
   if (ms >= 1000) return `${(ms / 1000).toFixed(2)} s`;
   return `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
@@ -259,6 +279,7 @@ async function takePicture(file) {
   try {
     const uri = await smaller(file);
     showPicture({ uri, name: file.name });
+    if (!chosen) setInstruction("");
     submit();
   } catch {
     showError(`${file.name}: the browser cannot open this as a picture; use a PNG, JPEG, WebP or GIF file`);
@@ -304,7 +325,7 @@ function removePicture() {
 
 function moreLike({ id, document: { text, image } }) {
   fields.text.value = text ?? "";
-  fields.instruction.value = ""; // it belonged to the previous query
+  setInstruction(""); // it belonged to the previous query
   showPicture(image ? { uri: image, name: text || id } : null);
   scrollTo({ top: 0 });
   at("answer-title").focus({ preventScroll: true }); // the button is about to be removed
@@ -318,7 +339,9 @@ form.addEventListener("submit", (event) => {
   if (matchMedia("(pointer: coarse)").matches) document.activeElement.blur(); // the keyboard covers the results
   submit();
 });
+form.addEventListener("input", ({ target }) => target === fields.instruction && chooseInstruction(target.value));
 form.addEventListener("change", ({ target }) => {
+  if (target === at("instructions")) chooseInstruction(target.value);
   if (target === fields.file) takeFirstPicture(target);
   else if (target !== fields.text && remember(readForm())) search();
 });
@@ -375,5 +398,6 @@ function walk(event) {
   next.focus();
 }
 
+chosen = location.hash.length > 1;
 writeForm(fromAddress());
 begin();

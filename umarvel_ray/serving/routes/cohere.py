@@ -1,26 +1,29 @@
-"""Cohere's embed route, version 2; its rerank route is in rerank.py with Jina's."""
+"""Cohere's embed routes, versions 1 and 2; its rerank route is in rerank.py with Jina's."""
 
 from __future__ import annotations
 
 import uuid
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from umarvel_ray.serving.items import Body, Item, Part, item_of_parts
+from umarvel_ray.serving.fields import Body
+from umarvel_ray.serving.items import Item, Parts, item_of_parts
 from umarvel_ray.serving.routes.common import Name, Served, check_model, split_bad
 from umarvel_ray.serving.routes.embeddings import shorten, wire_vector
 
 router = APIRouter(tags=["embeddings"])
 
-EmbeddingType = Literal["float", "base64", "binary", "ubinary"]
+EmbeddingType = Literal["float", "base64", "binary", "ubinary", "int8", "uint8"]
+
+
+InputKind = Literal["search_query", "search_document", "classification", "clustering", "image"]
 
 
 class Input(Body):
-    content: Annotated[list[Part], Field(min_length=1)]
+    content: Parts
 
 
 class EmbedRequest(Body):
@@ -31,11 +34,11 @@ class EmbedRequest(Body):
     )
 
     model: Name | None = None
-    input_type: Literal["search_query", "search_document", "classification", "clustering", "image"]
-    texts: Annotated[list[str], Field(min_length=1)] | None = None
-    images: Annotated[list[str], Field(min_length=1)] | None = None
-    inputs: Annotated[list[Input], Field(min_length=1)] | None = None
-    embedding_types: Annotated[tuple[EmbeddingType, ...], Field(min_length=1)] = ("float",)
+    input_type: InputKind
+    texts: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
+    images: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
+    inputs: Annotated[list[Input], Field(min_length=1, fail_fast=True)] | None = None
+    embedding_types: Annotated[tuple[EmbeddingType, ...], Field(min_length=1, max_length=6)] = ("float",)
     output_dimension: Annotated[int, Field(ge=1)] | None = None
     truncate: Literal["NONE", "START", "END"] = Field(
         default="END", description="accepted for Cohere clients, ignored: long texts are truncated at the end"
@@ -57,6 +60,21 @@ class EmbedRequest(Body):
         return "inputs", [item_of_parts(one.content) for one in self.inputs or ()]
 
 
+class OldEmbedRequest(EmbedRequest):
+    """Version 1: neither `input_type` nor `embedding_types` is needed."""
+
+    input_type: InputKind = "search_document"
+    embedding_types: Annotated[tuple[EmbeddingType, ...], Field(max_length=6)] = ()
+
+
+class OldEmbedResponse(BaseModel):
+    id: str
+    embeddings: list[list[float]] | dict[str, list[Any]] = Field(description="floats, or by the types asked for")
+    texts: list[str]
+    response_type: Literal["embeddings_floats", "embeddings_by_type"]
+    meta: dict[str, Any]
+
+
 class EmbedResponse(BaseModel):
     id: str
     embeddings: dict[str, list[Any]]
@@ -75,15 +93,20 @@ async def embed(body: EmbedRequest, backend: Served) -> EmbedResponse:
     vectors = [shorten(one.vector, body.output_dimension) for _, one in kept]
     return EmbedResponse(
         id=str(uuid.uuid4()),
-        embeddings={kind: [_typed(vector, kind) for vector in vectors] for kind in body.embedding_types},
+        embeddings={kind: [wire_vector(vector, kind) for vector in vectors] for kind in body.embedding_types},
         texts=body.texts,
         meta={"api_version": {"version": "2"}, "billed_units": {"input_tokens": sum(one.tokens for _, one in kept)}},
     )
 
 
-def _typed(vector: np.ndarray, kind: EmbeddingType) -> Any:
-    """One vector as JSON. `binary` and `ubinary` pack eight signs per byte, the first as the highest bit."""
-    if kind in ("float", "base64"):
-        return wire_vector(vector, kind)
-    packed = np.packbits(vector > 0)
-    return (packed if kind == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)).tolist()
+@router.post("/v1/embed")
+async def embed_as_version_1(body: OldEmbedRequest, backend: Served) -> OldEmbedResponse:
+    """The same vectors in the response of Cohere's version 1."""
+    found = await embed(body.model_copy(update={"embedding_types": body.embedding_types or ("float",)}), backend)
+    return OldEmbedResponse(
+        id=found.id,
+        embeddings=found.embeddings if body.embedding_types else found.embeddings["float"],
+        texts=found.texts or [],
+        response_type="embeddings_by_type" if body.embedding_types else "embeddings_floats",
+        meta=found.meta | {"api_version": {"version": "1"}},
+    )

@@ -9,7 +9,9 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from umarvel_ray.index.records import Add
-from umarvel_ray.serving.items import Body, Item
+from umarvel_ray.serving.fields import Body
+from umarvel_ray.serving.items import Item
+from umarvel_ray.serving.metadata import MetadataName, MetadataValue
 from umarvel_ray.serving.routes.common import ItemError, OnError, Served, split_bad
 
 router = APIRouter(tags=["index"])
@@ -18,12 +20,20 @@ Id = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
 class Document(Body):
-    """A searchable document: text, a picture, or both. It replaces any document that has the same id."""
+    """A searchable document: text, a picture, or both. It replaces any document that has the same id.
+
+    Unknown keys are errors here: what stands under a misspelled one would be lost.
+    """
+
+    model_config = ConfigDict(extra="forbid")
 
     id: Id
     text: str | None = None
     image: str | None = Field(default=None, description="data URI, base64, or a URL of an allowed host")
     source: Annotated[str, StringConstraints(max_length=512)] = Field(default="added", description="label to filter by")
+    metadata: Annotated[dict[MetadataName, MetadataValue], Field(max_length=16)] = Field(
+        default={}, description="further labels to filter by", examples=[{"language": "en", "year": 2024}]
+    )
 
 
 class AddRequest(Body):
@@ -57,14 +67,15 @@ class DeleteResponse(BaseModel):
 class IndexResponse(BaseModel):
     documents: int
     sequence: int = Field(description="number of the last commit that the responding replica has read")
+    behind_s: float = Field(description="seconds since that replica last read the commits; under 1 unless it cannot")
     writable: bool
 
 
 @router.get("/v1/index")
 async def index(backend: Served) -> IndexResponse:
     """The size and state of the index."""
-    documents, sequence = await backend.index_size()
-    return IndexResponse(documents=documents, sequence=sequence, writable=backend.writable)
+    state = await backend.index_state()
+    return IndexResponse(**state._asdict(), writable=backend.writable)
 
 
 @router.post("/v1/index")
@@ -75,7 +86,8 @@ async def add(body: AddRequest, backend: Served) -> AddResponse:
     def record(number: int, item: dict[str, Any], vector: np.ndarray) -> Add:
         document = body.documents[number]
         modality = ",".join(name for name in ("image", "text") if name in item)
-        return Add(document.id, vector, modality, document.source, item.get("text"), item.get("image"))
+        content = {name: item.get(name) for name in ("text", "image")}
+        return Add(document.id, vector, modality, document.source, **content, metadata=document.metadata)
 
     read = await backend.read(items, "documents")
     embedded, done = await backend.add(read, record, body.on_error == "skip")

@@ -1,17 +1,19 @@
-"""The rerank routes of Jina and Cohere, and vLLM's score route."""
+"""The rerank routes of Jina, Cohere, vLLM and TEI, and vLLM's score route."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from umarvel_ray.serving.backend import require_good
 from umarvel_ray.serving.errors import BadItem
-from umarvel_ray.serving.items import Body, Item, Items, OneItem, OneOrMore
+from umarvel_ray.serving.fields import Body
+from umarvel_ray.serving.items import Item, ItemsOrParts, OneOrMoreOrParts, OneOrParts, plain
 from umarvel_ray.serving.routes.common import ItemError, Name, OnError, Served, check_model, split_bad
 
 router = APIRouter(tags=["rerank"])
@@ -27,8 +29,8 @@ class RerankRequest(Body):
         }
     )
 
-    query: OneItem
-    documents: Items
+    query: OneOrParts
+    documents: ItemsOrParts
     model: Name | None = None
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = False
@@ -58,9 +60,9 @@ async def rerank(body: RerankRequest, backend: Served) -> RerankResponse:
     """Documents by P(yes), best first."""
     model = backend.reranker
     check_model(body.model, model)
-    [query] = require_good(await backend.read(body.query, "query"))
-    documents = await backend.read(body.documents, "documents")
-    kept, errors = split_bad(await backend.score(query, documents), body.on_error)
+    [query] = require_good(await backend.read(plain(body.query), "query"))
+    given = plain(body.documents)
+    kept, errors = split_bad(await backend.score(query, await backend.read(given, "documents")), body.on_error)
     best = sorted(kept, key=lambda pair: -pair[1])[: body.top_n]
     return RerankResponse(
         id=str(uuid.uuid4()),
@@ -69,12 +71,54 @@ async def rerank(body: RerankRequest, backend: Served) -> RerankResponse:
             RerankResult(
                 index=number,
                 relevance_score=score,
-                document=_as_item(body.documents[number]) if body.return_documents else None,
+                document=_as_item(given[number]) if body.return_documents else None,
             )
             for number, score in best
         ],
         errors=errors,
     )
+
+
+class TeiRequest(Body):
+    """The rerank request of Hugging Face's Text Embeddings Inference."""
+
+    query: str
+    texts: Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    raw_scores: bool = Field(default=False, description="the logit of P(yes) instead")
+    return_text: bool = False
+
+
+class TeiResult(BaseModel):
+    index: int
+    score: float
+    text: str | None = None
+
+
+def _written_for(body: Any) -> str:
+    return "tei" if isinstance(body, TeiRequest) or (isinstance(body, dict) and "texts" in body) else "others"
+
+
+@router.post("/rerank")
+async def rerank_unprefixed(
+    body: Annotated[
+        Annotated[TeiRequest, Tag("tei")] | Annotated[RerankRequest, Tag("others")], Discriminator(_written_for)
+    ],
+    backend: Served,
+) -> list[TeiResult] | RerankResponse:
+    """The route of vLLM, infinity and TEI; TEI's requests have `texts`."""
+    if isinstance(body, RerankRequest):
+        return await rerank(body, backend)
+    [query] = require_good(await backend.read(body.query, "query"))
+    scores = require_good(await backend.score(query, await backend.read(list(body.texts), "texts")))
+    best = sorted(enumerate(scores), key=lambda pair: -pair[1])
+    return [
+        TeiResult(
+            index=number,
+            score=_logit(score) if body.raw_scores else score,
+            text=body.texts[number] if body.return_text else None,
+        )
+        for number, score in best
+    ]
 
 
 class ScoreRequest(Body):
@@ -83,10 +127,11 @@ class ScoreRequest(Body):
         json_schema_extra={"examples": [{"queries": "a red car", "documents": ["a car", "a dog"]}]},
     )
 
-    queries: OneOrMore = Field(
-        validation_alias=AliasChoices("queries", "text_1"), description="one for all documents, or one per document"
+    queries: OneOrMoreOrParts = Field(
+        validation_alias=AliasChoices("queries", "text_1", "data_1"),
+        description="one for all documents, or one per document",
     )
-    documents: OneOrMore = Field(validation_alias=AliasChoices("documents", "text_2"))
+    documents: OneOrMoreOrParts = Field(validation_alias=AliasChoices("documents", "text_2", "data_2"))
     model: Name | None = None
 
 
@@ -104,13 +149,14 @@ class ScoreResponse(BaseModel):
 
 
 @router.post("/v1/score")
+@router.post("/score", include_in_schema=False)
 async def score(body: ScoreRequest, backend: Served) -> ScoreResponse:
     """P(yes) of pairs, in order: one query with every document, or each query with the document at its position.
 
     With the embedder's name as `model`, the scores are cosines.
     """
-    queries = require_good(await backend.read(body.queries, "queries"))
-    documents = require_good(await backend.read(body.documents, "documents"))
+    queries = require_good(await backend.read(plain(body.queries), "queries"))
+    documents = require_good(await backend.read(plain(body.documents), "documents"))
     if len(queries) not in (1, len(documents)):
         raise BadItem(
             f"queries: {len(queries)} for {len(documents)} documents; give one query, or one per document", "queries"
@@ -125,11 +171,16 @@ async def score(body: ScoreRequest, backend: Served) -> ScoreResponse:
         check_model(body.model, backend.reranker)
         name = backend.reranker.name
         groups = [documents] if len(queries) == 1 else [[document] for document in documents]
-        scored = await asyncio.gather(*(backend.score(*pair) for pair in zip(queries, groups, strict=True)))
+        scored = await backend.score_groups(list(zip(queries, groups, strict=True)))
         scores = [score for group in scored for score in require_good(group)]
     return ScoreResponse(
         id=str(uuid.uuid4()), model=name, data=[Score(index=i, score=score) for i, score in enumerate(scores)]
     )
+
+
+def _logit(p: float) -> float:
+    p = min(max(p, 1e-9), 1 - 1e-9)
+    return math.log(p / (1 - p))
 
 
 def _as_item(item: str | Item) -> Item:

@@ -8,19 +8,35 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from umarvel_ray.index.hits import Hit
+from umarvel_ray.index.labels import Filters
 from umarvel_ray.items.images import picture_uri
 from umarvel_ray.serving.backend import require_good
-from umarvel_ray.serving.items import Body, Item, OneItem
+from umarvel_ray.serving.fields import Body
+from umarvel_ray.serving.items import Item, OneItem
+from umarvel_ray.serving.metadata import MetadataName, MetadataValue
 from umarvel_ray.serving.routes.common import Name, Served
 
 router = APIRouter(tags=["search"])
 
 
 class Filter(Body):
-    """Restricts the results to documents with any of the modalities and any of the sources."""
+    """Restricts the results to documents that have one of the values given under each name.
+
+    Unknown keys are errors here: a misspelled one would find what it should have left out.
+    """
+
+    model_config = ConfigDict(extra="forbid")
 
     modality: Annotated[list[Name], Field(min_length=1)] | None = Field(default=None, examples=[["image"]])
     source: Annotated[list[Name], Field(min_length=1)] | None = None
+    metadata: Annotated[
+        dict[MetadataName, Annotated[list[MetadataValue], Field(min_length=1, max_length=256)]], Field(max_length=16)
+    ] = Field(default={}, description="added with documents, or further columns of the corpus")
+
+    @property
+    def labels(self) -> Filters:
+        given: dict[str, list[str] | None] = {"modality": self.modality, "source": self.source}
+        return {**self.metadata, **{name: values for name, values in given.items() if values is not None}}
 
 
 class SearchRequest(Body):
@@ -65,8 +81,7 @@ class SearchResponse(BaseModel):
 async def search(body: SearchRequest, backend: Served) -> SearchResponse:
     """The best documents for a query. With `rerank`, the reranker scores the nearest ones again."""
     [query] = require_good(await backend.read(body.query, "query"))
-    filters = {"modalities": body.filter.modality, "sources": body.filter.source}
-    hits, timings = await backend.search(query, body.top_k, body.rerank, filters, body.after)
+    hits, timings = await backend.search(query, body.top_k, body.rerank, body.filter.labels, body.after)
     return SearchResponse(results=[_result(hit, body.return_documents) for hit in hits], timings=Timings(**timings))
 
 

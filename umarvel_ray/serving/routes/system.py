@@ -11,7 +11,9 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse
 from ray import serve
 
+from umarvel_ray.serving.errors import NotServed
 from umarvel_ray.serving.routes.common import Served
+from umarvel_ray.version import __version__
 
 router = APIRouter(tags=["system"])
 METRICS_TIMEOUT_S = 5
@@ -32,6 +34,7 @@ async def health() -> JSONResponse:
 
 
 @router.get("/v1/models")
+@router.get("/models", include_in_schema=False)
 async def models(backend: Served) -> dict[str, Any]:
     """The models by folder name; `identity` is a digest of the weights and settings."""
     data = [
@@ -39,6 +42,21 @@ async def models(backend: Served) -> dict[str, Any]:
         for model in backend.models
     ]
     return {"object": "list", "data": data}
+
+
+@router.get("/v1/models/{name}")
+async def model(name: str, backend: Served) -> dict[str, Any]:
+    """One of the models."""
+    for served in (await models(backend))["data"]:
+        if served["id"] == name:
+            return served
+    raise NotServed(f"no model '{name[:256]}'; GET /v1/models lists them")
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """The version of umarvel-ray."""
+    return {"version": __version__}
 
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})

@@ -1,0 +1,97 @@
+"""`umarvel serve` as a person meets it: where it answers, how it stops, and what is wrong in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.served import call, service_of
+
+UMARVEL = [sys.executable, "-m", "umarvel_ray.cli", "serve", "--config"]
+
+
+def config(run: Path, folder: Path, port: int, **changes) -> Path:
+    args = service_of(run, **changes).model_dump(exclude={"limits"})
+    application = {"name": "a", "route_prefix": "/", "import_path": "umarvel_ray.serving.app:build", "args": args}
+    made = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(made))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def start(tmp_path_factory):
+    """Start the command in a Ray of its own."""
+    started = []
+
+    def begin(path: Path) -> subprocess.Popen:
+        own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment = own | {"RAY_TMPDIR": str(tmp_path_factory.mktemp("r")), "TMPDIR": str(path.parent)}
+        process = subprocess.Popen(
+            [*UMARVEL, str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as in the background of a shell
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_it_says_where_it_answers_and_stops_when_asked(run, tmp_path, start, stop):
+    port = free_port()
+    process = start(config(run, tmp_path, port, live=str(tmp_path / "live")))
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if "Ctrl-C" in line:
+            break
+    assert f"  search page   http://127.0.0.1:{port}/" in lines, lines
+    assert len(lines) < 30
+    assert not [line for line in lines if "WARNING" in line or "INFO" in line]
+    assert call(f"http://127.0.0.1:{port}/v1/embeddings", {"input": "a fox"})[0] == 200
+    process.send_signal(stop)
+    rest = process.stdout.read()
+    assert (rest, process.wait(60)) == ("umarvel: stopping\n", 0)
+    with pytest.raises(OSError, match=r"refused"):
+        call(f"http://127.0.0.1:{port}/health")
+
+
+def test_a_port_in_use_is_one_line(run, tmp_path, start):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        process = start(config(run, tmp_path, taken.getsockname()[1]))
+        output = process.communicate()[0]
+    assert process.returncode == 2
+    assert output.count("\n") == 1
+    assert "set another port" in output
+
+
+def test_what_the_service_refuses_is_one_line(run, tmp_path, start):
+    path = config(run, tmp_path, free_port(), keys=str(tmp_path / "none.txt"))
+    process = start(path)
+    output = process.communicate()[0]
+    assert process.returncode == 2
+    assert "API keys cannot be read" in output.splitlines()[-1]
+    assert "Traceback" not in output
