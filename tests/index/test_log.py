@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 
+from tests.support.logs import end_of, payloads_of, write
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.log import Damaged, LogWriter, Position, log_path, read_log
 
@@ -19,21 +20,6 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda handle: None)
     (tmp_path / "log-000000000001").touch()
     return tmp_path
-
-
-def write(folder, payloads, end=None):
-    log = LogWriter(folder, end or Position())
-    ends = [log.append(payload) for payload in payloads]
-    log.close()
-    return ends
-
-
-def payloads_of(folder, start=None):
-    return [payload for _, payload in read_log(folder, start or Position())]
-
-
-def end_of(folder):
-    return [Position(), *(position for position, _ in read_log(folder, Position()))][-1]
 
 
 def test_a_file_is_what_its_docstring_says(folder):

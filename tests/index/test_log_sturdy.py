@@ -15,6 +15,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from tests.support.logs import end_of, payloads_of, write
 from umarvel_ray.errors import UserError
 from umarvel_ray.index import frames
 from umarvel_ray.index.frames import MAGIC
@@ -38,17 +39,6 @@ def new_folder():
         yield folder
     finally:
         shutil.rmtree(folder)
-
-
-def write(folder, payloads, end=None):
-    log = LogWriter(folder, end or Position())
-    ends = [log.append(payload) for payload in payloads]
-    log.close()
-    return ends
-
-
-def payloads_of(folder, start=None):
-    return [payload for _, payload in read_log(folder, start or Position())]
 
 
 def fake_frame(offset, payload=b"forged", previous=0):
@@ -223,7 +213,7 @@ def test_a_log_cut_anywhere_holds_the_commits_before_the_cut(payloads, data):
         kept = [payload for payload, end in zip(payloads, ends, strict=True) if cut.startswith(whole[: end.offset])]
         path.write_bytes(cut)
         assert payloads_of(folder) == kept
-        write(folder, [b"next"], [Position(), *(position for position, _ in read_log(folder, Position()))][-1])
+        write(folder, [b"next"], end_of(folder))
         assert payloads_of(folder) == [*kept, b"next"]
 
 

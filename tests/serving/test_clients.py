@@ -8,30 +8,17 @@ import math
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from ray import serve
 
-from tests.support.served import call, service_of
+from tests.support.served import call
 from tests.support.tiny_run import picture
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.reranker import Reranker
-from umarvel_ray.serving.app import build
 from umarvel_ray.serving.auth import Keys
 from umarvel_ray.serving.ingress import make_app
 from umarvel_ray.serving.settings import Limits
 
 PICTURE = picture(3)
 TEXTS = ["a red fox", "two boats near a pier"]
-
-
-@pytest.fixture(scope="module")
-def service(run):
-    return service_of(run)
-
-
-@pytest.fixture(scope="module")
-def url(address, service) -> str:
-    serve.run(build(service), name="umarvel", route_prefix="/")
-    return address
 
 
 @pytest.fixture(scope="module")

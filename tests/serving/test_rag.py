@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ray import serve
 
 from tests.conftest import REPO
-from tests.support.served import call, service_of
+from tests.support.served import call
 from umarvel_ray.model.embedder import Embedder
-from umarvel_ray.serving.app import build
 
 CLIENTS = Path(sys.prefix) / "clients"  # `make test-all` installs requirements-clients.lock there
 DOCUMENTS = ["a red fox", "two boats near a pier"]
@@ -36,17 +34,6 @@ pytestmark = [
         not CLIENTS.is_dir(), reason="LangChain and LlamaIndex are not installed; make test-all installs them"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def service(run):
-    return service_of(run)
-
-
-@pytest.fixture(scope="module")
-def url(address, service) -> str:
-    serve.run(build(service), name="umarvel", route_prefix="/")
-    return address
 
 
 @pytest.fixture(scope="module")

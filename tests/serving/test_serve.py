@@ -20,7 +20,7 @@ import pytest
 from ray import serve
 
 from tests.conftest import REPO
-from tests.support.served import call, service_of
+from tests.support.served import call
 from tests.support.tiny_run import TEXTS, picture
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import CheckpointRef
@@ -31,7 +31,6 @@ from umarvel_ray.serving.app import build
 from umarvel_ray.serving.auth import Keys
 from umarvel_ray.serving.ingress import Ingress
 from umarvel_ray.serving.replicas import SLOT_TOKENS, SLOTS, EmbedderDeployment, batch_slots
-from umarvel_ray.serving.settings import Service
 
 PNG = base64.b64encode(picture(1)).decode()
 PNG_URI = f"data:image/png;base64,{PNG}"
@@ -76,17 +75,6 @@ print(json.dumps({
     "rerank": [[one.index, one.relevance_score] for one in best.results],
 }))
 """
-
-
-@pytest.fixture(scope="module")
-def service(run) -> Service:
-    return service_of(run)
-
-
-@pytest.fixture(scope="module")
-def url(address, service):
-    serve.run(build(service), name="umarvel", route_prefix="/")
-    return address
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,8 @@ class UMarvelEmbedding(InputModule):
         self._controls: dict[str, int] = tokenizer.get_added_vocab()
         longest_first = sorted(self._controls, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first)))
+        # A vocabulary may hold its control tokens as words too; an unknown character is no structure.
+        self._unwanted = set(self._controls.values()) - {tokenizer.unk_token_id}
         # For users' texts: does not know the control tokens, so no text becomes structure.
         self._plain = Tokenizer(tokenizer.backend_tokenizer.model)
         for part in ("normalizer", "pre_tokenizer"):
@@ -279,8 +281,7 @@ class UMarvelEmbedding(InputModule):
         return ids
 
     def _text_ids(self, text: str) -> list[int]:
-        controls = set(self._controls.values()) - {self.tokenizer.unk_token_id}
-        return [one for one in self._plain.encode(text, add_special_tokens=False).ids if one not in controls]
+        return [one for one in self._plain.encode(text, add_special_tokens=False).ids if one not in self._unwanted]
 
     def _cut(self, text: str, tokens: int) -> str:
         ids = self._text_ids(text)
