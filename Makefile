@@ -26,11 +26,13 @@ serve: setup
 test: setup lint
 	@$(BIN)/python -m pytest -m "not slow"
 
-$(VENV)/clients: requirements-clients.lock $(STAMP)
-	@$(BIN)/python tools/install.py --no-deps --upgrade --target=$@ -r $<
+# Other projects' clients, in an environment of their own.
+$(VENV)/clients/.installed: requirements-clients.lock $(STAMP)
+	@[ -x $(VENV)/clients/bin/python ] || $(BIN)/python -m venv $(VENV)/clients
+	@$(VENV)/clients/bin/python tools/install.py -r $<
 	@touch $@
 
-test-all: setup lint $(VENV)/clients
+test-all: setup lint $(VENV)/clients/.installed
 	@$(BIN)/python -m pytest
 
 # The lower bounds of pyproject.toml, in an environment of their own, with the locked test tools.

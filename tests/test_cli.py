@@ -79,6 +79,34 @@ def test_a_dry_run_prints_the_resolved_recipe_and_creates_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_reader_that_has_gone_ends_the_work_without_a_word():
+    """As `umarvel … | head -1` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "umarvel_ray.cli", "demo", "--dry-run"]
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=REPO, timeout=120, check=False)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
+def test_what_the_terminal_cannot_show_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"query": "q{n}", "pos": ["é{n}"]}}\n' for n in range(20)))
+    command = [sys.executable, "-m", "umarvel_ray.cli", "import", tmp_path / "a.jsonl", "--to", tmp_path / "out"]
+    process = run(*command, env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert (process.returncode, process.stderr) == (0, "")
+    assert re.search(r"\?q\d+\? \? \?\?\d+\?", process.stdout)
+    assert (tmp_path / "out").is_dir()
+
+
+def test_paths_may_begin_with_the_home_folder_and_may_not_be_empty(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"query": "q{n}", "pos": ["p{n}"]}}\n' for n in range(20)))
+    command = [sys.executable, "-m", "umarvel_ray.cli", "import"]
+    process = run(*command, "~/a.jsonl", "--to", "~/out", env={"HOME": str(tmp_path)})
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "out" / "recipe.yaml").is_file()
+    assert_one_line(run(*command, "", "--to", "out"), 2, "the path is empty")
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_each_job_is_a_plain_script(job, monkeypatch, capsys):
     """In this process, to save eight starts of Python; a test below runs a job in a process of its own."""

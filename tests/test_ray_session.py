@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import socket
+
 import pytest
 import ray
 
@@ -47,3 +50,14 @@ def test_another_error_is_not_hidden(slow_starts):
     with pytest.raises(RuntimeError, match="no space left"), start_ray():
         pass
     assert started == ["local"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "[::1]:{}", "nowhere.invalid:{}"])
+def test_a_cluster_that_does_not_answer_is_one_line_at_once(monkeypatch, address):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = address.format(free.getsockname()[1])
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=re.escape(f"no Ray cluster at RAY_ADDRESS={address} (")), start_ray():
+        pytest.fail("connected")

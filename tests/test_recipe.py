@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.recipe import SHIPPED, Phase, dump_recipe, load_recipe
-from umarvel_ray.runs import Run
+from umarvel_ray.runs import Run, read_run_recipe
 from umarvel_ray.train.engine import learning_rate
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def keys_of(tree: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{prefix}{key}.")
 
 
 def test_the_papers_recipes_are_shipped():
@@ -161,15 +172,81 @@ def test_a_wrong_override_is_one_line_that_names_the_key(override, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1,", "line"), ("- 1\n- 2\n", "mapping"), ("extends: nowhere\n", "nowhere"), ("name: x\n", "base")],
+    [
+        ("a: [1,", "line"),
+        ("- 1\n- 2\n", "mapping"),
+        ("extends: nowhere\n", "nowhere"),
+        ("name: x\n", "base"),
+        ("extends: broken.yaml\n", "broken.yaml: it extends itself"),
+        ("extends: [demo, demo]\n", "extends is ['demo', 'demo']"),
+        ("extends: 3\n", "extends is 3"),
+        (f"extends: {'a' * 5000}\n", "no recipe 'aaa"),
+        (b"extends: demo\nname: caf\xe9\n", "byte 24 is not UTF-8; save the file as UTF-8"),
+        ("extends: demo\nname: é\n".encode("utf-16"), "byte 1 is not UTF-8"),
+        ("extends: demo\nseed: 1\nseed: 2\n", "line 2: not valid YAML (key 'seed' occurs twice)"),
+        ("extends: demo\nstage1: {text: {epochs: 1, epochs: 2}}\n", "key 'epochs' occurs twice"),
+        ("extends: demo\nname: " + "[" * 3000, "nested too deeply"),
+        ("extends: demo\nname: " + "[" * 60 + "]" * 60, "name: Input should be a valid string"),
+        ("extends: demo\nname: 2024-13-45\n", "month must be in 1..12"),
+        ("extends: demo\nname: ''\n", "name: Value error, is empty"),
+        ('extends: demo\nname: "a\\0b"\n', "cannot be printed"),
+        ('extends: demo\ndata: {root: "a\\nb"}\n', "data.root: Value error"),
+        ("extends: demo\nstage1: {text: {epochs: .inf}}\n", "stage1.text.epochs: Input should be a finite number"),
+        ("extends: demo\nstage1: {text: {learning_rate: .inf}}\n", "finite"),
+        ("extends: demo\nstage2: {mining: {max_similarity: .nan}}\n", "max_similarity"),
+        ("extends: demo\nevaluate: {rerank_weight: .inf}\n", "rerank_weight"),
+        ("extends: demo\ncluster: {cpus_per_worker: .inf}\n", "cpus_per_worker"),
+        ("extends: demo\nseed: -1\n", "seed: Input should be greater"),
+        (f"extends: demo\nseed: {2**63}\n", "seed: Input should be less"),
+        ("extends: demo\noutput: 'runs/{x}'\n", "output: Value error, {x} is not replaced by anything"),
+    ],
 )
-def test_a_broken_file_is_one_line_that_names_it(text, message, tmp_path):
+def test_a_broken_file_is_one_line_that_names_it(text, message, tmp_path, monkeypatch):
     path = tmp_path / "broken.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         load_recipe(str(path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: ./a.yaml\n")
+    with pytest.raises(UserError, match="extends itself"):
+        load_recipe("a.yaml")
+
+
+FINITE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(sorted(keys_of(load_recipe("demo").model_dump()))), FINITE)
+def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key, value):
+    try:
+        recipe = load_recipe("demo", [f"{key}={yaml.safe_dump(value)}"])
+    except UserError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert recipe.run_dir
+        assert load_recipe("demo", [f"{key}={yaml.safe_dump(value)}"]) == recipe
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = load_recipe("demo", ["data.root=~/data", "output=~/runs/{name}", "base=~/base"])
+    assert (recipe.data.root, str(recipe.run_dir), recipe.base) == (
+        "/home/me/data",
+        "/home/me/runs/demo",
+        "/home/me/base",
+    )
 
 
 @pytest.mark.parametrize(("scaling", "rate"), [("none", 1e-4), ("sqrt", 2.828427e-4), ("linear", 8e-4)])
@@ -190,18 +267,12 @@ def test_a_folder_made_before_a_key_existed_is_the_same_run(tmp_path):
         Run.open(load_recipe("demo", [f"output={tmp_path}", "stage3.train.kind=contrastive"]))
 
 
-def test_no_shipped_file_has_a_key_twice():
-    class Strict(yaml.SafeLoader):
-        pass
-
-    def mapping(loader, node):
-        keys = [key.value for key, _ in node.value]
-        assert len(keys) == len(set(keys)), f"a key twice in line {node.start_mark.line + 1}"
-        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    for name in NAMES:
-        yaml.load((SHIPPED / f"{name}.yaml").read_text(), Strict)
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"- 1\n", b""])
+def test_a_runs_damaged_recipe_is_one_line(content, tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    for open_ in (lambda: Run.open(load_recipe("demo", [f"output={tmp_path}"])), lambda: read_run_recipe(tmp_path)):
+        with pytest.raises(UserError, match=r"recipe\.yaml"):
+            open_()
 
 
 def test_phases_train_adapters_on_the_language_model_by_default():

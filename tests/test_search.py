@@ -15,6 +15,7 @@ from tests.support.tiny_run import TEXTS, make_run, picture
 from umarvel_ray import search
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.faiss_index import build_index
+from umarvel_ray.index.hits import Hit
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.recipe import load_recipe
@@ -134,6 +135,13 @@ def test_the_page_holds_its_pictures(run, tmp_path):
     assert shown == [picture(7), *[hit.document["image"] for hit in hits if hit.document["image"]]]
     assert "<b>" not in page
     assert "http" not in page
+
+
+def test_the_page_shows_all_pictures_of_a_document(tmp_path):
+    document = {"id": "d", "text": None, "image": [picture(1), picture(2)], "modality": "image", "source": "s"}
+    search.write_page(tmp_path / "page.html", {"text": "a"}, [Hit(document, 0.5)])
+    shown = re.findall(r'src="data:image/png;base64,([^"]+)"', (tmp_path / "page.html").read_text())
+    assert [base64.b64decode(data) for data in shown] == [picture(1), picture(2)]
 
 
 def test_a_page_that_cannot_be_written(run, tmp_path):

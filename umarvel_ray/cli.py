@@ -1,12 +1,14 @@
 """`umarvel VERB [RECIPE] key=value … [--dry-run]`, and the entry point shared by the scripts in `jobs/`.
 
-A user error or a full disk ends in one line on stderr and exit status 2, Ctrl-C in one line and status 130.
+A user error or a full disk ends in one line on stderr and exit status 2, Ctrl-C in one line and status 130, a closed
+pipe in status 141.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +40,7 @@ ENVIRONMENT_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
 }  # fmt: skip
 INTERRUPTED = 130
+PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +48,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def path(text: str) -> Path:
+    """A path on the command line, where `~` is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(os.path.expanduser(text))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,23 +85,29 @@ def _main(argv: list[str] | None) -> None:
         _add_switches(job)
         job.set_defaults(job_name=job_name, run=_run_job_verb)
     load = verbs.add_parser("import", help="make a data folder of your own pictures and texts, and a recipe for it")
-    load.add_argument("source", type=Path, help="a folder or a file (docs/your-data.md)")
-    load.add_argument("--to", type=Path, required=True, metavar="DIR", help="the data folder to create")
+    load.add_argument("source", type=path, help="a folder or a file (docs/your-data.md)")
+    load.add_argument("--to", type=path, required=True, metavar="DIR", help="the data folder to create")
     load.add_argument("--kind", help="what the source is, such as captions or webdataset; default: found out")
+    load.add_argument("--caption", metavar="KEY", help="of a picture's JSON, if several keys may hold its caption")
     load.add_argument(
         "--instruction", action="append", default=[], help="of all queries, or of one task: 'task0=Find a photo.'"
     )
     load.add_argument("--holdout", help="queries of validation and of test: a share or a count (5%%, 100 to 1000)")
     load.add_argument("--seed", type=int, default=42, help="of the draw of validation and test (42)")
     load.set_defaults(run=_run_import)
-    index = verbs.add_parser("index", help="build a faiss index from embedded documents")
-    index.add_argument("embeddings", nargs="?", type=Path, default=Path("runs/demo/embeddings/documents"))
-    index.add_argument("output", nargs="?", type=Path, default=Path("runs/demo/index"))
+    index = verbs.add_parser(
+        "index", help="build a faiss index from embedded documents, or copy them into a service's store"
+    )
+    index.add_argument("embeddings", nargs="?", type=path, default=Path("runs/demo/embeddings/documents"))
+    index.add_argument("output", nargs="?", type=path, default=Path("runs/demo/index"))
     index.add_argument("--factory", help="a faiss factory string, such as HNSW32; default: chosen by size")
+    index.add_argument(
+        "--config", type=path, help="copy the documents of this Serve config's index and live into its store instead"
+    )
     index.set_defaults(run=_run_index)
     export = verbs.add_parser("export", help="export a run's checkpoint to a folder for release")
     export.add_argument("words", nargs="*", metavar="[RECIPE] key=value", help="the run's recipe (demo)")
-    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder to create")
+    export.add_argument("--to", type=path, required=True, metavar="DIR", help="the folder to create")
     export.add_argument(
         "--phase", help="text, image-text, …, or reranker; default: the last finished phase of the embedder"
     )
@@ -102,10 +118,10 @@ def _main(argv: list[str] | None) -> None:
     search.add_argument("text", nargs="?", help="the query text")
     search.add_argument("--image", help="a query picture, alone or with the text")
     search.add_argument("--instruction", help="what kind of document to find, in words")
-    search.add_argument("--run", dest="folder", type=Path, default=Path("runs/demo"), help="run folder (runs/demo)")
+    search.add_argument("--run", dest="folder", type=path, default=Path("runs/demo"), help="run folder (runs/demo)")
     search.add_argument("--top-k", type=int, default=10, help="number of results (10)")
     search.add_argument("--rerank", action="store_true", help="rerank the best results")
-    search.add_argument("--html", type=Path, help="also write the results, with pictures, to this HTML file")
+    search.add_argument("--html", type=path, help="also write the results, with pictures, to this HTML file")
     search.set_defaults(run=_run_search)
     serve = verbs.add_parser("serve", help="serve embeddings, reranking and search over HTTP")
     serve.add_argument("model", nargs="?", help="an embedder's checkpoint; default: as the config file says")
@@ -113,7 +129,7 @@ def _main(argv: list[str] | None) -> None:
     serve.add_argument("--index", help="a folder of embeddings or a saved index; without it, no search")
     serve.add_argument("--data", help="the documents behind the index: builtin:demo or a Parquet folder")
     serve.add_argument("--live", help="a folder for documents that clients add; without it, none are taken")
-    serve.add_argument("--config", type=Path, help="a Ray Serve config file; default: the shipped one")
+    serve.add_argument("--config", type=path, help="a Ray Serve config file; default: the shipped one")
     serve.set_defaults(run=_run_serve)
     options, late = parser.parse_known_args(argv)
     if late and ("words" not in options or any(word.startswith("-") for word in late)):
@@ -136,10 +152,10 @@ def _run_job_verb(options: argparse.Namespace) -> None:
 
 def _recipe_words(words: list[str]) -> tuple[str, list[str]]:
     """Split arguments into the recipe's name and its overrides."""
-    recipes = [word for word in words if "=" not in word]
+    recipes = [word for word in words if "=" not in word or os.path.isfile(word)]
     if len(recipes) > 1:
         raise UserError(f"one recipe at a time, not {' and '.join(recipes)}; write changes as key=value")
-    return recipes[0] if recipes else "demo", [word for word in words if "=" in word]
+    return recipes[0] if recipes else "demo", [word for word in words if word not in recipes]
 
 
 def _run_job(job_name: str, source: str, overrides: list[str], options: argparse.Namespace) -> None:
@@ -149,35 +165,54 @@ def _run_job(job_name: str, source: str, overrides: list[str], options: argparse
 
         print(dump_recipe(recipe), *(f"# {line}".rstrip() for line in estimate(recipe).splitlines()), sep="\n")
         return
-    with open_run(recipe, options.verbose) as run:
+    with open_run(recipe, options.verbose, job_name) as run:
         from umarvel_ray.pipeline import JOBS
 
         JOBS[job_name](run)
 
 
 @contextmanager
-def open_run(recipe: Recipe, verbose: bool = False) -> Iterator[Run]:
-    """Open a run folder and start Ray, as a driver needs them."""
+def open_run(recipe: Recipe, verbose: bool = False, job: str | None = None) -> Iterator[Run]:
+    """Open a run folder and start Ray, as a driver needs them; before Ray, look at what the job reads."""
     if not recipe.cluster.gpus_per_worker:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns about guessing
     prepare_environment()
+    from umarvel_ray.preflight import check_job
     from umarvel_ray.runs import Run
 
+    is_new = not Run(recipe, recipe.run_dir).recipe_path.exists()
     run = Run.open(recipe)
-    with run.held(), start_ray(verbose=verbose):
+    with run.held():
         try:
-            yield run
-        except SystemExit:  # raised by the Ctrl-C handler that Ray Train installs
-            raise KeyboardInterrupt from None
+            if job:
+                check_job(run, job)
+        except UserError:
+            if is_new:  # nothing was made by this recipe: the folder shall take a mended one
+                run.recipe_path.unlink()
+            raise
+        with start_ray(verbose=verbose):
+            try:
+                yield run
+            except SystemExit:  # raised by the Ctrl-C handler that Ray Train installs
+                raise KeyboardInterrupt from None
 
 
 def _run_import(options: argparse.Namespace) -> None:
     from umarvel_ray.importing.importer import import_dataset
 
-    import_dataset(options.source, options.to, options.kind, options.instruction, options.holdout, options.seed)
+    import_dataset(
+        options.source, options.to, options.kind, options.instruction, options.holdout, options.seed, options.caption
+    )
 
 
 def _run_index(options: argparse.Namespace) -> None:
+    if options.config:
+        if not options.config.is_file():
+            raise UserError(f"no Serve config {options.config}; give --config FILE")
+        from umarvel_ray.serving.store import fill_store
+
+        fill_store(options.config)
+        return
     from umarvel_ray.index.faiss_index import build_index
 
     build_index(options.embeddings, options.output, options.factory)
@@ -199,7 +234,8 @@ def _run_export(options: argparse.Namespace) -> None:
 
 
 def _run_search(options: argparse.Namespace) -> None:
-    fields = {"text": options.text, "image": options.image, "instruction": options.instruction}
+    image = options.image and os.path.expanduser(options.image)
+    fields = {"text": options.text, "image": image, "instruction": options.instruction}
     query = {key: value for key, value in fields.items() if value is not None}
     if not query.keys() & {"text", "image"}:
         raise UserError("nothing to search for; give a text, --image FILE, or both")
@@ -237,9 +273,19 @@ def _run_serve(options: argparse.Namespace) -> None:
 
 
 def guard(work: Callable[[], None]) -> int:
-    """Run a driver's work and return the exit status; an error that the user can fix is one line on stderr."""
+    """Run a driver's work and return the exit status; an error that the user can fix is one line on stderr.
+
+    What the terminal's encoding lacks is shown as "?". A reader of the output that has gone, such as `head`, ends the
+    work without a word.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         work()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed there at the exit
+        return PIPE_CLOSED
     except KeyboardInterrupt:
         print("umarvel: interrupted; run the same command again to resume", file=sys.stderr)
         return INTERRUPTED

@@ -43,7 +43,7 @@ from umarvel_ray.mining.mine import candidates_of, easy_of, kept_of, negatives_o
 from umarvel_ray.mining.mine import mine as mine_negatives
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.model.distillation import teacher_scores
-from umarvel_ray.preflight import check_tables
+from umarvel_ray.preflight import sampled_count
 from umarvel_ray.ragged import Ragged, flat
 from umarvel_ray.recipe import (
     DISTILLATION,
@@ -97,7 +97,6 @@ def open_actors(run: Run, existing: Actors | None = None) -> Iterator[Actors]:
 
 def run_pipeline(run: Run) -> None:
     """Run all stages, with an evaluation after stage 1 and at the end."""
-    check_tables(run)
     with open_actors(run) as actors:
         train_stage1(run)
         evaluate(run, actors)
@@ -219,11 +218,7 @@ def plan_stage3(run: Run, actors: Actors | None = None) -> PlannedStage:
     embedder, reranker = (CheckpointRef.of(run.parent(phase, "stage 3")) for phase in (HARD_NEGATIVES, RERANKER))
     phase, name = settings.train, settings.train.queries
     whole = _training_data(run, run.open_dataset(), name)
-    count = round(settings.sample * whole.queries(name).n)
-    if not count:
-        raise UserError(
-            f"stage3.sample is {settings.sample:g}, none of the {whole.queries(name).n:,} queries of '{name}'; raise it"
-        )
+    count = sampled_count(recipe, whole.queries(name).n, f"{whole.root}: '{name}'")
     sampled = sample_queries(whole.queries(name), count, recipe.seed)
     data = with_sampled_pools(whole.with_queries(name, sampled), name, recipe.stage2.mining.max_pool, recipe.seed)
     spec = phase_spec(run, DISTILLATION, phase, HARD_NEGATIVES)

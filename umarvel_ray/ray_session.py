@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ LOCAL = {
 }
 LOCAL_CPUS = 4  # logical; lets two training workers, two embedders and the readers run on a two-core laptop
 STARTS, TOO_SLOW = 3, "timed out during startup"
+CONNECT_S = 20  # to a cluster that may be far away
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
@@ -58,6 +60,7 @@ def start_ray(
     if ray.is_initialized():
         yield
     elif "RAY_ADDRESS" in os.environ:
+        _require_reachable(os.environ["RAY_ADDRESS"])
         try:
             ray.init(logging_level=logging.WARNING, log_to_driver=verbose)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -84,6 +87,24 @@ def start_ray(
         finally:
             ray.shutdown()
             shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _require_reachable(address: str) -> None:
+    """Try to connect: Ray itself would wait for minutes.
+
+    Args:
+        address: of a cluster, if it names a host and a port; "auto" and the like do not.
+
+    Raises:
+        UserError: nobody answers.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"no Ray cluster at RAY_ADDRESS={address} ({error}); correct or unset it") from None
 
 
 def _start_local(options: dict[str, Any]) -> None:

@@ -6,13 +6,26 @@ another with `extends: NAME`. `umarvel VERB RECIPE --dry-run` prints it resolved
 
 from __future__ import annotations
 
+import os
+import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from umarvel_ray.errors import UserError
+from umarvel_ray.yaml_text import parse_yaml, read_yaml
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -32,12 +45,25 @@ KEYS = {
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+SEEDS = 2**63  # PyTorch takes no larger ones
+SHOWN = 60  # characters of a wrong name or value in an error
+SLOT = re.compile(r"\{\w*\}")
+
+
+def _path(text: str) -> str:
+    """`~` is the home folder."""
+    if not text.isprintable() or not text.strip():
+        raise ValueError("is empty or has characters that cannot be printed")
+    return os.path.expanduser(text)
+
+
+PathText = Annotated[str, AfterValidator(_path)]
 
 
 class Section(BaseModel):
     """A part of the tree: immutable, without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -97,9 +123,9 @@ class ModelSettings(Section):
 class Data(Section):
     """Where documents, queries and pools are read from."""
 
-    root: str = Field(description="a folder of Parquet tables, an M-BEIR folder, or 'builtin:demo'")
+    root: PathText = Field(description="a folder of Parquet tables, an M-BEIR folder, or 'builtin:demo'")
     format: Literal["parquet", "mbeir"] = Field(default="parquet", description="layout of `root` (docs/guide.md)")
-    cache: str | None = Field(
+    cache: PathText | None = Field(
         default=None,
         description="where tables are kept in a form that is read by row, shared by all nodes; null: the run folder",
     )
@@ -111,7 +137,9 @@ class Lora(Section):
     r: PositiveInt = Field(default=128, description="rank")
     alpha: PositiveInt = Field(default=256, description="scale: an adapter's output is multiplied by alpha / r")
     dropout: Fraction = Field(default=0.05, description="dropout probability on an adapter's input")
-    init: str | None = Field(default=None, description="directory of a PEFT adapter to start from; null: a new one")
+    init: PathText | None = Field(
+        default=None, description="directory of a PEFT adapter to start from; null: a new one"
+    )
 
 
 class Rates(Section):
@@ -321,7 +349,7 @@ class Stage3(Section):
 class Embed(Section):
     """How the `embed` job embeds the documents."""
 
-    checkpoint: str | None = Field(default=None, description="embedder's directory; null: the run's last embedder")
+    checkpoint: PathText | None = Field(default=None, description="embedder's directory; null: the run's last embedder")
     preset: Literal["reference"] | None = Field(
         default=None, description="'reference': `checkpoint` was released by the authors, without settings of its own"
     )
@@ -383,9 +411,9 @@ class Recipe(Section):
     """A whole run."""
 
     name: str
-    seed: int = Field(default=42, description="seeds batch plans, samples, new adapters and dropout")
-    output: str = Field(default="runs/{name}", description="run folder; {name} is replaced by the name")
-    base: str = Field(description="directory or Hugging Face Hub id of the base model, or 'builtin:demo'")
+    seed: int = Field(default=42, ge=0, lt=SEEDS, description="seeds batch plans, samples, new adapters and dropout")
+    output: PathText = Field(default="runs/{name}", description="run folder; {name} is replaced by the name")
+    base: PathText = Field(description="directory or Hugging Face Hub id of the base model, or 'builtin:demo'")
     data: Data
     model: ModelSettings = ModelSettings()
     compute: Compute = Compute()
@@ -396,6 +424,20 @@ class Recipe(Section):
     stage3: Stage3
     embed: Embed = Embed()
     evaluate: Evaluate = Evaluate()
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_shown(cls, name: str) -> str:
+        if not name.isprintable() or not name.strip():
+            raise ValueError("is empty or has characters that cannot be printed")
+        return name
+
+    @field_validator("output")
+    @classmethod
+    def _has_no_other_slot(cls, output: str) -> str:
+        if other := SLOT.search(output.replace("{name}", "")):
+            raise ValueError(f"{other[0]} is not replaced by anything; only {{name}} is")
+        return output
 
     @model_validator(mode="after")
     def _negatives_need_mining(self) -> Recipe:
@@ -450,7 +492,7 @@ class Recipe(Section):
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.output.format(name=self.name)).absolute()
+        return Path(self.output.replace("{name}", self.name)).absolute()
 
 
 def count_steps(phase: Phase, queries: int) -> int:
@@ -474,7 +516,13 @@ def load_recipe(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
         where = _key_path(first["loc"], tree) or "recipe"
         if first["type"] == "extra_forbidden":
             raise UserError(f"recipe {source}: unknown key '{where}'; remove it or check its spelling") from None
-        raise UserError(f"recipe {source}: {where}: {first['msg']} (got {first['input']!r})") from None
+        raise UserError(f"recipe {source}: {where}: {first['msg']} (got {_short(first['input'])})") from None
+
+
+def _short(value: Any) -> str:
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = shown.maxlong = SHOWN
+    return shown.repr(value)
 
 
 def _key_path(location: tuple[str | int, ...], tree: Any) -> str:
@@ -493,22 +541,24 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _read_tree(source: str) -> dict[str, Any]:
+def _read_tree(source: str, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe with all that it extends. `children`: the files that extend it."""
     shipped = SHIPPED / f"{source}.yaml"
-    path = shipped if shipped.is_file() else Path(source)
-    if not path.is_file():
+    path = shipped if os.path.isfile(shipped) else Path(source)  # of a name that is too long, `Path.is_file` raises
+    if not os.path.isfile(path):
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
-        raise UserError(f"no recipe '{source}'; give a YAML file or one of: {names}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"recipe {path}{line}: not valid YAML") from None
+        raise UserError(f"no recipe {_short(source)}; give a YAML file or one of: {names}")
+    if path.resolve() in children:
+        raise UserError(f"recipe {path}: it extends itself; let it extend another one")
+    tree = read_yaml(path, f"recipe {path}")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path}: expected a mapping of keys to values")
     parent = tree.pop("extends", None)
-    return _merge(_read_tree(parent), tree) if parent else tree
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise UserError(f"recipe {path}: extends is {_short(parent)}; give the name of a recipe, or a YAML file")
+    return _merge(_read_tree(parent, (*children, path.resolve())), tree)
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -522,15 +572,12 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override '{override}': write it as key.sub=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override '{override}': the value is not valid YAML") from None
+        raise UserError(f"override {_short(override)}: write it as key.sub=value")
+    value = parse_yaml(text, f"override {_short(override)}")
     *parents, leaf = key.split(".")
     node = tree
     for part in parents:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise UserError(f"override '{override}': '{part}' is a value, not a section")
+            raise UserError(f"override {_short(override)}: '{part}' is a value, not a section")
     node[leaf] = value

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from umarvel_ray import demo
@@ -22,7 +21,9 @@ from umarvel_ray.files import write_json, write_text
 from umarvel_ray.model.checkpoint import check_files
 from umarvel_ray.model.hub import model_folder
 from umarvel_ray.recipe import LADDER, Recipe, dump_recipe, load_recipe
+from umarvel_ray.yaml_text import read_yaml
 
+RECIPE = "recipe.yaml"
 # What may change within a run folder, since it affects no checkpoint. The folder itself and the data may also be moved:
 # plans and other outputs know their data by content.
 FREE = ("cluster", "embed", "evaluate", "name", "output", "data")
@@ -39,9 +40,9 @@ def read_run_recipe(folder: Path) -> Recipe:
     Raises:
         UserError: not a run folder.
     """
-    if not (folder / "recipe.yaml").is_file():
+    if not (folder / RECIPE).is_file():
         raise UserError(f"{folder} is not a run folder (no recipe.yaml); run `make demo` first")
-    return load_recipe(str(folder / "recipe.yaml"))
+    return load_recipe(str(folder / RECIPE))
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,24 @@ class Run:
         Raises:
             UserError: it cannot be written, or it was created by a different recipe.
         """
-        folder = recipe.run_dir
+        folder, run = recipe.run_dir, cls(recipe, recipe.run_dir)
         text = dump_recipe(recipe)
-        stored = folder / "recipe.yaml"
+        stored = run.recipe_path
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if stored.exists() and (key := _first_difference(_fixed(stored.read_text(), stored), _fixed(text, stored))):
+            if stored.exists() and (
+                key := _first_difference(
+                    _fixed(read_yaml(stored, f"{stored} is damaged"), stored),
+                    _fixed(recipe.model_dump(mode="json"), stored),
+                )
+            ):
                 raise UserError(
                     f"{folder} was created by another recipe ('{key}' differs); set output=DIR or remove the folder"
                 )
             write_text(stored, text)
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror}; set output=DIR to a writable folder") from None
-        return cls(recipe, folder)
+        return run
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -89,6 +95,11 @@ class Run:
             except OSError:  # a file system without locks
                 pass
             yield
+
+    @property
+    def recipe_path(self) -> Path:
+        """The recipe that the folder was created by."""
+        return self.dir / RECIPE
 
     @property
     def base(self) -> Path:
@@ -164,11 +175,7 @@ def read_step_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _fixed(text: str, where: Path) -> dict:
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError:
-        tree = None
+def _fixed(tree: Any, where: Path) -> dict:
     if not isinstance(tree, dict):
         raise UserError(f"{where} is damaged; remove it, and give the recipe that made the run")
     with suppress(ValidationError):  # a recipe with keys that no longer exist is compared as it is

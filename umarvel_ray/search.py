@@ -17,7 +17,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.index.corpus import Corpus
 from umarvel_ray.index.hits import RERANK_DEPTH, Hit, fuse_hits
 from umarvel_ray.inference.embeddings import embedder_of
-from umarvel_ray.items.images import picture_uri
+from umarvel_ray.items.images import picture_uris
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.reranker import Reranker
@@ -93,8 +93,8 @@ def write_page(path: Path, query: dict[str, Any], hits: Sequence[Hit]) -> None:
     environment = Environment(
         loader=PackageLoader("umarvel_ray", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    embedded = query | {"image": picture_uri(query.get("image"))}
-    html = environment.get_template("search.html").render(query=embedded, hits=hits, uri=picture_uri)
+    embedded = query | {"images": picture_uris(query.get("image"), "the query's picture")}
+    html = environment.get_template("search.html").render(query=embedded, hits=hits, uris=picture_uris)
     try:
         path.write_text(html, encoding="utf-8")
     except OSError as error:

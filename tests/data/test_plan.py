@@ -154,6 +154,18 @@ def test_distillation_keeps_each_querys_own_candidates():
         assert batch.documents.tolist() == list(dict.fromkeys(by_occurrence))
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_distillation_of_fewer_queries_than_a_batch_repeats_them_so_that_no_worker_is_without(queries):
+    candidates = Ragged.of([[5], [6], [5]][:queries])
+    rows = FIRST + 2 * np.arange(queries)
+    plan = distillation_plan(rows, candidates, np.ones(queries, np.float32), phase_of(8, max_steps=3), seed=3)
+    for batch in plan:
+        assert [len(batch.queries[rank_slice(8, rank, 8)]) for rank in range(8)] == [1] * 8
+        counts = [positions(batch).count(query) for query in range(queries)]
+        assert max(counts) - min(counts) <= 1
+        assert len(batch.documents) == min(queries, 2)
+
+
 def test_continue_hard_uses_each_querys_own_candidates_as_negatives():
     queries = make_queries([[1, 5], [4], [7]])
     candidates = Ragged.of([[1, 2, 5, 3], [2, 4], [5, 1, 6]])

@@ -81,6 +81,17 @@ def test_a_valid_folder_reads_as_written(write):
     assert data.global_pool("train").tolist() == [0]
 
 
+def test_a_folder_named_like_a_partition_is_a_folder(write, tmp_path):
+    """Elsewhere the rows of a file in `text=other/task=1` have columns of these names and values."""
+    folder = tmp_path / "text=other" / "task=1"
+    folder.mkdir(parents=True)
+    save(folder)
+    moved, data = open_saved(folder), write()
+    assert document_rows(moved) == document_rows(data)
+    assert query_rows(moved, "test") == query_rows(data, "test")
+    assert moved.queries("test").tasks == data.queries("test").tasks
+
+
 def test_an_item_is_the_row_without_nulls_and_other_columns():
     assert item_of(DOCUMENTS[0]) == {"text": "a fox"}
     assert item_of(DOCUMENTS[2]) == {"text": "boats", "image": b"png"}
@@ -424,6 +435,12 @@ def test_errors_name_the_table_and_row(write, tmp_path, change, message):
             open_().validate("test")
         assert str(error.value).startswith(str(tmp_path))
         assert "\n" not in str(error.value)
+
+
+def test_an_empty_picture_is_none(write):
+    pictures = typed(DOCUMENTS, image=[b"", b"png", b""], modality=pa.nulls(3, pa.string()))
+    rows = document_rows(write(documents=pictures))
+    assert [(row["image"], row["modality"]) for row in rows] == [(None, "text"), (b"png", "image"), (None, "text")]
 
 
 def test_missing_folders_tables_and_pools_are_named(write, tmp_path):

@@ -3,8 +3,9 @@
 import numpy as np
 
 from tests.support.random_result import random_result
+from tests.support.tiny_run import picture
 from umarvel_ray.data.tables import open_dataset
-from umarvel_ray.evaluate.examples import Pictures, choose, examples
+from umarvel_ray.evaluate.examples import Pictures, _card, choose, examples
 from umarvel_ray.evaluate.results import ranking_folder
 from umarvel_ray.recipe import load_recipe
 from umarvel_ray.retrieve.rank import read_ranking, write_ranking
@@ -30,9 +31,16 @@ def test_a_picture_is_stored_once_and_a_bad_one_not_at_all():
     assert pictures.add(images[0]) == pictures.add(images[0]) == 0
     assert pictures.add(images[1]) == 1
     assert pictures.add(b"no picture") is None
-    assert pictures.add(None) is None
     assert len(pictures.uris) == 2
     assert all(uri.startswith("data:image/") for uri in pictures.uris)
+
+
+def test_a_card_has_all_pictures_of_its_row():
+    first, second = picture(1), picture(2)
+    pictures = Pictures()
+    assert _card({"text": None, "image": [second, first, b"no picture"]}, pictures).pictures == [0, 1, None]
+    assert _card({"text": "a", "image": first}, pictures).pictures == [1]
+    assert _card({"text": "a", "image": None}, pictures).pictures == []
 
 
 def test_an_example_shows_the_first_documents_of_every_checkpoint(tmp_path):
@@ -60,7 +68,9 @@ def test_an_example_shows_the_first_documents_of_every_checkpoint(tmp_path):
             for ranked, cards in zip(rows, example.found.values(), strict=True):
                 documents = dataset.documents.rows(ranked["documents"][:5])
                 assert [card.text for card in cards] == [document["text"] for document in documents]
-                assert [card.has_picture for card in cards] == [document["image"] is not None for document in documents]
+                assert [bool(card.pictures) for card in cards] == [
+                    document["image"] is not None for document in documents
+                ]
                 positives = queries.positives.at(row)
                 assert [card.hit for card in cards] == [number in positives for number in ranked["documents"][:5]]
             seen.add(row)

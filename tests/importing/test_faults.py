@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.importing.sources import (
@@ -29,6 +33,7 @@ from tests.importing.sources import (
 from umarvel_ray.cli import main
 from umarvel_ray.errors import UserError
 from umarvel_ray.importing.importer import import_dataset
+from umarvel_ray.importing.tables import rows_of
 from umarvel_ray.train.quarantine import QUARANTINE
 
 
@@ -225,8 +230,6 @@ def no_parquet(folder: Path) -> Path:
 
 
 def no_arrow(folder: Path) -> Path:
-    import pyarrow as pa
-
     write_saved(folder, pa.table({"query": ["a"], "answer": ["b"]}), shards=1)
     (folder / "data-00000-of-00001.arrow").write_text("no Arrow stream")
     return folder
@@ -254,6 +257,76 @@ def too_few(folder: Path) -> Path:
     return write_jsonl(folder / "a.jsonl", [{"query": "a", "pos": ["b"]}, {"query": "c", "pos": ["d"]}])
 
 
+def deep_json(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "a.json").write_text("[" * 100_000)
+    return folder
+
+
+def lines_of(folder: Path, text: str, name: str = "a.jsonl") -> Path:
+    folder.mkdir()
+    (folder / name).write_text(text)
+    return folder
+
+
+def json_over_several_lines(folder: Path) -> Path:
+    return lines_of(folder, json.dumps({"query": "a", "pos": ["b"]}, indent=1))
+
+
+def json_with_commas(folder: Path) -> Path:
+    return lines_of(folder, '{"query": "a", "pos": ["b"]},\n{"query": "c", "pos": ["d"]}\n')
+
+
+def broken_json_lines(folder: Path) -> Path:
+    return lines_of(folder, '{"query": "a"\n{"query": "c"\n')
+
+
+def no_json_lines(folder: Path) -> Path:
+    return lines_of(folder, "\n")
+
+
+def a_header_alone(folder: Path) -> Path:
+    return lines_of(folder, "file,caption\n", "a.csv")
+
+
+def a_column_twice(folder: Path) -> Path:
+    return lines_of(folder, "file,caption,note,note,caption\n0.png,a,,,b\n", "a.csv")
+
+
+def columns_alike(folder: Path) -> Path:
+    folder.mkdir()
+    pq.write_table(pa.table({"image": ["a"], "Caption": ["b"], "caption": [None]}), folder / "a.parquet")
+    return folder
+
+
+def keys_alike(folder: Path) -> Path:
+    return lines_of(folder, '{"Query": "a", "query": "b", "pos": ["c"]}\n')
+
+
+def a_spreadsheet(folder: Path) -> Path:
+    write_pictures(folder)
+    (folder / "list.xlsx").write_bytes(b"PK\x03\x04")
+    return folder
+
+
+def a_renamed_spreadsheet(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "a.csv").write_bytes(b"PK\x03\x04" + bytes(range(256)))
+    return folder
+
+
+def a_zip(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "all.zip").write_bytes(b"PK\x03\x04")
+    return folder / "all.zip"
+
+
+def a_damaged_gz(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "a.csv.gz").write_bytes(gzip.compress(b"file,caption\n" * 1000)[:-20])
+    return folder
+
+
 def too_few_to_train(folder: Path) -> Path:
     return write_jsonl(folder / "a.jsonl", [{"query": f"a{n}", "pos": [f"b{n}"]} for n in range(4)])
 
@@ -277,9 +350,22 @@ def mostly_unusable(folder: Path) -> Path:
         (lost_arrow, ["data-00000-of-00001.arrow", "not found"]),
         (empty_csv, ["a.csv", "empty"]),
         (no_json, ["a.json", "not valid JSON"]),
+        (deep_json, ["a.json", "not valid JSON", "recursion"]),
+        (json_over_several_lines, ["a.jsonl", "not JSON Lines", "in a line of its own"]),
+        (json_with_commas, ["a.jsonl", "not JSON Lines", "without a comma"]),
+        (broken_json_lines, ["a.jsonl, row 1: not valid JSON"]),
+        (no_json_lines, ["a.jsonl", "empty; add rows"]),
+        (a_header_alone, ["in", "no rows; add some"]),
+        (a_column_twice, ["a.csv", "the columns 'caption' and 'caption' count as one"]),
+        (columns_alike, ["a.parquet", "the columns 'Caption' and 'caption' count as one"]),
+        (keys_alike, ["a.jsonl, row 1", "the columns 'Query' and 'query' count as one"]),
+        (a_spreadsheet, ["list.xlsx: a spreadsheet; save it as CSV"]),
+        (a_renamed_spreadsheet, ["a.csv: a spreadsheet or another packed file"]),
+        (a_zip, ["all.zip: packed; unpack it"]),
+        (a_damaged_gz, ["a.csv.gz: cannot be read"]),
         (too_few, ["2 queries", "other content"]),
         (too_few_to_train, ["no task has 4 queries", "but 2", "add rows"]),
-        (mostly_unusable, ["1 groups", "9 of 10 rows were set aside", "a.jsonl, row 2: no positive"]),
+        (mostly_unusable, ["found 1", "9 of 10 rows were set aside", "a.jsonl, row 2: no positive"]),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(make, words, tmp_path, capsys):
@@ -296,7 +382,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(make, words, tmp_path, capsys)
     [
         (["--kind", "magic"], ["magic", "webdataset"]),
         (["--kind", "webdataset"], ["no tar files"]),
-        (["--kind", "pairs"], ["none of 12 rows", "no query"]),
+        (["--kind", "pairs"], ["a.csv", "'pairs' needs other columns than (id, file, caption)"]),
         (["--holdout", "all"], ["--holdout all"]),
         (["--instruction", "task9=Find it."], ["task9", "task0 (text → image)"]),
         (["--seed", "x"], ["--seed"]),
@@ -309,6 +395,99 @@ def test_a_wrong_option_is_one_line(arguments, words, tmp_path, capsys):
     for word in words:
         assert word in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_which_key_of_a_json_holds_the_caption_is_asked_for_in_one_line(packed, tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    lines = [{key: f"{key} {n}" for key in ("title", "description", "note")} for n in range(N)]
+    if packed:
+        members = [(f"{n}.{part}", content) for n, line in enumerate(lines)
+                   for part, content in (("png", picture(n)), ("json", json.dumps(line).encode()))]  # fmt: skip
+        write_tar(folder / "a.tar", members)
+    else:
+        for name, line in zip(write_pictures(folder), lines, strict=True):
+            (folder / name).with_suffix(".json").write_text(json.dumps(line))
+    assert main(["import", str(folder), "--to", str(out)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "may be under 'description' or 'title'; say which: --caption description" in line
+    assert line.startswith(f"umarvel: {folder / ('a.tar, 0' if packed else '0.json')}: ")
+    assert not out.exists()
+    for key, start in (("title", "title"), ("Note", "note")):
+        assert main(["import", str(folder), "--to", str(out / key), "--caption", key]) == 0
+        assert {text for task, (text, _) in found(out / key) if task == 0} == {f"{start} {n}" for n in range(N)}
+
+
+def test_a_key_for_captions_is_of_json_files_only(tmp_path):
+    captioned(tmp_path / "in", [])
+    with pytest.raises(UserError, match=r"--caption title: is for the JSON of each picture; name the table's column"):
+        import_dataset(tmp_path / "in", tmp_path / "out", caption="title")
+
+
+def test_json_files_beside_pictures_that_say_nothing_are_set_aside(tmp_path):
+    folder = tmp_path / "in"
+    texts = [f'{{"caption": "a {n}"}}' for n in range(N)]
+    texts += ["{", '{"width": 9}', '{"caption": "", "title": null}', "7"]
+    for name, text in zip(write_pictures(folder, len(texts)), texts, strict=True):
+        (folder / name).with_suffix(".json").write_text(text)
+    import_dataset(folder, tmp_path / "out")
+    aside = sorted(reason for _, _, reason in reasons(tmp_path / "out"))
+    assert [reason.partition(":")[0] for reason in aside] == ["no caption"] * 3 + ["not valid JSON"]
+
+
+def test_a_compressed_tar_file_that_is_not_sorted_is_one_line(tmp_path):
+    members = [(f"{n}.png", picture(n)) for n in range(N)] + [(f"{n}.txt", b"a %d" % n) for n in range(N)]
+    write_tar(tmp_path / "a.tar.gz", members)
+    with pytest.raises(UserError, match=r"a\.tar\.gz: the files of '0' are not next to each other; unpack it"):
+        import_dataset(tmp_path / "a.tar.gz", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_samples_of_one_name_are_never_mixed_up(name, tmp_path):
+    """As a tar file has them into which several were unpacked: whole ones stay apart."""
+    whole = [(f"{n % 6}.{part}", content) for n in range(N)
+             for part, content in (("png", picture(n)), ("txt", b"a %d" % n))]  # fmt: skip
+    write_tar(tmp_path / "in" / name, whole)
+    import_dataset(tmp_path / "in", tmp_path / "out")
+    pairs = {text: positives for (task, (text, _)), positives in found(tmp_path / "out").items() if task == 0}
+    assert pairs == {f"a {n}": {shown(n)} for n in range(N)}
+
+
+def test_pictures_of_one_name_twice_in_an_unsorted_tar_file_are_set_aside(tmp_path):
+    members = [(f"{n}.png", picture(n)) for n in range(N)] + [("0.png", picture(50)), ("1.png", picture(1))]
+    members += [(f"{n}.txt", b"a %d" % n) for n in range(N)] + [("0.txt", b"another")]
+    write_tar(tmp_path / "in" / "a.tar", members)
+    import_dataset(tmp_path / "in", tmp_path / "out")
+    assert reasons(tmp_path / "out") == [("a.tar", row, "two files of one name: part png") for row in (1, 2)]
+    pairs = {text: positives for (task, (text, _)), positives in found(tmp_path / "out").items() if task == 0}
+    assert pairs == {f"a {n}": {shown(n)} for n in range(2, N)}
+
+
+def test_an_unsorted_tar_file_that_ends_early_gives_what_is_whole(tmp_path):
+    members = [(f"{n}.png", picture(n)) for n in range(N)] + [(f"{n}.txt", b"a %d" % n) for n in range(N)]
+    write_tar(tmp_path / "whole.tar", members)
+    content = (tmp_path / "whole.tar").read_bytes()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(content[: content.index(b"a 9") + 1])
+    import_dataset(tmp_path / "in", tmp_path / "out")
+    assert {text for task, (text, _) in found(tmp_path / "out") if task == 0} == {f"a {n}" for n in range(9)}
+    assert any("ends early" in reason for _, _, reason in reasons(tmp_path / "out"))
+
+
+def test_of_joined_tar_files_nothing_is_lost_without_a_word(tmp_path):
+    contents = []
+    for start in (0, N):
+        members = [(f"{n}.{part}", content) for n in range(start, start + N)
+                   for part, content in (("png", picture(n)), ("txt", b"a %d" % n))]  # fmt: skip
+        write_tar(tmp_path / "one.tar", members)
+        contents.append((tmp_path / "one.tar").read_bytes())
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(b"".join(contents))
+    import_dataset(tmp_path / "in", tmp_path / "out")
+    [(file, row, reason)] = reasons(tmp_path / "out")
+    assert (file, row) == ("a.tar", N + 1)
+    assert "more follows after its end" in reason
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path):
@@ -349,3 +528,105 @@ def test_names_of_files_that_are_not_utf8(tmp_path):
     ids = pq.read_table(tmp_path / "out/documents.parquet")["id"].to_pylist()
     assert sum("\ufffd" in id_ for id_ in ids) == 11
     assert pq.read_table(tmp_path / "out/quarantine/import.parquet").num_rows == 1
+
+
+def test_a_quote_that_is_not_closed_costs_its_own_row(tmp_path):
+    """Not those that follow, up to the next quote or to the end."""
+    folder = tmp_path / "in"
+    names = write_pictures(folder, 16)
+    cells = {
+        2: '"thing 2',
+        5: 'a 5" disk',
+        7: '"said" he 7',
+        9: '"two\nlines"',
+        11: '"thing 11',
+        13: 'of 13""',
+        15: '"x',
+    }
+    lines = (f"{name},{cells.get(n, f'thing {n}')}\n" for n, name in enumerate(names))
+    (folder / "a.csv").write_text("file,caption\n" + "".join(lines))
+    import_dataset(folder, tmp_path / "out")
+    kept = {key[0] for task, key in found(tmp_path / "out") if task == 0}
+    whole = {f"thing {n}" for n in range(16) if n not in cells}
+    assert kept == whole | {'a 5" disk', "two\nlines", 'of 13""'}
+    aside = reasons(tmp_path / "out")
+    assert [row for _, row, _ in aside] == [4, 9, 14, 18]
+    assert all(reason.startswith("quote that is not closed") for _, _, reason in aside)
+
+
+def test_rows_inside_a_cell_are_not_its_text(tmp_path):
+    folder = tmp_path / "in"
+    names = write_pictures(folder)
+    cells = {2: '"a screen', 6: 'of 5"'}
+    lines = (f"{name},{cells.get(n, f'thing {n}')}\n" for n, name in enumerate(names))
+    (folder / "a.csv").write_text("file,caption\n" + "".join(lines))
+    import_dataset(folder, tmp_path / "out")
+    assert len(found(tmp_path / "out")) == 2 * (N - 1)
+    assert [row for _, row, _ in reasons(tmp_path / "out")] == [4]
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=12), min_size=1, max_size=8))
+def test_what_the_csv_module_writes_is_read_back(tmp_path_factory, texts):
+    file = tmp_path_factory.mktemp("csv") / "a.csv"
+    write_csv(file, [("query", "answer"), *((f"q{n}", text) for n, text in enumerate(texts))])
+    read = [row for _, row in rows_of(file)]
+    assert read == [{"query": f"q{n}", "answer": text} for n, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("quotes", [{3}, {3, 9}, {3, 4}, set(range(N))])
+def test_tab_separated_texts_may_begin_with_a_quote(quotes, tmp_path):
+    texts = [f'"Go {n}, said he' if n in quotes else f"thing {n}" for n in range(N)]
+    file = tmp_path / "a.tsv"
+    file.write_text("query\tanswer\n" + "".join(f"q{n}\t{text}\n" for n, text in enumerate(texts)))
+    import_dataset(file, tmp_path / "out")
+    assert found(tmp_path / "out") == {(1, said(f"q{n}")): {said(text)} for n, text in enumerate(texts)}
+
+
+def test_what_spreadsheets_add_is_skipped(tmp_path):
+    """The line that names the delimiter, and empty cells at the end of rows."""
+    file = tmp_path / "a.csv"
+    lines = "".join(f"q{n};a,{n};;\n" for n in range(N))
+    file.write_text(f"sep=;\nquery;answer\n{lines}", encoding="utf-8-sig")
+    import_dataset(file, tmp_path / "out")
+    assert found(tmp_path / "out") == {(1, said(f"q{n}")): {said(f"a,{n}")} for n in range(N)}
+    assert not (tmp_path / "out" / "quarantine").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark(encoding, tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_bytes(("query,answer\r\n" + "".join(f"q{n},é {n}\r\n" for n in range(N))).encode(encoding))
+    import_dataset(file, tmp_path / "out")
+    assert found(tmp_path / "out") == {(1, said(f"q{n}")): {said(f"é {n}")} for n in range(N)}
+
+
+def test_values_that_python_cannot_hold(tmp_path, capsys):
+    """In columns that are not used they do not matter; in others they cost their row."""
+    answers = pa.array([b"caf\xe9" if n == 4 else b"a%d" % n for n in range(N)], pa.binary())
+    bad = pa.Array.from_buffers(pa.string(), N, answers.buffers())
+    columns = {
+        "query": [f"q{n}" for n in range(N)],
+        "answer": bad,
+        "note": bad,
+        "seen": pa.array([2**62] * N, pa.timestamp("us")),
+        "day": pa.array([10**7] * N, pa.date32()),
+        "there": pa.array([1] * N, pa.timestamp("us", "Mars/Phobos")),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    write_saved(tmp_path / "saved", pa.table(columns))
+    for source in (tmp_path / "a.parquet", tmp_path / "saved"):
+        out = tmp_path / f"out-{source.name}"
+        import_dataset(source, out)
+        assert found(out) == {(1, said(f"q{n}")): {said(f"a{n}")} for n in range(N) if n != 4}
+        [(_, _, reason)] = reasons(out)
+        assert reason.startswith("value that cannot be read: 'utf-8' codec")
+        assert "columns not used: note, seen, day, there\n" in capsys.readouterr().out
+
+
+def test_deeply_nested_values(tmp_path):
+    deep = "[" * 900 + "]" * 900
+    lines = [f'{{"query": "q{n}", "pos": ["p{n}"], "meta": {deep}}}\n' for n in range(N)]
+    (tmp_path / "a.jsonl").write_text("".join(lines) + f'{{"query": "x", "pos": {deep}}}\n')
+    import_dataset(tmp_path / "a.jsonl", tmp_path / "out")
+    assert found(tmp_path / "out") == {(1, said(f"q{n}")): {said(f"p{n}")} for n in range(N)}
+    assert len(reasons(tmp_path / "out")) == 1

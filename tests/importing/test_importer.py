@@ -21,7 +21,7 @@ from PIL import Image
 
 from tests.conftest import REPO
 from tests.importing.sources import CAPTIONS, N, found, rows, write_csv, write_jsonl, write_pictures, write_tar
-from umarvel_ray.cli import main
+from umarvel_ray.cli import _recipe_words, main
 from umarvel_ray.data.plan import contrastive_plan
 from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.errors import UserError
@@ -29,7 +29,9 @@ from umarvel_ray.importing import importer
 from umarvel_ray.importing.importer import import_dataset
 from umarvel_ray.importing.recipe_file import Size, batch_of
 from umarvel_ray.importing.tasks import DEFAULTS
+from umarvel_ray.preflight import check_job
 from umarvel_ray.recipe import load_recipe
+from umarvel_ray.runs import Run
 
 
 @pytest.fixture
@@ -77,11 +79,24 @@ def test_what_is_printed(source, tmp_path, capsys, monkeypatch):
     assert all(phase.queries == "train" for phase in small.phases().values())
 
 
+@pytest.mark.parametrize("name", ["my #1: data", "123", "null", "it's {x}, [y]", "日本", "a=b", "$HOME `id`"])
+def test_the_printed_commands_can_be_pasted(name, source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    import_dataset(source, Path(name))
+    for line in capsys.readouterr().out.split("next:\n")[1].splitlines():
+        echo = ["bash", "-c", f"printf '%s\\0' {line}"]
+        words = subprocess.run(echo, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+        assert words[0] == "umarvel"
+        if words[1] == "train":
+            recipe = load_recipe(*_recipe_words(words[2:]))
+            assert Path(recipe.data.root).absolute() == (tmp_path / name).absolute()
+
+
 @pytest.mark.parametrize(
     ("queries", "distinct", "batch"), [(4, 4, 2), (18, 18, 4), (100, 90, 16), (100, 10, 4), (10_000, 9_000, 128)]
 )
 def test_a_batch_is_at_most_half_of_the_positives_and_a_quarter_of_the_queries(queries, distinct, batch):
-    assert batch_of(Size(queries, distinct), 128) == batch
+    assert batch_of(Size(queries, distinct, 10), 128) == batch
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -111,6 +126,24 @@ def test_the_written_recipe_can_fill_its_batches_or_the_import_says_why(tmp_path
             changed = phase.model_copy(update={"homogeneous": homogeneous})
             plan = contrastive_plan(dataset.queries("train"), changed, recipe.seed, dataset.content())
             assert len(plan) == phase.max_steps
+
+
+@pytest.mark.parametrize(("pictures", "kept"), [(6, 1.0), (20, 1.0), (300, "calibrate")])
+def test_the_commands_that_are_printed_have_what_they_need_of_few_pictures_too(
+    tmp_path, capsys, monkeypatch, pictures, kept
+):
+    """Thresholds are calibrated where there are queries to do it on."""
+    monkeypatch.chdir(tmp_path)
+    names = write_pictures(tmp_path / "in", pictures)
+    write_jsonl(tmp_path / "in" / "a.jsonl", [{"file": name, "caption": f"thing {name}"} for name in names])
+    import_dataset(tmp_path / "in", tmp_path / "out")
+    commands = [line.partition("     #")[0] for line in capsys.readouterr().out.splitlines() if "umarvel train" in line]
+    assert len(commands) == 2
+    for number, command in enumerate(commands):
+        source, changes = _recipe_words(shlex.split(command)[2:])
+        recipe = load_recipe(source, [*changes, f"output={tmp_path / str(number)}", "base=builtin:demo"])
+        check_job(Run.open(recipe), "pipeline")
+        assert recipe.stage2.mining.max_similarity == (kept if number == 0 or kept == 1.0 else 0.7)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +205,7 @@ def test_a_process_that_is_killed_leaves_no_folder_and_the_next_succeeds(tmp_pat
 MEASURED = """
 import sys
 from pathlib import Path
-from umarvel_ray.cli import main
+from umarvel_ray.cli import _recipe_words, main
 assert main(["import", *sys.argv[1:]]) == 0
 status = Path("/proc/self/status").read_text().splitlines()
 print("peak", next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM")))

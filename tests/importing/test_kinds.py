@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +126,97 @@ def a_folder_of_parquet(folder: Path) -> Path:
     return folder
 
 
+@captioned("captions")
+def a_zipped_csv(folder: Path) -> Path:
+    names = write_pictures(folder)
+    write_csv(folder / "a.csv", [("file", "caption"), *zip(names, CAPTIONS, strict=True)])
+    (folder / "a.csv.gz").write_bytes(gzip.compress((folder / "a.csv").read_bytes()))
+    (folder / "a.csv").unlink()
+    return folder
+
+
+@captioned("captions")
+def zipped_json_lines(folder: Path) -> Path:
+    lines = [{"file_name": name, "text": text} for name, text in zip(write_pictures(folder), CAPTIONS, strict=True)]
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metadata.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    return folder
+
+
+def named(folder: Path, on_disk: Callable[[int], str], written: Callable[[int], str]) -> Path:
+    """Pictures whose names are written in another way than they have on disk."""
+    (folder / "a b").mkdir(parents=True)
+    for n in range(N):
+        (folder / "a b" / on_disk(n)).write_bytes(picture(n))
+    write_csv(folder / "a.csv", [("file", "caption"), *((written(n), text) for n, text in enumerate(CAPTIONS))])
+    return folder
+
+
+@captioned("captions")
+def names_as_macos_stores_them(folder: Path) -> Path:
+    return named(folder, lambda n: unicodedata.normalize("NFD", f"é{n}.png"), lambda n: f"a b/é{n}.png")
+
+
+@captioned("captions")
+def names_in_another_case(folder: Path) -> Path:
+    return named(folder, lambda n: f"IMG {n}.PNG", lambda n: f"img {n}.png")
+
+
+@captioned("captions")
+def urls_of_files(folder: Path) -> Path:
+    return named(folder, lambda n: f"x {n}.png", lambda n: f"file://{folder}/a%20b/x%20{n}.png")
+
+
+@captioned("captions")
+def a_linked_folder_with_a_loop(folder: Path) -> Path:
+    names = write_pictures(folder.parent / "elsewhere")
+    write_csv(folder.parent / "elsewhere" / "a.csv", [("file", "caption"), *zip(names, CAPTIONS, strict=True)])
+    folder.mkdir()
+    (folder / "linked").symlink_to(folder.parent / "elsewhere")
+    (folder.parent / "elsewhere" / "loop").symlink_to(folder)
+    return folder
+
+
+@captioned("sidecars")
+def text_files_named_otherwise(folder: Path) -> Path:
+    for n, (name, text) in enumerate(zip(write_pictures(folder), CAPTIONS, strict=True)):
+        file = (folder / name).with_suffix(".TXT") if n % 2 else folder / f"{name}.txt"
+        file.write_text(text, encoding="utf-8")
+    return folder
+
+
+@captioned("webdataset")
+def members_with_dots_in_their_names(folder: Path) -> Path:
+    members = [(f"photo.{n}.{part}", content) for n in range(N)
+               for part, content in (("png", picture(n)), ("txt", CAPTIONS[n].encode()))]  # fmt: skip
+    write_tar(folder / "a.tar", members)
+    return folder
+
+
 @captioned("sidecars")
 def text_files_beside_the_pictures(folder: Path) -> Path:
     for name, text in zip(write_pictures(folder / "a"), CAPTIONS, strict=True):
         (folder / "a" / name).with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+@captioned("sidecars")
+def json_files_beside_the_pictures(folder: Path) -> Path:
+    """As many exporters write them: more keys, a title that repeats the file's name, several captions."""
+    for n, (name, text) in enumerate(zip(write_pictures(folder), CAPTIONS, strict=True)):
+        key, value = ("Description", text) if n % 2 else ("text", [text, ""])
+        file = (folder / name).with_suffix(".json") if n % 3 else folder / f"{name}.json"
+        file.write_text(json.dumps({key: value, "title": name, "width": 9, "exif": None}), encoding="utf-8")
+    return folder
+
+
+@captioned("webdataset")
+def a_tar_file_that_is_not_sorted(folder: Path) -> Path:
+    """Pictures and other files first, texts last, in another order."""
+    pictures = [(f"a/{n}.png", picture(n)) for n in range(N)]
+    others = [(f"a/{n}.cls", b"7") for n in range(0, N, 2)]
+    texts = [(f"a/{n}.json", json.dumps({"caption": CAPTIONS[n]}).encode()) for n in reversed(range(N))]
+    write_tar(folder / "a.tar", [*pictures, *others, *texts])
     return folder
 
 
@@ -340,7 +430,9 @@ def test_a_label_says_whether_a_pair_matches(tmp_path):
 def test_a_table_whose_labels_mean_something_else_is_refused(labels, tmp_path):
     """Scores from 0 to 5, three classes: what looks like a match would be none."""
     lines = [{"sentence1": queries(n), "sentence2": answers(n), "label": labels[n % len(labels)]} for n in range(N)]
-    with pytest.raises(UserError, match=r"a.jsonl, row \d: 'label' is .*, not a number from 0 \(no match\) to 1"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl, row \d: 'label' is .*, not a number from 0 \(no match\) to 1; scale"
+    ):
         import_dataset(write_jsonl(tmp_path / "a.jsonl", lines), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -390,6 +482,22 @@ def loose_files_with_json_each(folder: Path) -> tuple[Path, str]:
     return folder / "a", "sidecars"
 
 
+def json_of_something_else_beside_each_picture(folder: Path) -> tuple[Path, str]:
+    names = write_pictures(folder)
+    for n in range(N):
+        (folder / f"{n}.json").write_text('{"width": 9}')
+    (folder / "captions.json").write_text(
+        json.dumps([{"file": name, "caption": text} for name, text in zip(names, CAPTIONS, strict=True)])
+    )
+    return folder, "captions"
+
+
+def notes_beside_json_files(folder: Path) -> tuple[Path, str]:
+    json_files_beside_the_pictures(folder)
+    (folder / "README.txt").write_text("read me")
+    return folder, "sidecars"
+
+
 def a_clone_of_a_dataset_repository(folder: Path) -> tuple[Path, str]:
     a_folder_of_parquet(folder)
     (folder / "dataset_infos.json").write_text("{}")
@@ -398,12 +506,71 @@ def a_clone_of_a_dataset_repository(folder: Path) -> tuple[Path, str]:
     return folder, "captions"
 
 
-@pytest.mark.parametrize("make", [img2dataset, loose_files_with_json_each, a_clone_of_a_dataset_repository])
+def a_table_with_the_same_pictures_packed(folder: Path) -> tuple[Path, str]:
+    a_csv_beside_the_pictures(folder)
+    write_tar(folder / "backup.tar", [(f"{n}.png", picture(n)) for n in range(N)])
+    return folder, "captions"
+
+
+def a_table_of_something_else(folder: Path) -> tuple[Path, str]:
+    a_csv_beside_the_pictures(folder)
+    write_csv(folder / "a-classes.csv", [("name", "n"), ("a", 1)])
+    return folder, "captions"
+
+
+def notes_beside_text_files(folder: Path) -> tuple[Path, str]:
+    text_files_beside_the_pictures(folder)
+    write_csv(folder / "notes.csv", [("a", "b"), ("1", "2")])
+    return folder, "sidecars"
+
+
+def numbers_above_the_data(folder: Path) -> tuple[Path, str]:
+    a_folder_of_parquet(folder)
+    write_csv(folder / "stats.csv", [("a", "b"), ("1", "2")])
+    return folder, "captions"
+
+
+LEFT = {
+    img2dataset: "not read: 00000.parquet",
+    loose_files_with_json_each: "",
+    json_of_something_else_beside_each_picture: "not read: 0.json, 1.json, 10.json, 11.json, 2.json, 3.json, 4.json, "
+    "5.json, 6.json, 7.json and 2 more",
+    notes_beside_json_files: "not read: README.txt",
+    a_clone_of_a_dataset_repository: "",
+    a_table_with_the_same_pictures_packed: "not read: backup.tar",
+    a_table_of_something_else: "not read: a-classes.csv",
+    notes_beside_text_files: "not read: notes.csv",
+    numbers_above_the_data: "not read: stats.csv",
+}
+
+
+@pytest.mark.parametrize("make", LEFT)
 def test_files_that_lie_beside_the_data_do_not_confuse(make, tmp_path, capsys):
     source, kind = make(tmp_path / "in")
     import_dataset(source, tmp_path / "out")
-    assert capsys.readouterr().out.startswith(f"kind: {kind}")
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"kind: {kind}")
+    assert second == LEFT[make] or (not LEFT[make] and second.startswith("rows: "))
     assert found(tmp_path / "out") == TRUTH
+
+
+def test_a_question_about_a_picture_has_both(tmp_path, capsys):
+    names = write_pictures(tmp_path / "in")
+    lines = [(name, queries(n), answers(n), "x") for n, name in enumerate(names)]
+    write_csv(tmp_path / "in" / "a.csv", [("image", "question", "answer", "split"), *lines])
+    import_dataset(tmp_path / "in", tmp_path / "out")
+    assert found(tmp_path / "out") == {(6, (queries(n), (color(n),))): {said(answers(n))} for n in range(N)}
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "kind: pairs (query from 'question' with the picture in 'image', positive from 'answer')"
+    assert second == "columns not used: split"
+
+
+def test_several_pictures_with_a_caption_are_one_item(tmp_path):
+    pictures = pa.ListArray.from_arrays([*range(0, 2 * N + 1, 2)], image_feature(range(2 * N)))
+    pq.write_table(pa.table({"images": pictures, "caption": CAPTIONS}), tmp_path / "a.parquet")
+    import_dataset(tmp_path / "a.parquet", tmp_path / "out")
+    shown_ = {(0, said(text)): {shown(2 * n, 2 * n + 1)} for n, text in enumerate(CAPTIONS)}
+    assert {key: value for key, value in found(tmp_path / "out").items() if key[0] == 0} == shown_
 
 
 def test_a_picture_is_called_what_its_file_is_called(tmp_path):

@@ -81,3 +81,10 @@ def test_errors_are_one_line(corpus, tmp_path):
     (tmp_path / "other" / "ids.json").write_text('{"checkpoint": null, "ids": ["only one"]}')
     with pytest.raises(UserError, match="1 ids for 3000"):
         open_index(tmp_path / "other")
+
+
+@pytest.mark.parametrize("factory", ["IVF4096,Flat", "PQ8", "IVF64,PQ8"])
+def test_too_few_documents_for_a_kind_of_index_are_one_line(factory):
+    vectors = np.eye(16, dtype=np.float32)
+    with pytest.raises(UserError, match=rf"16 documents are too few to train the faiss index '{factory}'; try Flat"):
+        make_index([str(n) for n in range(16)], vectors, factory)

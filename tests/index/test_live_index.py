@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.index import Add, Corpus, Delete, IndexWriter, LiveIndex, make_index, snapshot
 from umarvel_ray.index.log import Damaged, log_files, log_path
 from umarvel_ray.index.snapshot import snapshots
+from umarvel_ray.items.images import pictures_of
 
 D = 8
 MODALITIES, SOURCES = ["text", "image", "image,text"], ["news", "notes", "shop"]
@@ -43,13 +45,14 @@ def unit(seed):
 
 def added(id_, seed):
     """A document whose fields are all derived from its seed."""
+    picture = seed.to_bytes(4, "big") * 5
     return Add(
         id_,
         unit(seed),
         MODALITIES[seed % 3],
         SOURCES[seed // 3 % 3],
         text=f"text {seed} é" if seed % 2 else None,
-        image=seed.to_bytes(4, "big") * 5 if seed % 4 < 2 else None,
+        image=[None, picture, [picture, picture[:3]]][seed % 4 % 3],
         metadata=metadata_of(seed),
     )
 
@@ -62,6 +65,7 @@ def metadata_of(seed):
 @cache
 def base_of(factory, size=300):
     rows = [added(f"b{i}", 10**6 + i) for i in range(size)]
+    rows = [replace(row, image=pictures_of(row.image) or None) for row in rows]  # as a column of a table has them
     documents = [row.document | {"language": None, "year": None} | row.metadata for row in reversed(rows)]
     table = pa.Table.from_pylist(documents).drop_columns("metadata")  # not in the index's order
     folder = Path(tempfile.mkdtemp(prefix="umarvel-base-"))
@@ -94,6 +98,9 @@ def check(replica, truth, query, k, modalities=None, sources=None, filters=None,
         row = allowed[hit.document["id"]]
         assert document_of(row, hit) == row.document
         assert hit.score == pytest.approx(float(row.vector @ query), abs=1e-5)
+    there = [hit.document["id"] for hit in hits]
+    gone = sorted({"a", "b0", "b1", "b2", "c", "d", "nobody"} - truth.keys())
+    assert replica.documents([*there, *gone]) == [*(hit.document for hit in hits), *[None] * len(gone)]
     scores = [hit.score for hit in hits]
     assert scores == sorted(scores, reverse=True)
     sure = rows if exact else [row for row in rows if not row.id.startswith("b")]
@@ -251,19 +258,52 @@ def test_a_replica_left_behind_by_two_compactions_follows(tmp_path):
     check(late, truth, unit(99), 30)
 
 
-def test_a_replica_drops_commits_that_a_machine_crash_undid(tmp_path):
+def test_a_snapshot_of_documents_with_one_picture_each_is_read_and_rewritten(tmp_path):
+    """As they were written before a document could have several."""
+    index = IndexWriter.open(tmp_path, "model", D, [])
+    truth = {f"{seed}": replace(added(f"{seed}", seed), image=b"p" * seed or None) for seed in range(6)}
+    index.commit(list(truth.values()))
+    index.compact()
+    [path] = tmp_path.glob("snapshot-*/documents.arrow")
+    rows = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
+    images = pa.array([row.image for row in truth.values()], pa.large_binary())
+    rows = rows.set_column(rows.schema.get_field_index("image"), "image", images)
+    with path.open("wb") as file, pa.ipc.new_file(file, rows.schema) as old:
+        old.write_table(rows, max_chunksize=4)
+    check(LiveIndex.open(tmp_path, "model", D), truth, unit(9), 6)
+    del index
+    index = IndexWriter.open(tmp_path, "model", D, [])
+    truth["new"] = added("new", 2)
+    index.commit([truth["new"]])
+    index.compact()
+    replica = LiveIndex.open(tmp_path, "model", D)
+    check(replica, truth, unit(9), 7)
+    assert replica.documents(["new"])[0]["image"] == truth["new"].image
+    assert len(truth["new"].image) == 2
+
+
+@pytest.mark.parametrize("replacing", [4, 25, 17])  # shorter than the lost one, as long, longer
+@pytest.mark.parametrize("later", [[], [("d", 4)], [("d", 4), ("e", 8)]])
+def test_a_replica_drops_commits_that_a_machine_crash_undid(tmp_path, replacing, later):
     index = IndexWriter.open(tmp_path, "model", D, [])
     index.commit([added("a", 1)])
     size = log_path(tmp_path, 1).stat().st_size
-    index.commit([added("b", 2)])  # not on disk yet, but a replica may see it
+    index.commit([added("b", 21)])  # not on disk yet, but a replica may see it
     replica = LiveIndex.open(tmp_path, "model", D)
     index.close()
     os.truncate(log_path(tmp_path, 1), size)
     index = IndexWriter.open(tmp_path, "model", D, [])
-    index.commit([added("c", 3)])
-    index.commit([added("d", 4)])
-    assert replica.follow() == 3
-    check(replica, {id_: added(id_, seed) for id_, seed in [("a", 1), ("c", 3), ("d", 4)]}, unit(9), 9)
+    written = [("c", replacing), *later]
+    for id_, seed in written:
+        index.commit([added(id_, seed)])
+    assert replica.follow() == 1 + len(written)
+    lost, found = unit(21), unit(replacing)
+    away = found - (found @ lost + 0.5) * lost  # from the lost document, so that no hit is read that is no longer there
+    assert [hit.document["id"] for hit in replica.search(away / np.linalg.norm(away), 1)] == ["c"]
+    lost, found = unit(21), unit(replacing)
+    away = found - (found @ lost + 0.5) * lost  # from the lost document, so that no hit is read that is no longer there
+    assert [hit.document["id"] for hit in replica.search(away / np.linalg.norm(away), 1)] == ["c"]
+    check(replica, {id_: added(id_, seed) for id_, seed in [("a", 1), *written]}, unit(9), 9)
 
 
 def test_a_snapshot_that_vanishes_while_it_is_opened(tmp_path, monkeypatch):

@@ -8,8 +8,7 @@ import zlib
 import pytest
 
 from tests.support.logs import end_of, payloads_of, write
-from umarvel_ray.errors import UserError
-from umarvel_ray.index.log import Damaged, LogWriter, Position, log_path, read_log
+from umarvel_ray.index.log import Damaged, LogWriter, NoSpace, Position, log_path, read_log
 
 PAYLOADS = [b"first", b"second " * 9, b"", b"fourth"]
 
@@ -111,7 +110,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(folder):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, limits[1]))
     try:
-        with pytest.raises(UserError, match="free space"):
+        with pytest.raises(NoSpace, match="free space"):
             log.append(b"x" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

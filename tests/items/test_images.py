@@ -15,9 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.evaluate.examples import Pictures
 from umarvel_ray.items.encoder import ItemEncoder
-from umarvel_ray.items.images import BadImage, open_image, picture_uri, without_png_notes
+from umarvel_ray.items.images import BadImage, open_image, picture_uris, without_png_notes
 from umarvel_ray.items.limits import MediaLimits
 from umarvel_ray.items.pictures import CONFIG, PictureFormat, PixelScale, read_picture
 from umarvel_ray.recipe import ModelSettings
@@ -251,11 +250,43 @@ def test_a_picture_shared_by_items_may_be_opened_by_many_threads():
         assert all(np.array_equal(np.asarray(picture), pixels) for picture in opened)
 
 
-def test_of_several_pictures_the_first_is_shown(tmp_path):
-    """In search results and in the report."""
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "JPEG2000", "PPM"])
+def test_a_picture_is_shown_as_what_browsers_know(kind, tmp_path):
+    """Bytes, a path and a data URI alike; the type that is named is the type that it has."""
+    data = encoded(half_and_half(), kind)
+    (tmp_path / "a.bin").write_bytes(data)
+    uri = "data:application/octet-stream;base64," + base64.b64encode(data).decode()
+    for image in (data, str(tmp_path / "a.bin"), tmp_path / "a.bin", uri, [uri], bytearray(data)):
+        [shown] = picture_uris(image)
+        head, _, body = shown.partition(";base64,")
+        shown = Image.open(io.BytesIO(base64.b64decode(body)))
+        assert head == f"data:image/{shown.format.lower()}"
+        assert shown.format == (kind if kind not in ("TIFF", "JPEG2000", "PPM") else "PNG")
+    [shown] = picture_uris(half_and_half())
+    assert shown.startswith("data:image/png;")
+
+
+@pytest.mark.parametrize(
+    "image", ["gone.png", "data:image/png;base64,?", "https://a.org/b.png", b"no picture", b"", "a\0", 7]
+)
+def test_a_picture_that_cannot_be_shown_is_left_out_with_a_line(image, capsys):
+    assert picture_uris(image, "d7") == []
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("d7: not shown (")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+@pytest.mark.parametrize("white", [1, 255, 65_535, 1_000_000])
+def test_gray_of_32_bits_is_scaled_to_its_white(dtype, white):
+    if dtype == np.int32 and white == 1:
+        return
+    data = encoded(Image.fromarray(np.array([[0, white], [white / 5, -white]]).astype(dtype)), "TIFF")
+    opened = np.asarray(open_image(data, "x"))[..., 0]
+    assert opened.tolist() == [[0, 255], [51, 0]]
+
+
+def test_of_several_pictures_all_are_shown(tmp_path):
     first, second = encoded(half_and_half()), encoded(half_and_half().rotate(90))
     (tmp_path / "a.png").write_bytes(first)
-    assert picture_uri([first, second]) == picture_uri([str(tmp_path / "a.png")]) == picture_uri(first)
-    pictures = Pictures()
-    assert pictures.add([first, second]) == 0
-    assert pictures.add([second]) == 1
+    assert picture_uris(None) == picture_uris([]) == []
+    assert picture_uris([str(tmp_path / "a.png"), b"no picture", second]) == picture_uris(first) + picture_uris(second)

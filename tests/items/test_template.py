@@ -98,7 +98,9 @@ def test_a_cut_query_keeps_its_instruction_and_both_tags(tiny_base):
     encoded = encoder.encode({"text": "a red fox " * 40, "instruction": "find it"}, "query")
     inside = encoder.tokenizer.decode(encoded.input_ids[~encoded.pool_mask])
     assert inside == "<instruction_start>Find it.<instruction_end>"
-    encoded = encoder.encode({"text": "a red fox", "instruction": "find it " * 40}, "query")
+    with pytest.raises(UserError, match=r"query 3: the instruction leaves no room .* max_text_tokens \(24\)"):
+        encoder.encode({"text": "a red fox", "instruction": "find it " * 40}, "query", "query 3")
+    encoded = encoder.encode({"image": picture(64, 64), "instruction": "find it " * 40}, "query")
     inside = encoder.tokenizer.decode(encoded.input_ids[~encoded.pool_mask])
     assert inside.startswith("<instruction_start>Find it")
     assert inside.endswith("<instruction_end>")
@@ -130,7 +132,8 @@ def test_control_tokens_in_text_are_only_text(encoder):
         ({"text": "a", "instruction": "find"}, "document", "carries no instruction"),
         ({"text": 3}, "document", "'text' must be text, not int"),
         (7, "document", "not int"),
-        ({"image": b""}, "document", "not a picture"),
+        ({"image": b""}, "document", "nothing to embed"),
+        ({"image": b"x"}, "document", "not a picture"),
         ({"image": Image.new("RGB", (1000, 2))}, "document", "aspect ratio"),
     ],
 )

@@ -121,5 +121,6 @@ def test_threshold_maximizes_f1_over_every_cut():
     assert f1(calibrate_threshold(gold, other)) == pytest.approx(best)
 
 
-def test_without_gold_scores_nothing_is_dropped():
+def test_without_scores_of_both_kinds_nothing_is_dropped():
     assert calibrate_threshold(np.array([]), np.array([0.5])) == 1.0
+    assert calibrate_threshold(np.array([0.5]), np.array([])) == 1.0

@@ -1,5 +1,8 @@
 """The `Embedder` that users import: shapes, order, inputs, devices, errors."""
 
+from collections import UserDict, deque
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +17,7 @@ from umarvel_ray.items.encoder import ItemEncoder
 from umarvel_ray.model import device
 from umarvel_ray.model.embedder import WINDOW, Embedder
 from umarvel_ray.model.int8 import quantize
+from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.recipe import ModelSettings
 
 SETTINGS = ModelSettings(min_pixels=4096, max_pixels=4096)
@@ -274,3 +278,92 @@ def test_a_rerankers_checkpoint_is_no_embedder(tiny_base, tmp_path):
     folder = make_reranker(tiny_base, make_reranking_recipe(), tmp_path / "reranker").path
     with pytest.raises(UserError, match=r"is a reranker's checkpoint; open it with Reranker.from_pretrained"):
         Embedder.from_pretrained(folder)
+
+
+class Columns(UserDict):
+    """A dict-like object, such as a tokenizer's output."""
+
+
+NO_LISTS = [
+    pd.DataFrame({"text": ["a", "b"]}),
+    pd.DataFrame({"text": ["a"]}).T,
+    Columns(text="a"),
+    {"a", "b"},
+    {"text": "a"}.keys(),
+    None,
+    7,
+    1.5,
+    True,
+    b"abc",
+    Path("a.png"),
+    Image.new("RGB", (8, 8)),
+    np.array("a"),
+]
+
+
+@pytest.mark.parametrize("items", NO_LISTS, ids=lambda items: type(items).__name__)
+def test_what_is_no_list_of_items_is_one_line(embedder, items):
+    for encode in (embedder.encode, embedder.encode_query, embedder.encode_document):
+        with pytest.raises(
+            UserError, match=f"{type(items).__name__} is no list of items; give a text, a dict"
+        ) as error:
+            encode(items)
+        assert "\n" not in str(error.value)
+
+
+def test_anything_that_gives_items_in_order_is_a_list_of_items(embedder):
+    expected = embedder.encode(["a fox", "two boats"])
+    texts = ["a fox", "two boats"]
+    for items in (tuple(texts), iter(texts), (text for text in texts), np.array(texts), pd.Series(texts, index=[7, 3]),
+                  {1: "a fox", 2: "two boats"}.values(), deque(texts)):  # fmt: skip
+        np.testing.assert_array_equal(embedder.encode(items), expected)
+
+
+def test_an_empty_picture_is_none(embedder):
+    for empty in (b"", bytearray(), "", []):
+        np.testing.assert_array_equal(embedder.encode({"text": "a", "image": empty}), embedder.encode("a"))
+        with pytest.raises(UserError, match="nothing to embed"):
+            embedder.encode({"image": empty})
+
+
+def test_an_instruction_that_leaves_no_room_for_the_text_is_refused(embedder):
+    long = "find it " * 300
+    with pytest.raises(UserError, match=r"query 0: the instruction leaves no room .* max_text_tokens \(480\); shorten"):
+        embedder.encode_query(["a fox"], prompt=long)
+    with pytest.raises(UserError, match="leaves no room"):
+        embedder.encode_query({"text": "a fox", "instruction": long})
+    picture = {"image": Image.new("RGB", (64, 64)), "instruction": long}
+    assert embedder.encode_query(picture).shape == (embedder.dimension,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "foo"}, "device 'foo': not known to PyTorch"),
+        ({"device": 1.5}, "device 1.5: not known"),
+        ({"dtype": "float99"}, "dtype 'float99': give 'float32'"),
+        ({"dtype": None}, "dtype None: give"),
+        ({"dtype": "int32"}, "dtype 'int32': give"),
+        ({"truncate_dim": "8"}, "truncate_dim is '8'; give 1 to"),
+        ({"truncate_dim": 8.0}, "truncate_dim is 8.0; give 1 to"),
+        ({"truncate_dim": True}, "truncate_dim is True; give 1 to"),
+    ],
+)
+def test_a_wrong_way_to_load_is_one_line(changes, message, tiny_base):
+    with pytest.raises(UserError, match=message):
+        Embedder.from_pretrained(tiny_base, settings=SETTINGS, **changes)
+
+
+def test_a_prompt_must_be_text(embedder):
+    with pytest.raises(UserError, match="prompt: must be text, not int"):
+        embedder.encode_query(["a"], prompt=3)
+
+
+def test_documents_to_rerank_must_be_a_list(tiny_base, tmp_path):
+    reranker = Reranker.from_pretrained(make_reranker(tiny_base, make_reranking_recipe(), tmp_path / "reranker").path)
+    for documents in NO_LISTS:
+        for score in (reranker.score, reranker.rank):
+            with pytest.raises(UserError, match=r"documents: .* is no list of items"):
+                score("a", documents)
+    ranked = reranker.rank("a", (text for text in ["b", "c"]), return_documents=True)
+    assert {row["text"] for row in ranked} == {"b", "c"}

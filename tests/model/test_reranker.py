@@ -356,3 +356,26 @@ def test_a_score_that_is_not_finite_is_an_error(tiny_base):
     assert np.isfinite(reranker.score("fox", ["boats"])).all()
     with pytest.raises(UserError, match=r"document 1: its score is not finite; open the checkpoint in float32"):
         reranker.score("fox", ["boats", "snow"])
+
+
+def test_an_instruction_that_leaves_no_room_for_the_text_is_refused(tiny_base):
+    reranker, long = make_reranker(tiny_base), "find it " * 300
+    query = {"text": "a red fox", "instruction": long}
+    message = r"query: the instruction leaves no room for a text within max_text_tokens \(64\); shorten it"
+    with pytest.raises(UserError, match=message):
+        reranker.score(query, ["a fox"])
+    with pytest.raises(UserError, match=message):
+        reranker.rank("a red fox", ["a fox"], prompt=long)
+    with pytest.raises(UserError, match=r"pair 0: the instruction leaves no room"):
+        reranker.predict([("a red fox", "a fox")], prompt=long)
+    assert reranker.score({"image": picture(0), "instruction": long}, ["a fox"]).shape == (1,)
+
+
+def test_a_text_is_read_after_the_longest_instruction_that_is_taken(tiny_base):
+    encoder = PairEncoder.from_pretrained(tiny_base, SETTINGS, 64)
+    words = next(n for n in range(200) if not encoder.leaves_room("find it " * n)) - 1
+    first, second = (
+        encoder.encode_query({"text": text, "instruction": "find it " * words}).input_ids.tolist()
+        for text in ("fox", "bird")
+    )
+    assert first != second

@@ -28,7 +28,7 @@ CASES = {
     "instruction counted": {"instruction_mask": False},
     "compression prompt": {"compression_prompt": True},
     "generation prompt": {"generation_prompt": True, "pooling": "last", "positions": "sequential"},
-    "short texts": {"max_text_tokens": 12},
+    "short texts": {"max_text_tokens": 80},
     "weights in bfloat16": {},
     "resized twice": {"resize_twice": True, "min_pixels": 784, "max_pixels": 3136},
     "qwen2_5_vl": {},
@@ -82,6 +82,7 @@ for size in (1, 2, 4, 6):
 np.savez("found.npz", **found)
 json.dump({
     "document": refusal(lambda: model.encode_document(["a"], prompt="find it")),
+    "room": refusal(lambda: model.encode_query([{"text": "a", "instruction": "find it " * 500}])),
     "nothing": refusal(lambda: model.encode_query([{"instruction": "find it"}])),
     "key": refusal(lambda: model.encode_query([{"text": "a", "color": "red"}])),
     "picture": refusal(lambda: model.encode_document([{"image": "none.png"}])),
@@ -227,6 +228,7 @@ def test_it_saves_what_it_opened(opened):
 def test_bad_input_is_refused(opened):
     refused = json.loads((opened[0] / "refused.json").read_text())
     assert refused["document"] == "ValueError: a document carries no instruction; put it on the query"
+    assert refused["room"].startswith("ValueError: the instruction leaves no room for a text within max_text_tokens")
     assert refused["nothing"] == "ValueError: nothing to embed; give a text, an image or a video"
     assert refused["key"].startswith("ValueError: unknown key 'color'")
     assert refused["picture"].startswith("FileNotFoundError")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import re
 import urllib.request
@@ -15,8 +14,8 @@ from PIL import Image
 from ray import serve
 
 from tests.support.served import call, service_of
-from tests.support.tiny_run import TEXTS, picture
-from umarvel_ray import demo
+from tests.support.tiny_run import FIND_A_PICTURE as INSTRUCTION
+from tests.support.tiny_run import FIND_A_TEXT, TEXTS, picture
 from umarvel_ray.serving.app import build
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it is in the extra `dev`")
@@ -29,7 +28,6 @@ expect.set_options(timeout=20_000)  # a busy machine is not a failure
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the path; install it (Debian: chromium)")
 
 KINDS = {"text": "text", "image": "picture", "image,text": "picture with text"}
-INSTRUCTION = "Find an image that matches the caption."
 PNG = {"name": "three.png", "mimeType": "image/png", "buffer": picture(3)}
 FOCUSED = """() => {
   const { ariaLabel, labels, textContent } = document.activeElement;
@@ -76,6 +74,7 @@ def watched(browser, url: str, **options):
 @pytest.fixture
 def page(browser, url):
     with watched(browser, url) as page:
+        expect(page.get_by_label("Instruction", exact=True)).to_have_value(INSTRUCTION)
         page.get_by_label("Instruction", exact=True).fill("")
         page.get_by_label("Text to search for").focus()
         yield page
@@ -134,14 +133,31 @@ def test_a_text_query_shows_what_the_api_returns(page, url):
     assert page.title() == "a bird on a boat · search"
 
 
+def test_all_pictures_of_a_document_are_shown_and_looked_for(page, url):
+    pictures = [uri(picture(1)), uri(picture(2))]
+    _, added, _ = call(f"{url}/v1/index", {"documents": [{"id": "two", "image": pictures}]})
+    query = {"image": pictures[0]}
+    search_results(url, query, after=added["sequence"])
+    try:
+        add_picture(page, "chosen", "one.png", "image/png", picture(1))
+        expect_results(page, search_results(url, query))
+        card = page.get_by_role("listitem").filter(has=page.locator(".meta", has_text="· two"))
+        expect(card.get_by_role("img")).to_have_count(2)
+        assert [image.get_attribute("src") for image in card.get_by_role("img").all()] == pictures
+        card.get_by_role("button", name="More like this").click()
+        expect_results(page, search_results(url, {"image": pictures}))
+        expect(page.locator(".meta").first).to_contain_text("two")
+    finally:
+        call(f"{url}/v1/index/delete", {"ids": ["two"]})
+
+
 def test_a_first_search_has_an_instruction_and_others_are_a_click_away(browser, url):
     with watched(browser, url) as page:
         expect(page.get_by_label("Instruction", exact=True)).to_have_value(INSTRUCTION)
         search_text(page, "a boat")
         expect_results(page, search_results(url, {"text": "a boat", "instruction": INSTRUCTION}))
-        other = "Find a clip-art picture with this title."
-        page.get_by_label("Ready instructions").select_option(other)
-        expect_results(page, search_results(url, {"text": "a boat", "instruction": other}))
+        page.get_by_label("Ready instructions").select_option(FIND_A_TEXT)
+        expect_results(page, search_results(url, {"text": "a boat", "instruction": FIND_A_TEXT}))
         page.get_by_label("Ready instructions").select_option("")
         expect_results(page, search_results(url, {"text": "a boat"}))
     with watched(browser, url) as page:
@@ -385,12 +401,11 @@ def test_the_accessibility_tree(page):
     """)
 
 
-def test_the_instructions_of_the_shipped_data_are_offered(page):
-    with open(demo.DATA / "instructions.tsv", newline="") as file:
-        wanted = {row["prompt_1"] for row in csv.DictReader(file, delimiter="\t")}
-    offered = page.locator("#instructions option").evaluate_all("options => options.map((one) => one.value.trim())")
-    assert wanted < set(offered)
-    assert INSTRUCTION in offered
+def test_the_instructions_of_the_data_are_offered(page, url):
+    _, response, _ = call(f"{url}/v1/instructions")
+    kinds = [("tiny_task0", "text", "image", INSTRUCTION), ("tiny_task0", "text", "text", FIND_A_TEXT)]
+    assert sorted((one["task"], one["query"], one["finds"], one["instruction"]) for one in response["data"]) == kinds
+    expect(page.locator("#instructions option")).to_have_text(["no instruction", FIND_A_TEXT, INSTRUCTION])
 
 
 # Every visible text, its color, and the backgrounds behind it from the inside out. Disabled controls are exempt.

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.conftest import REPO
+from tests.support.client_libraries import needs_clients, run_client
 from tests.support.served import call
 from umarvel_ray.model.embedder import Embedder
 
-CLIENTS = Path(sys.prefix) / "clients"  # `make test-all` installs requirements-clients.lock there
 DOCUMENTS = ["a red fox", "two boats near a pier"]
 FOUND = """
 import json
@@ -28,12 +23,7 @@ print(json.dumps({
 }))
 """
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not CLIENTS.is_dir(), reason="LangChain and LlamaIndex are not installed; make test-all installs them"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_clients]
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +32,7 @@ def found(url, tmp_path_factory) -> dict:
     blocks = re.findall(r"^```python\n(.*?)^```", (REPO / "docs/rag.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 5
     code = "".join(blocks).replace("http://localhost:8000", url) + FOUND
-    folder = tmp_path_factory.mktemp("clients")
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(CLIENTS), "HOME": str(folder)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(ran.stdout.splitlines()[-1])
+    return run_client(code, tmp_path_factory.mktemp("clients"))
 
 
 def test_embedding_classes_equal_the_library(found, service):

@@ -237,20 +237,38 @@ def test_rerank_equals_the_library(url, service):
     query = {"text": "a boat", "instruction": INSTRUCTION}
     documents = ["two boats", {"image": PNG}, {"text": "dusk", "image": f"data:image/png;base64,{PNG}"}, "a fox"]
     items = ["two boats", {"image": picture(1)}, {"text": "dusk", "image": picture(1)}, "a fox"]
-    scores = Reranker.from_pretrained(service.reranker).score(query, items)
+    reranker = Reranker.from_pretrained(service.reranker)
+    scores = reranker.score(query, items)
     body = {"query": query, "documents": documents, "return_documents": True}
     status, response, _ = call(f"{url}/v1/rerank", body)
     assert status == 200
     order = [result["index"] for result in response["results"]]
     assert order == np.argsort(-scores).tolist()
     np.testing.assert_allclose([result["relevance_score"] for result in response["results"]], scores[order], atol=1e-5)
-    wanted = [
-        {"text": item, "image": None, "instruction": None} if isinstance(item, str) else item for item in documents
-    ]
-    for result in response["results"]:
-        assert result["document"].items() >= wanted[result["index"]].items()
+    wanted = [{"text": item} if isinstance(item, str) else item for item in documents]
+    assert [result["document"] for result in response["results"]] == [wanted[index] for index in order]
     _, first, _ = call(f"{url}/v1/rerank", body | {"top_n": 2, "return_documents": False})
-    assert [(r["index"], r["document"]) for r in first["results"]] == [(index, None) for index in order[:2]]
+    assert [sorted(result) for result in first["results"]] == [["index", "relevance_score"]] * 2
+    assert [result["index"] for result in first["results"]] == order[:2]
+    prompt = reranker.encoder.encode_query(query).length
+    tokens = sum(prompt + reranker.encoder.encode_document(item).length for item in items)
+    assert first["usage"] == response["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def test_an_instruction_that_leaves_no_room_for_the_text_is_refused_everywhere(url):
+    query = {"text": "a boat", "instruction": "find it " * 300}
+    bodies = {
+        "embeddings": {"input": [query]},
+        "rerank": {"query": query, "documents": ["two boats"]},
+        "score": {"queries": query, "documents": ["two boats"]},
+        "search": {"query": query, "rerank": True},
+    }
+    for route, body in bodies.items():
+        status, response, _ = call(f"{url}/v1/{route}", body)
+        assert (status, "leaves no room for a text within max_text_tokens" in response["error"]["message"]) == (
+            400,
+            True,
+        )
 
 
 @pytest.mark.parametrize("rerank", [False, True])
@@ -285,19 +303,34 @@ def test_added_documents_are_found_and_deleted_ones_are_not(url, embedder):
         {"id": "n2", "image": PNG_URI},
         {"id": "t0", "text": "a kite above the roofs", "source": "notes"},  # replaces a document of the corpus
         {"id": "bad", "image": PNG[:80]},
+        {"id": "n3", "image": [base64.b64encode(picture(2)).decode(), PNG]},
     ]
     status, response, _ = call(f"{url}/v1/index", {"documents": documents})
     assert (status, response["error"]["index"]) == (400, 3)
     status, added, _ = call(f"{url}/v1/index", {"documents": documents, "on_error": "skip"})
-    assert (status, added["added"], added["replaced"], added["errors"][0]["index"]) == (200, 2, 1, 3)
+    assert (status, added["added"], added["replaced"], added["errors"][0]["index"]) == (200, 3, 1, 3)
     body = {"query": "a kite above the roofs", "top_k": 20, "after": added["sequence"], "return_documents": True}
     _, response, _ = call(f"{url}/v1/search", body)
     found = {result["id"]: result for result in response["results"]}
-    assert len(found) == before["documents"] + 2 == call(f"{url}/v1/index")[1]["documents"]
+    assert len(found) == before["documents"] + 3 == call(f"{url}/v1/index")[1]["documents"]
     assert response["results"][0]["id"] == "t0"
     [query], vectors = embedder.encode_query([body["query"]]), embedder.encode_document(["a lantern on a hill"])
     assert found["n1"]["score"] == pytest.approx(float(vectors[0] @ query), abs=1e-5)
     assert base64.b64decode(found["n2"]["document"]["image"].split(",")[1]) == picture(1)
+    assert (found["n1"]["image_url"], found["n2"]["image_url"]) == (None, "/v1/documents/n2/image")
+    with urllib.request.urlopen(url + found["n2"]["image_url"]) as response:
+        assert (response.headers["content-type"], response.read()) == ("image/png", picture(1))
+        assert response.headers["x-content-type-options"] == "nosniff"
+    uris = found["n3"]["document"]["image"]
+    assert [base64.b64decode(uri.split(",")[1]) for uri in uris] == [picture(2), picture(1)]
+    several = embedder.encode_document([{"image": [picture(2), picture(1)]}])
+    assert found["n3"]["score"] == pytest.approx(float(several[0] @ query), abs=1e-5)
+    for address, content in zip(found["n3"]["image_urls"], (picture(2), picture(1)), strict=True):
+        with urllib.request.urlopen(url + address) as response:
+            assert response.read() == content
+    assert call(f"{url}/v1/documents/n3/image?n=2")[0] == 404
+    assert call(f"{url}/v1/documents/n3/image?n=-1")[0] == 400
+    assert call(f"{url}/v1/documents/n1/image")[0] == call(f"{url}/v1/documents/no/body/image")[0] == 404
     _, notes, _ = call(f"{url}/v1/search", body | {"filter": {"source": ["notes"], "modality": ["text"]}})
     assert {result["id"] for result in notes["results"]} == {"n1", "t0"}
 
@@ -314,12 +347,12 @@ def test_added_documents_are_found_and_deleted_ones_are_not(url, embedder):
         assert {result["id"] for result in response["results"]} == ids
     assert 0 <= call(f"{url}/v1/index")[1]["behind_s"] < 60
 
-    _, deleted, _ = call(f"{url}/v1/index/delete", {"ids": ["n1", "n2", "nobody"]})
-    assert (deleted["deleted"], deleted["unknown"]) == (2, ["nobody"])
+    _, deleted, _ = call(f"{url}/v1/index/delete", {"ids": ["n1", "n2", "n3", "nobody"]})
+    assert (deleted["deleted"], deleted["unknown"]) == (3, ["nobody"])
     restored = {"documents": [{"id": "t0", "text": TEXTS[0], "source": "tiny"}]}
     _, last, _ = call(f"{url}/v1/index", restored)
     _, response, _ = call(f"{url}/v1/search", body | {"after": last["sequence"]})
-    assert {result["id"] for result in response["results"]} == found.keys() - {"n1", "n2"}
+    assert {result["id"] for result in response["results"]} == found.keys() - {"n1", "n2", "n3"}
     status, response, _ = call(f"{url}/v1/search", body | {"after": last["sequence"] + 1})
     assert (status, response["error"]["param"]) == (409, "after")
     assert f"is at commit {last['sequence']}" in response["error"]["message"]

@@ -25,6 +25,7 @@ TEXTS = [
     "a small blue bird",
     "a green tree",
 ]
+FIND_A_TEXT, FIND_A_PICTURE = "Find the same words.", "Find an image that matches the caption."
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
@@ -36,7 +37,7 @@ def picture(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
 
 
 def make_corpus(folder: Path) -> Path:
-    """Fifteen documents, five of each modality, as a Parquet data folder."""
+    """Fifteen documents, five of each modality, and ten queries, as a Parquet data folder."""
     folder.mkdir(parents=True)
     rows = []
     for number, text in enumerate(TEXTS):
@@ -48,6 +49,16 @@ def make_corpus(folder: Path) -> Path:
     pq.write_table(documents.set_column(2, "image", documents["image"].cast(pa.binary())), folder / "documents.parquet")
     pools = pa.table({"task": ["tiny_task0"], "split": ["test"], "document_ids": [columns["id"]]})
     pq.write_table(pools, folder / "pools.parquet")
+    asked = [
+        *({"text": text, "instruction": FIND_A_TEXT, "positive_ids": [f"t{n}"]} for n, text in enumerate(TEXTS)),
+        *({"text": text, "instruction": FIND_A_PICTURE, "positive_ids": [f"i{n}"]} for n, text in enumerate(TEXTS)),
+    ]
+    queries = [
+        {"id": f"q{n}", "image": None, "modality": "text", "source": "tiny", "task": "tiny_task0"} | row
+        for n, row in enumerate(asked)
+    ]
+    table = pa.Table.from_pylist(queries)
+    pq.write_table(table.set_column(1, "image", table["image"].cast(pa.binary())), folder / "test.parquet")
     return folder
 
 

@@ -85,11 +85,11 @@ def test_the_check_is_done_once_for_the_same_tables(ray_cluster, tmp_path, capsy
     assert "train: 1 of " in check(), "row numbers of other tables say nothing"
 
 
-def test_an_empty_picture_is_unusable():
-    reason = reason_against({"text": "a fox", "image": b""}, "documents d1")
+def test_an_empty_picture_is_none():
+    assert reason_against({"text": "a fox", "image": b""}, "documents d1") is None
+    reason = reason_against({"text": None, "image": b""}, "documents d1")
     assert reason is not None
-    assert reason.startswith("documents d1: not a picture")
-    assert reason_against({"text": "a fox", "image": None}, "documents d1") is None
+    assert reason.startswith("documents d1: nothing to embed")
 
 
 def test_a_picture_that_was_repaired_is_used_again(ray_cluster, tmp_path, capsys):

@@ -109,7 +109,7 @@ def distillation_plan(
     width = int(candidates.counts.max())
     order = _epochs(len(queries), seed)
     for number in range(count_steps(phase, len(queries))):
-        rows = np.array([next(order) for _ in range(min(phase.batch_size, len(queries)))])
+        rows = np.array([next(order) for _ in range(phase.batch_size)])  # repeats where there are fewer queries
         own = candidates.take(rows)
         # The documents in the order in which they first occur.
         distinct, first, inverse = np.unique(own.values, return_index=True, return_inverse=True)

@@ -196,7 +196,8 @@ def _media(column: pa.Array, root: Path, where: str) -> pa.Array:
         lists = _without_nulls(_like(column, _media(_flat(column), root, where)))
         return pc.if_else(pc.equal(pc.list_value_length(lists), 0), None, lists)
     if _is_binary(column.type):
-        return column.cast(pa.large_binary())
+        content = column.cast(pa.large_binary())
+        return pc.if_else(pc.equal(pc.binary_length(content), 0), None, content)
     if not _is_text(column.type):
         raise UserError(f"{where} holds {column.type}, not encoded bytes, paths, or lists of these; write it as bytes")
     paths = _valid(column, where).cast(PATH)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from umarvel_ray.data.content import picture_key
 from umarvel_ray.data.dataset import Dataset
 from umarvel_ray.evaluate.results import LadderResult
-from umarvel_ray.items.images import BadImage, first_picture, image_type, open_image, picture_uri
+from umarvel_ray.items.images import BadImage, image_type, open_image, picture_uris, pictures_of
 from umarvel_ray.retrieve.metrics import find_hits, recall_at_k
 
 SHOWN = 5  # documents per query
@@ -31,21 +31,19 @@ class Pictures:
         self.uris: list[str] = []
         self._bytes = 0
 
-    def add(self, image: bytes | str | list[bytes | str] | None) -> int | None:
-        """The number of the (first) picture; None if there is none, it cannot be read, or the budget is used up."""
-        if image is None:
-            return None
+    def add(self, image: bytes | str) -> int | None:
+        """The number of a picture; None if it cannot be read, or the budget is used up."""
         key = picture_key({"image": image})
         if key not in self._number:
             self._number[key] = self._store(image)
         return self._number[key]
 
-    def _store(self, image: bytes | str | list[bytes | str]) -> int | None:
+    def _store(self, image: bytes | str) -> int | None:
         try:
-            uri = picture_uri(_small(first_picture(image)))
+            [uri] = picture_uris(_small(image)) or [""]
         except BadImage:
             return None
-        if self._bytes + len(uri) > PICTURE_BUDGET:
+        if not uri or self._bytes + len(uri) > PICTURE_BUDGET:
             return None
         self._bytes += len(uri)
         self.uris.append(uri)
@@ -54,11 +52,10 @@ class Pictures:
 
 @dataclass
 class Card:
-    """A query or document as shown in the report; `picture` is a number from `Pictures`, `hit` marks positives."""
+    """A query or document as shown in the report; `pictures` are numbers from `Pictures`, `hit` marks positives."""
 
     text: str | None
-    picture: int | None
-    has_picture: bool
+    pictures: list[int | None]
     hit: bool = False
     instruction: str | None = None
     score: float | None = None
@@ -140,7 +137,7 @@ def _first_documents(ranking: pa.Table, queries: np.ndarray) -> dict[int, tuple[
 
 
 def _card(row: dict, pictures: Pictures, hit: bool = False, score: float | None = None) -> Card:
-    return Card(row["text"], pictures.add(row["image"]), row["image"] is not None, hit, score=score)
+    return Card(row["text"], [pictures.add(image) for image in pictures_of(row["image"])], hit, score=score)
 
 
 def _small(image: bytes | str) -> bytes:

@@ -22,7 +22,7 @@ from umarvel_ray.importing.prepare import Prepared, Ready, prepared_ahead
 from umarvel_ray.importing.read import read
 from umarvel_ray.importing.recipe_file import Size, on_gpus, recipe_tree, size_of, write_recipe
 from umarvel_ray.importing.record import Fault, Item, Picture, Place, Record, Row
-from umarvel_ray.importing.split import SPLITS, TRAIN, split_queries
+from umarvel_ray.importing.split import SPLITS, TRAIN, VALIDATION, split_queries
 from umarvel_ray.importing.store import Links, Store
 from umarvel_ray.importing.tasks import MODALITIES, instructions_of, words_of
 from umarvel_ray.importing.write import Pools, Quarantine, pools_of, task_name, write_tables
@@ -56,6 +56,7 @@ def import_dataset(
     instructions: Sequence[str] = (),
     holdout: str | None = None,
     seed: int = 42,
+    caption: str | None = None,
 ) -> None:
     """Make a data folder of what a user has, and print what was done. The folder appears whole or not at all.
 
@@ -66,6 +67,7 @@ def import_dataset(
         instructions: see `instructions_of`.
         holdout: see `held_out_count`.
         seed: of the draw of groups for validation and test.
+        caption: the key of captions in a picture's JSON; None to find out.
 
     Raises:
         UserError: the source is nothing that is known, has no usable row or cannot be split; the folder is not empty or
@@ -77,8 +79,10 @@ def import_dataset(
     if to.is_relative_to(path.absolute()) and path.is_dir():
         raise UserError(f"{to} is inside {path}, which would then be imported too; give --to another folder")
     given = instructions_of(instructions)
-    source = detect(path, kind)
+    source = detect(path, kind, caption)
     print(f"kind: {source.kind}{f' ({source.use})' if source.use else ''}")
+    for note in source.notes:
+        print(note)
     name = re.sub(r"\W+", "-", to.name).strip("-") or "data"
     try:
         with _written(to) as folder:
@@ -87,8 +91,10 @@ def import_dataset(
             with Store(items, given) as store, Quarantine(folder) as quarantine:
                 for row, record in prepared_ahead(read(source)):
                     _take(row, record, store, quarantine, tally)
+                if not tally.rows:
+                    raise UserError(f"{path}: no rows; add some")
                 if not tally.kept:
-                    raise UserError(f"{path}: none of {tally.rows:,} rows can be used; {tally.first or 'it is empty'}")
+                    raise UserError(f"{path}: none of {tally.rows:,} rows can be used; {tally.first}")
                 links = store.links()
             with _told_of_faults(path, tally):
                 query_split, item_split = split_queries(links, holdout, seed)
@@ -98,6 +104,8 @@ def import_dataset(
             write_tables(folder, items, links, query_split, item_split, pools, name)
             items.unlink()
             write_recipe(folder / "recipe.yaml", recipe)
+    except BrokenPipeError:  # of the output, not of a file
+        raise
     except OSError as error:
         raise UserError(f"{to}: cannot be written ({error.strerror or error}); give --to another folder") from None
     for line in [*_rows(tally, to), *_made(links, query_split, pools, name), *_look(tally, query_split)]:
@@ -208,12 +216,14 @@ def _training_size(links: Links, query_split: np.ndarray) -> Size:
     training = query_split == TRAIN
     number = np.cumsum(training) - 1  # of each query among those of the split
     pairs = links.positives[training[links.positives[:, 0]]]
-    return size_of(links.shape[training], np.stack([number[pairs[:, 0]], pairs[:, 1]], axis=1))
+    positives = np.stack([number[pairs[:, 0]], pairs[:, 1]], axis=1)
+    return size_of(links.shape[training], positives, links.shape[query_split == VALIDATION])
 
 
 def _next(name: str, to: Path, size: Size) -> Iterator[str]:
-    folder, run = shlex.quote(_short(to)), shlex.quote(f"runs/{name}")
-    yield f"umarvel train {folder}/recipe.yaml     # the demo's tiny model on two CPU cores; report in {run}/report"
+    folder, run = _short(to), shlex.quote(f"runs/{name}")
+    recipe = f"{shlex.quote(folder)}/recipe.yaml"
+    yield f"umarvel train {recipe}     # the demo's tiny model on two CPU cores; report in {run}/report"
     yield f"umarvel search 'a few words' --run {run}"
     yield f"{on_gpus(name, folder, size)}     # on a GPU"
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
-from collections import Counter
+import unicodedata
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from urllib.parse import unquote
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.importing.columns import CAPTION, SIDECARS, WEBDATASET, first
-from umarvel_ray.importing.detect import PICTURE_SUFFIXES, Source, sidecar_of
+from umarvel_ray.importing.columns import NAMES, PICTURE_SUFFIXES, SIDECARS, WEBDATASET, first
+from umarvel_ray.importing.detect import Source, is_json, sidecar_of
+from umarvel_ray.importing.json_captions import captions_in, names_of
 from umarvel_ray.importing.record import BadRow, BadTable, Fault, Item, Place, Record, Row
 from umarvel_ray.importing.rows import record_of
-from umarvel_ray.importing.tables import TEXT_SUFFIXES, rows_of
-from umarvel_ray.importing.text import FALLBACK, column_name, encoding_of, read_text
-
-NAMES = ("id", "_id", "query_id", "qid", "docid", "key", "__key__")
-CAPTION_PARTS = ("txt", "caption", "text", "json")
+from umarvel_ray.importing.tables import TEXT_SUFFIXES, rows_of, suffix_of
+from umarvel_ray.importing.tars import CAPTION_PARTS, Parts, is_picture, samples
+from umarvel_ray.importing.text import FALLBACK, encoding_of, read_text
+from umarvel_ray.importing.walk import files_below
 
 
 def read(source: Source) -> Iterator[Row]:
@@ -41,27 +40,42 @@ class Folder:
         self.root = root
 
     def locate(self, table: Path, written: str) -> str | Path:
-        """The file relative to the table, to the root, or the only one of this name below the root; else as written."""
+        """The file relative to the table, to the root, or the only one of this path or name below it; else as written.
+
+        Case, and how accents are composed, make no difference where only one file is meant.
+        """
         if written.startswith(("data:", "http://", "https://")):
             return written
-        plain = written.replace("\\", "/")
-        for folder in (table.parent, self.root):
-            if os.path.isfile(file := folder / plain):  # of a name that is too long, `Path.is_file` raises
+        plain = unquote(written[7:]) if written.startswith("file://") else written.replace("\\", "/")
+        places = [folder / plain for folder in (table.parent, self.root)]
+        for file in places:
+            if os.path.isfile(file):  # of a name that is too long, `Path.is_file` raises
                 return file
-        return self._by_name.get(Path(plain).name) or Path(written)
+        keys = [*(_alike(os.path.relpath(file, self.root)) for file in places), Path(plain).name]
+        found = (self._only.get(key) for key in (*keys, _alike(Path(plain).name)))
+        return next(filter(None, found), Path(written))
 
     @cached_property
-    def _by_name(self) -> dict[str, Path]:
-        files = [file for file in self.root.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES]
-        count = Counter(file.name for file in files)
-        return {file.name: file for file in files if count[file.name] == 1}
+    def _only(self) -> dict[str, Path]:
+        """Pictures by each of their names that no other picture has."""
+        named: dict[str, set[Path]] = {}
+        for file in files_below(self.root):
+            if file.suffix.lower() in PICTURE_SUFFIXES:
+                for name in (file.name, _alike(file.name), _alike(os.path.relpath(file, self.root))):
+                    named.setdefault(name, set()).add(file)
+        return {name: files.pop() for name, files in named.items() if len(files) == 1}
+
+
+def _alike(name: str) -> str:
+    """The same for names that differ in case, or in how accents are composed, as macOS stores them."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _tables(source: Source) -> Iterator[Row]:
     folder = Folder(source.root)
     for table in source.files:
         name = table.relative_to(source.root).as_posix()
-        if table.suffix.lower() in TEXT_SUFFIXES and encoding_of(table) == FALLBACK:
+        if suffix_of(table) in TEXT_SUFFIXES and encoding_of(table) == FALLBACK:
             print(f"{name}: not UTF-8, read as {FALLBACK}")
         for number, row in rows_of(table):
             if isinstance(row, Fault):
@@ -87,12 +101,18 @@ def _sidecars(source: Source) -> Iterator[Row]:
             continue
         try:
             said, encoding = read_text(text)
+            captions = captions_in(said, source.caption, names_of(picture.name)) if is_json(text) else [said]
         except OSError as error:
             yield Row(place, Fault("unreadable text file", str(error.strerror)))
             continue
+        except BadTable as error:
+            raise UserError(f"{text}: {error.fault}") from None
+        except BadRow as error:
+            yield Row(place, error.fault)
+            continue
         guessed += encoding == FALLBACK
         shown = Item(pictures=(picture,), name=place.file)
-        yield Row(place, Record((Item(said),), (shown,), both_ways=True))
+        yield Row(place, Record(tuple(map(Item, captions)), (shown,), both_ways=True))
     if guessed:
         print(f"{guessed:,} text files: not UTF-8, read as {FALLBACK}")
 
@@ -101,54 +121,26 @@ def _webdataset(source: Source) -> Iterator[Row]:
     for file in source.files:
         name, number = file.relative_to(source.root).as_posix(), 0
         try:
-            for number, (key, parts) in enumerate(_samples(file), 1):
-                yield Row(Place(name, number, key), _sample(key, parts))
+            for number, (key, parts) in enumerate(samples(file), 1):
+                place = Place(name, number, key)
+                try:
+                    yield Row(place, parts if isinstance(parts, Fault) else _sample(key, parts, source.caption))
+                except BadTable as error:
+                    raise UserError(f"{file}, {key}: {error.fault}") from None
+                except BadRow as error:
+                    yield Row(place, error.fault)
         except (tarfile.TarError, EOFError, OSError) as error:
             yield Row(Place(name, number + 1), Fault("tar file ends early or is damaged", str(error)))
 
 
-def _samples(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Consecutive members with the same name up to the first dot, by what follows it."""
-    current: tuple[str, dict[str, bytes]] | None = None
-    with tarfile.open(file, "r|*") as archive:
-        for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-            content = archive.extractfile(member) if member.isfile() else None
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, part = name.partition(".")
-            if content is None or not stem:
-                continue
-            key = folder + slash + stem
-            if current and current[0] != key:
-                yield current
-                current = None
-            current = current or (key, {})
-            current[1][part.lower()] = content.read()
-    if current:
-        yield current
-
-
-def _sample(key: str, parts: dict[str, bytes]) -> Record | Fault:
-    shown = next((part for part in parts if f".{part}" in PICTURE_SUFFIXES), None)
+def _sample(key: str, parts: Parts, caption: str | None) -> Record:
+    shown = next(filter(is_picture, parts), None)
     said = first(parts, CAPTION_PARTS)
     if shown is None or said is None:
-        return Fault("no picture" if shown is None else "no caption", f"parts {', '.join(parts)}")
-    try:
-        captions = _captions(parts[said], said)
-    except ValueError as error:
-        return Fault("not valid JSON", str(error))
-    if not captions:
-        return Fault("no caption", f"{said}: none of {', '.join(CAPTION)}")
-    return Record(captions, (Item(pictures=(parts[shown],), name=f"{key}.{shown}"),), both_ways=True)
-
-
-def _captions(content: bytes, part: str) -> tuple[Item, ...]:
-    """Raises: ValueError: it is not JSON."""
-    if part != "json":
-        return (Item(content.decode("utf-8-sig", "replace")),)
-    value: Any = json.loads(content)
-    if isinstance(value, dict):
-        value = {column_name(name): found for name, found in value.items()}
-        value = value[name] if (name := first(value, CAPTION)) else None
-    values = value if isinstance(value, list) else [value]
-    return tuple(Item(text) for text in values if isinstance(text, str))
+        raise BadRow("no picture" if shown is None else "no caption", f"parts {', '.join(parts)}")
+    name = f"{key}.{shown}"
+    captions = [parts[said].decode("utf-8-sig", "replace")]
+    if said == "json":
+        captions = captions_in(parts[said], caption, names_of(name))
+    texts = tuple(map(Item, captions))
+    return Record(texts, (Item(pictures=(parts[shown],), name=name),), both_ways=True)

@@ -19,6 +19,7 @@ from umarvel_ray.importing.columns import (
     SWIFT,
     TEVATRON,
     VLM2VEC,
+    asked_picture_of,
     first,
     negatives_of,
     sides_of,
@@ -44,18 +45,21 @@ def record_of(kind: str, row: Row, locate: Locate) -> Record:
         BadRow: a value is missing or of a wrong type, or the row says that its pair does not match.
         BadTable: a label that is not from 0 to 1, so that the labels of other rows mean something else too.
     """
-    return READ[kind]({name: _readable(value) for name, value in row.items()}, locate)
+    try:
+        return READ[kind]({name: _readable(value) for name, value in row.items()}, locate)
+    except RecursionError:
+        raise BadRow("wrong type", "a value is nested too deeply") from None
 
 
 def _captions(row: Row, locate: Locate) -> Record:
     shown, said = first(row, PICTURE), first(row, CAPTION)
     if shown is None or said is None:
         raise BadRow("no picture" if shown is None else "no caption", f"columns {', '.join(row)}")
-    [picture] = _pictures([row[shown]], locate) or (None,)
-    if picture is None:
+    pictures = _pictures(_list(row[shown]), locate)
+    if not pictures:
         raise BadRow("no picture", f"column '{shown}' is empty")
     captions = tuple(Item(text) for text in _texts(row[said], said))
-    named = Item(pictures=(picture,), name=_name(row[shown]))
+    named = Item(pictures=pictures, name=_name(_list(row[shown])[0]) if len(pictures) == 1 else "")
     return Record(captions, (named,), instruction=_own(row), both_ways=True)
 
 
@@ -65,9 +69,11 @@ def _pairs(row: Row, locate: Locate) -> Record:
         raise BadRow("no positive" if anchor else "no query", f"columns {', '.join(row)}")
     _check_score(row)
     negatives = [item for name in negatives_of(row) for item in _side(row[name], name, locate)]
-    return Record(
-        _side(row[anchor], anchor, locate), _side(row[positive], positive, locate), tuple(negatives), _own(row)
-    )
+    queries = _side(row[anchor], anchor, locate)
+    if asked := asked_picture_of(row):
+        pictures = _pictures(_list(row[asked]), locate)
+        queries = tuple(query._replace(pictures=query.pictures + pictures) for query in queries)
+    return Record(queries, _side(row[positive], positive, locate), tuple(negatives), _own(row))
 
 
 def _flagembedding(row: Row, locate: Locate) -> Record:

@@ -62,8 +62,8 @@ def split_queries(links: Links, holdout: str | None, seed: int) -> tuple[np.ndar
     owned, sizes = np.unique(query_group, return_counts=True)
     if len(owned) < len(SPLITS):
         raise UserError(
-            f"{len(links.asked)} queries in {len(owned)} groups that share no picture or text cannot be split into "
-            f"{', '.join(SPLITS)}; add rows with other content"
+            f"{len(links.asked)} queries cannot be split: they are too few, or connected by pictures and texts that "
+            f"they share ({', '.join(SPLITS)} need one group each, found {len(owned)}); add rows with other content"
         )
     lowest = np.full(len(links.digests), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(lowest, group, links.digests)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import IO, cast
 
 FALLBACK = "cp1252"
 BOMS = {
@@ -17,19 +19,30 @@ BOMS = {
 }
 DELIMITERS = (",", "\t", ";", "|")
 CHUNK = 1 << 20
+SAMPLE = 4096
+MOSTLY = 4  # one byte in so many, or more
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """A file's bytes, unpacked if its name ends in `.gz`. Raises: OSError, EOFError, zlib.error: it cannot be read."""
+    if path.name.lower().endswith(".gz"):
+        return cast("IO[bytes]", gzip.open(path, "rb"))
+    return path.open("rb")
 
 
 def encoding_of(path: Path) -> str:
-    """What its byte order mark says, UTF-8 if all of it is valid, and FALLBACK otherwise.
+    """What its byte order mark says; UTF-16 if it has the zeros of that; UTF-8 if all of it is valid; else FALLBACK.
 
-    Raises:
-        OSError: the file cannot be read.
+    Raises: see `open_binary`.
     """
-    with path.open("rb") as file:
-        head = file.read(4)
+    with open_binary(path) as file:
+        head = file.read(SAMPLE)
         for mark, name in BOMS.items():
             if head.startswith(mark):
                 return name
+        zeros = [head[start::2].count(0) * MOSTLY > len(head) // 2 for start in (0, 1)]
+        if zeros[0] != zeros[1]:  # of letters, digits and delimiters the other byte is never zero
+            return "utf-16-be" if zeros[0] else "utf-16-le"
         decoder = codecs.getincrementaldecoder("utf-8")()
         file.seek(0)
         try:

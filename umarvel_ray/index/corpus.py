@@ -40,13 +40,7 @@ class Corpus:
         """
         index = open_index(folder) if is_saved(folder) else make_index(*read_embeddings(folder))
         documents = open_dataset(data, cache).documents
-        rows = documents.find(pa.array(index.ids, pa.string()))
-        if (unknown := np.flatnonzero(rows < 0)).size:
-            raise UserError(
-                f"{folder} holds document {index.ids[unknown[0]]!r}, which {data.root} does not contain; "
-                "embed the documents again"
-            )
-        return cls(index, documents, rows)
+        return cls(index, documents, rows_of(pa.array(index.ids, pa.string()), documents, folder, data))
 
     def search(self, vector: np.ndarray, top_k: int) -> list[Hit]:
         """The best documents for one unit vector (d,), best first; a longer vector is truncated to the index's size."""
@@ -57,6 +51,21 @@ class Corpus:
         """The documents at rows of the index."""
         columns = [name for name in self.documents.schema.names if name not in KEY_COLUMNS]
         return self.documents.rows(self.rows[found], columns)
+
+
+def rows_of(ids: pa.Array | pa.ChunkedArray, documents: StoredTable, folder: str | Path, data: Data) -> np.ndarray:
+    """The row of each embedded document in the table of `data`, int64 (n,).
+
+    Raises:
+        UserError: `folder` refers to documents that `data` does not contain.
+    """
+    rows = documents.find(ids)
+    if (unknown := np.flatnonzero(rows < 0)).size:
+        raise UserError(
+            f"{folder} holds document {ids[int(unknown[0])].as_py()!r}, which {data.root} does not contain; "
+            "embed the documents again"
+        )
+    return rows
 
 
 def made_with(folder: str | Path) -> str | None:

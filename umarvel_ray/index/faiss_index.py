@@ -130,7 +130,7 @@ def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None, 
         checkpoint: identity of the checkpoint that produced the vectors.
 
     Raises:
-        UserError: no vectors, or a factory string that faiss does not know.
+        UserError: no vectors, too few of them, or a factory string that faiss does not know.
     """
     if not len(ids):
         raise UserError("nothing to index: no embeddings; run the embed job first")
@@ -143,7 +143,12 @@ def make_index(ids: list[str], vectors: np.ndarray, factory: str | None = None, 
     if not index.is_trained:
         rng = np.random.default_rng(0)
         sample = rng.choice(len(vectors), min(len(vectors), TRAIN_VECTORS), replace=False)
-        index.train(vectors[np.sort(sample)])
+        try:
+            index.train(vectors[np.sort(sample)])
+        except RuntimeError:  # faiss says so in several lines of C++
+            raise UserError(
+                f"{len(ids):,} documents are too few to train the faiss index '{factory}'; try Flat or HNSW32"
+            ) from None
     index.add(np.ascontiguousarray(vectors, np.float32))
     if isinstance(index, faiss.IndexIVF):
         index.nprobe = max(1, index.nlist // PROBE_SHARE)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -83,10 +83,11 @@ class LiveIndex:
         """
         with self._following:
             if self._folder:
+                before = self._rows
                 try:
                     self._apply_new(self._folder)
                 finally:  # what was read before an error is not held back
-                    if self._rows.position.sequence > self.sequence:
+                    if self._rows is not before or self._rows.position.sequence > self.sequence:
                         self._view = self._rows.view()
             return self.sequence
 
@@ -124,6 +125,15 @@ class LiveIndex:
         except (Damaged, OSError):
             self._read_again(view)
             return self._view.search(vector, top_k, wanted)
+
+    def documents(self, ids: Sequence[str]) -> list[dict[str, Any] | None]:
+        """The documents with these ids, whole; None for one that is not there. Raises: see `search`."""
+        view = self._view
+        try:
+            return [view.document(id_) for id_ in ids]
+        except (Damaged, OSError):
+            self._read_again(view)
+            return [self._view.document(id_) for id_ in ids]
 
     def _apply_new(self, folder: Path) -> None:
         if not check_index(folder, self._identity, self._dimension):
@@ -171,6 +181,13 @@ class _View(NamedTuple):
             found += [(score, row, part) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
         best = heapq.nlargest(top_k, found, key=lambda hit: hit[0])
         return [Hit(part.document(row), score) for score, row, part in best]
+
+    def document(self, id_: str) -> dict[str, Any] | None:
+        for part in self.parts:
+            row = part.row_of.get(id_)
+            if row is not None and row < len(part.alive) and part.alive[row]:  # a later view may have more rows
+                return part.document(row)
+        return None
 
 
 class _Rows:

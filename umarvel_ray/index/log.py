@@ -6,12 +6,13 @@ none of it.
 
 An incomplete frame at the end of the newest file is a write in progress, or one that a crash interrupted and that was
 never acknowledged: a reader waits for the rest. Anywhere else it is damage: every commit ends with an fsync, so nothing
-valid can follow a torn frame. Each frame repeats the previous frame's CRC, so that a reader notices if a machine crash
-has undone a commit it had already read.
+valid can follow a torn frame. A machine crash may undo a commit that was not acknowledged yet but had been read: a
+reader therefore looks whether the last one it has read is still there.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.files import sync_folder
-from umarvel_ray.index.frames import MAX_PAYLOAD, end_of, frame_of, is_damaged, read_at, read_frame
+from umarvel_ray.index.frames import MAX_PAYLOAD, end_of, frame_of, is_damaged, is_frame, read_at, read_frame
 from umarvel_ray.index.names import numbered, numbers
 
 RESTORE = "restore the folder from a backup, or start a new one and add the documents again"
@@ -31,6 +32,10 @@ class Damaged(UserError):
     """The log differs from what was written, or from what this reader has already read."""
 
 
+class NoSpace(UserError):
+    """The disk, the quota or the file is as full as it may be; nothing was changed."""
+
+
 class Position(NamedTuple):
     """A position between two commits."""
 
@@ -38,6 +43,7 @@ class Position(NamedTuple):
     crc: int = 0  # of that commit
     file: int = 1  # number of the first commit in its file
     offset: int = 0  # bytes from the start of the file
+    begin: int = 0  # likewise of that commit; equal to `offset` at the start of a file
 
 
 def log_path(folder: Path, first: int) -> Path:
@@ -69,7 +75,7 @@ def read_log(folder: Path, start: Position) -> Iterator[tuple[Position, bytes]]:
         if position.sequence + 1 != following:
             ends = f"ends after commit {position.sequence}, but the next file begins with {following}"
             raise Damaged(f"{file.path}: {ends}; {RESTORE}")
-        position = position._replace(file=following, offset=0)
+        position = position._replace(file=following, offset=0, begin=0)
 
 
 class LogFile:
@@ -93,15 +99,15 @@ class LogFile:
 
     def commits(self, position: Position) -> Iterator[tuple[Position, bytes]]:
         """The complete commits after a position in this file. Raises: see `read_log`."""
-        sequence, crc, first, offset = position
-        if os.fstat(self._handle).st_size < offset:
-            raise Damaged(f"{self.path}: damaged, shorter than when it was last read; {RESTORE}")
+        sequence, crc, first, offset, begin = position
+        if begin < offset and not is_frame(self._handle, begin, crc):
+            raise Damaged(f"{self.path}, byte {begin}: not the commit that was read here before; {RESTORE}")
         while (frame := read_frame(self._handle, offset)).payload is not None:
             _, length, previous, frame_crc = frame.fields
             if previous != crc:
                 raise Damaged(f"{self.path}, byte {offset}: this commit does not follow the previous one; {RESTORE}")
-            sequence, crc, offset = sequence + 1, frame_crc, end_of(offset, length)
-            yield Position(sequence, crc, first, offset), frame.payload
+            sequence, crc, begin, offset = sequence + 1, frame_crc, offset, end_of(offset, length)
+            yield Position(sequence, crc, first, offset, begin), frame.payload
         if is_damaged(self._handle, offset, crc, frame):
             raise Damaged(f"{self.path}, byte {offset}: damaged, and later commits follow; {RESTORE}")
 
@@ -115,7 +121,7 @@ class LogWriter:
 
     def __init__(self, folder: Path, end: Position) -> None:
         newest = max(log_files(folder), default=end.file)  # begun, but without a commit, if it is not the file of `end`
-        self.position = end if newest == end.file else end._replace(file=newest, offset=0)
+        self.position = end if newest == end.file else end._replace(file=newest, offset=0, begin=0)
         self._folder = folder
         self._file = self._open()
 
@@ -127,7 +133,7 @@ class LogWriter:
         """
         if len(payload) > MAX_PAYLOAD:
             raise UserError(f"a commit of {len(payload):,} bytes is too large; add fewer documents at once")
-        sequence, previous, first, offset = self.position
+        sequence, previous, first, offset, _ = self.position
         frame, crc = frame_of(payload, offset, previous)
         try:
             if os.fstat(self._file.fileno()).st_size > offset:  # of a commit that failed: nothing may follow a frame
@@ -141,7 +147,7 @@ class LogWriter:
             with suppress(OSError):
                 self._file.truncate(offset)
             raise _cannot_write(self._file.name, error) from None
-        self.position = Position(sequence + 1, crc, first, offset + len(frame))
+        self.position = Position(sequence + 1, crc, first, offset + len(frame), offset)
         return self.position
 
     def roll(self) -> None:
@@ -151,7 +157,10 @@ class LogWriter:
             UserError: the file cannot be created.
         """
         if self.position.offset:
-            old, self.position = self.position, self.position._replace(file=self.position.sequence + 1, offset=0)
+            old, self.position = (
+                self.position,
+                self.position._replace(file=self.position.sequence + 1, offset=0, begin=0),
+            )
             try:
                 file = self._open()
             except UserError:
@@ -179,4 +188,5 @@ class LogWriter:
 
 
 def _cannot_write(path: Path | str, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; free space or choose another folder")
+    kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else UserError
+    return kind(f"cannot write {path}: {error.strerror}; free space or choose another folder")

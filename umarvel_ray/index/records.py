@@ -12,6 +12,7 @@ import numpy as np
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.labels import LABELS, NOT_LABELS, Value
 
+Media = bytes | str | Sequence[bytes | str]  # encoded, a path, or several of these
 UNIT_TOLERANCE = 0.01  # allowed deviation of a vector's norm from 1; half precision stays well within
 
 
@@ -20,6 +21,7 @@ class Add:
     """Add a document with its unit vector, float32 (d,); it replaces any document with the same id.
 
     Args:
+        image, video: bytes from clients; documents of a corpus may also have paths, or several pictures.
         metadata: further labels to filter by.
     """
 
@@ -28,8 +30,8 @@ class Add:
     modality: str
     source: str
     text: str | None = None
-    image: bytes | None = None
-    video: bytes | None = None
+    image: Media | None = None
+    video: Media | None = None
     metadata: Mapping[str, Value] = field(default_factory=dict)
 
     @property

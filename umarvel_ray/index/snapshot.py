@@ -15,24 +15,27 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from umarvel_ray.files import sync_folder
+from umarvel_ray.index.hits import media_bytes
 from umarvel_ray.index.labels import Value
 from umarvel_ray.index.log import RESTORE, Damaged, Position
 from umarvel_ray.index.names import numbered, numbers
-from umarvel_ray.index.records import Add
+from umarvel_ray.index.records import Add, Record
+from umarvel_ray.items.images import pictures_of
 
 PARTIAL = ".snapshot.partial"
 ROWS, BYTES = 1024, 16 << 20  # copied at a time
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("text", pa.string()),
-        ("image", pa.large_binary()),
+        ("image", pa.large_list(pa.large_binary())),  # of each document the pictures; none is null
         ("video", pa.large_binary()),
         ("modality", pa.string()),
         ("source", pa.string()),
@@ -89,13 +92,18 @@ def open_snapshot(folder: Path, dimension: int) -> Snapshot:
         raise Damaged(f"{path}: not readable ({str(error).splitlines()[0]}); {RESTORE}") from None
     if "metadata" not in documents.schema.names:  # written before there was any
         documents = documents.append_column("metadata", pa.nulls(len(documents), pa.string()))
+    if documents.schema.field("image").type == pa.large_binary():  # written when a document had one picture
+        number = documents.schema.get_field_index("image")
+        documents = documents.set_column(number, SCHEMA.field("image"), _lists_of_one(documents["image"]))
     return Snapshot(vectors, documents, deleted, end)
 
 
 def document_at(snapshot: Snapshot, row: int) -> dict[str, Any]:
     """A document, as `Add.document` gave it."""
     [document] = snapshot.documents.slice(row, 1).to_pylist()
-    return document | {"metadata": metadata_of(document["metadata"])}
+    images = document["image"]
+    image = images[0] if images and len(images) == 1 else images
+    return document | {"image": image, "metadata": metadata_of(document["metadata"])}
 
 
 def metadata_of(text: str | None) -> dict[str, Value]:
@@ -140,7 +148,7 @@ def write_snapshot(
         for batch in old.documents.to_batches():
             arrow.write_batch(batch.filter(pa.array(kept[start : start + batch.num_rows])))
             start += batch.num_rows
-        for records in _batches(added):
+        for records in batches_of(added):
             vectors.write(b"".join(record.vector.tobytes() for record in records))
             arrow.write_batch(pa.RecordBatch.from_pylist([_row(record) for record in records], SCHEMA))
     with _durable(partial / "snapshot.json") as file:
@@ -150,12 +158,13 @@ def write_snapshot(
     sync_folder(folder)
 
 
-def _batches(added: Iterable[Add]) -> Iterator[list[Add]]:
-    records: list[Add] = []
+def batches_of(given: Iterable[AnyRecord]) -> Iterator[list[AnyRecord]]:
+    """Records in lists of at most `ROWS` of them and about `BYTES` of media."""
+    records: list[AnyRecord] = []
     size = 0
-    for record in added:
+    for record in given:
         records.append(record)
-        size += sum(len(part or b"") for part in (record.image, record.video))
+        size += media_bytes(vars(record))
         if len(records) == ROWS or size > BYTES:
             yield records
             records, size = [], 0
@@ -164,7 +173,18 @@ def _batches(added: Iterable[Add]) -> Iterator[list[Add]]:
 
 
 def _row(record: Add) -> dict[str, Any]:
-    return record.document | {"metadata": json.dumps(dict(record.metadata)) if record.metadata else None}
+    metadata = json.dumps(dict(record.metadata)) if record.metadata else None
+    return record.document | {"image": pictures_of(record.image) or None, "metadata": metadata}
+
+
+def _lists_of_one(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Each value in a list of its own, without copying it; null stays null."""
+    type_ = pa.large_list(column.type)
+    lists = [
+        pa.LargeListArray.from_arrays(pa.array(range(len(chunk) + 1), pa.int64()), chunk, mask=chunk.is_null())
+        for chunk in column.chunks
+    ]
+    return pa.chunked_array(lists, type_)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Queries and documents share one template: a user turn with the pictures, then th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,11 +119,13 @@ class ItemEncoder:
             pictures: the item's, if they have been read already.
 
         Raises:
-            UserError: nothing to embed, an unknown key, an instruction on a document, a bad picture or video.
+            UserError: nothing to embed, an unknown key, a bad picture or video, an instruction on a document, or one so
+                long that the text would not be read.
         """
         item = check_item(item, where)
         if side == "document" and item.get("instruction"):
             raise UserError(f"{where}: a document carries no instruction; put it on the query")
+        require_room(item, where, self.leaves_room, self.settings.max_text_tokens)
         pictures = self.pictures(item, where) if pictures is None else pictures
         text = self._text(item.get("instruction"), item.get("text"))
         before, after = self._frame(pictures)
@@ -185,7 +187,7 @@ class ItemEncoder:
 
     def leaves_room(self, instruction: str) -> bool:
         """Whether a text after this instruction is read at least in part."""
-        return len(self.tokens.text_ids(self.clean(instruction))) < self.settings.max_text_tokens - len(TAGS)
+        return self.tokens.is_below(self.clean(instruction), self.settings.max_text_tokens - len(TAGS))
 
     def _frame(self, pictures: Sequence[Picture]) -> tuple[list[Piece], list[Piece]]:
         """The conversation before and after the user's text; cached, since rendering dominates encoding."""
@@ -223,3 +225,20 @@ class ItemEncoder:
         opened = np.cumsum(input_ids == self._start)
         closed = np.cumsum(input_ids == self._end) - (input_ids == self._end)  # the end tag is inside the span
         return np.asarray(opened == closed)
+
+
+def require_room(item: Item, where: str, leaves_room: Callable[[str], bool], max_text_tokens: int) -> None:
+    """Refuse an item whose text would not be read.
+
+    Args:
+        leaves_room: the encoder's, for an instruction.
+        max_text_tokens: of instruction and text together.
+
+    Raises:
+        UserError: the instruction is too long.
+    """
+    instruction = item.get("instruction")
+    if instruction and "text" in item and not leaves_room(instruction):
+        raise UserError(
+            f"{where}: the instruction leaves no room for a text within max_text_tokens ({max_text_tokens}); shorten it"
+        )

@@ -6,6 +6,8 @@ import base64
 import binascii
 import io
 import math
+import re
+import sys
 import threading
 import warnings
 from contextlib import nullcontext
@@ -23,7 +25,14 @@ MAX_ASPECT = 200  # of what a Qwen-VL image processor takes
 MAX_SCANS = 100  # JPEGs have about a dozen; one scan takes a few bytes but costs a pass over all pixels
 PNG, PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 TILE = 322, 323  # TIFF tags of a tile's width and height; a tile may be larger than the picture
-SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"BM": "bmp", b"RIFF": "webp"}
+SIGNATURES = {  # of formats that browsers show
+    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "jpeg": re.compile(rb"\xff\xd8\xff"),
+    "gif": re.compile(rb"GIF8"),
+    "bmp": re.compile(rb"BM"),
+    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "avif": re.compile(rb"....ftypavi[fs]", re.DOTALL),
+}
 _LAZY_LOAD = threading.Lock()  # several items may share a PIL picture, whose lazy loading is not thread-safe
 
 
@@ -101,22 +110,44 @@ def open_stream(
 
 
 def image_type(content: bytes) -> str | None:
-    """The media subtype (`image/…`) of an encoded picture, from its first bytes; None for other formats."""
-    return next((kind for start, kind in SIGNATURES.items() if content.startswith(start)), None)
+    """The media subtype (`image/…`) of an encoded picture that browsers show, from its first bytes; else None."""
+    return next((kind for kind, start in SIGNATURES.items() if start.match(content)), None)
 
 
-def first_picture(image: Any) -> Any:
-    """The picture of a row that has one, or the first of several; None stays None."""
-    return image[0] if isinstance(image, list) else image
+def pictures_of(image: Any) -> list[Any]:
+    """The pictures of a row: none, one, or a list of them."""
+    return image if isinstance(image, list) else [] if image is None else [image]
 
 
-def picture_uri(image: bytes | str | Path | list[bytes | str] | None) -> str | None:
-    """A picture (encoded bytes or a path), or the first of several, as a data URI in its own format; None for none."""
-    shown = first_picture(image)
-    if shown is None:
+def picture_uris(image: Any, where: str = "picture") -> list[str]:
+    """The pictures of a row as data URIs; those that cannot be shown are left out (see `picture_file`)."""
+    found = (picture_file(shown, where) for shown in pictures_of(image))
+    return [f"data:image/{kind};base64,{base64.b64encode(content).decode()}" for kind, content in filter(None, found)]
+
+
+def picture_file(image: Any, where: str = "picture") -> tuple[str, bytes] | None:
+    """A picture as a file that browsers show: its kind, such as "png", and its bytes.
+
+    A format that they do not know becomes PNG. One that cannot be read is left out, which is printed.
+
+    Args:
+        image: encoded bytes, a path, a data URI or a PIL picture.
+        where: names the picture in what is printed.
+
+    Returns:
+        None for one that cannot be read.
+    """
+    try:
+        content = b"" if isinstance(image, Image.Image) else open_stream(image, where).getvalue()
+        kind = image_type(content)
+        if kind is None:
+            kind, buffer = "png", io.BytesIO()
+            open_image(image, where).save(buffer, "PNG")
+            content = buffer.getvalue()
+    except (BadImage, OSError, ValueError) as error:
+        print(f"{where}: not shown ({str(error).removeprefix(f'{where}: ')})", file=sys.stderr)
         return None
-    content: bytes = shown if isinstance(shown, bytes) else Path(shown).read_bytes()
-    return f"data:image/{image_type(content) or 'webp'};base64,{base64.b64encode(content).decode()}"
+    return kind, content
 
 
 def _identify(image: str | Path | bytes, where: str, limits: MediaLimits) -> Image.Image:
@@ -154,11 +185,21 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
+def _gray(values: np.ndarray) -> np.ndarray:
+    """uint8 of int32 or float32 gray, whose white the file does not name: the least of 1 (of floats), 255 and 65,535
+    that holds all values, or else the largest value."""
+    shown = np.nan_to_num(values.astype(np.float64), posinf=0.0).clip(0)
+    largest = shown.max()
+    whites = (1, 255, 65_535) if values.dtype.kind == "f" else (255, 65_535)
+    white = next((white for white in whites if largest <= white), largest)
+    return np.asarray((shown * (255 / white)).round(), np.uint8)
+
+
 def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # PIL clips 16-bit gray at 255 instead of scaling it
-        return Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        return Image.fromarray(np.asarray(picture).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode.startswith("I;16"):  # PIL clips 16-bit gray at 255 instead of scaling it
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        return Image.fromarray(_gray(np.asarray(picture))).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

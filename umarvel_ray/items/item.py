@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from umarvel_ray.errors import UserError
@@ -43,6 +43,27 @@ def check_item(item: Item | str, where: str) -> Item:
     return kept
 
 
+def listed(items: Any, what: str) -> list[Any]:
+    """The items of a list, an array, a Series, a generator …
+
+    Args:
+        what: the word for them in errors, such as "queries".
+
+    Raises:
+        UserError: no list of items: a single thing, one whose items have no order, or a table.
+    """
+    unordered = isinstance(items, str | bytes | bytearray | memoryview | Mapping | Set)
+    if not unordered and not hasattr(items, "columns"):  # a data frame's items would be the names of its columns
+        try:
+            return list(items)
+        except TypeError:
+            pass
+    raise UserError(
+        f"{what}: {type(items).__name__} is no list of items; give a text, a dict such as {{'image': picture}}, or a "
+        f"list of these"
+    )
+
+
 def readable(text: str) -> str:
     """The text with U+FFFD for halves of surrogate pairs, which UTF-8 and tokenizers refuse; "" if it shows nothing."""
     return "" if _is_blank(text) else SURROGATES.sub("\ufffd", text)
@@ -63,4 +84,4 @@ def _is_blank(text: str) -> bool:
 def _is_empty(value: Any) -> bool:
     if isinstance(value, str):
         return _is_blank(value)
-    return isinstance(value, Sequence) and not isinstance(value, bytes) and len(value) == 0
+    return isinstance(value, Sequence) and len(value) == 0

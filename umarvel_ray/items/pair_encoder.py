@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.items.encoder import TEXT_SLOT, ItemEncoder
+from umarvel_ray.items.encoder import TEXT_SLOT, ItemEncoder, require_room
 from umarvel_ray.items.item import Item, check_item
 from umarvel_ray.items.pictures import Picture
 from umarvel_ray.items.template import EMB, picture_parts, render, text_part
@@ -103,7 +103,8 @@ class PairEncoder:
         """Encode the whole conversation; with `answer`, the reply and its labels too.
 
         Raises:
-            UserError: an empty item, an unknown key, an instruction on the document, a bad picture or video.
+            UserError: an empty item, an unknown key, an instruction on the document, a bad picture or video, an
+                instruction so long that the query's text would not be read.
         """
         parts = [self.encode_query(query, where), self.encode_document(document, where)]
         return join(parts if answer is None else [*parts, self.reply(answer)])
@@ -113,6 +114,7 @@ class PairEncoder:
     ) -> EncodedPair:
         """Encode everything up to and including "Candidate:". Args, raises: see `encode` and `ItemEncoder.encode`."""
         item = check_item(item, where)
+        require_room(item, where, self.leaves_room, self.max_text_tokens)
         pictures = self.items.pictures(item, where) if pictures is None else pictures
         instruction = self.items.clean(item.get("instruction"))
         return self._side(QUERY, pictures, f"{instruction} {item.get('text') or ''}")
@@ -126,6 +128,10 @@ class PairEncoder:
             raise UserError(f"{where}: a document carries no instruction; put it on the query")
         pictures = self.items.pictures(item, where) if pictures is None else pictures
         return self._side(DOCUMENT, pictures, item.get("text") or "")
+
+    def leaves_room(self, instruction: str) -> bool:
+        """Whether a query's text after this instruction is read at least in part."""
+        return self.items.tokens.is_below(self.items.clean(instruction), self.max_text_tokens)
 
     def reply(self, answer: bool) -> EncodedPair:
         """The answer word and the end of the turn, both with labels."""

@@ -62,9 +62,13 @@ class Tokens:
         # The cleaning of texts removes carriage returns (docs/method.md#text-cleaning), which would join halves.
         return self._spelled.sub(" ", text.replace("\r", ""))
 
+    def is_below(self, text: str, tokens: int) -> bool:
+        """Whether a text has fewer than `tokens` tokens."""
+        return len(text.encode()) < tokens or len(self.text_ids(text)) < tokens  # a token is at least one byte
+
     def cut(self, text: str, tokens: int) -> str:
         """The longest prefix of `text` that fits in `tokens` tokens."""
-        if len(text.encode()) <= tokens:  # a token is at least one byte
+        if len(text.encode()) <= tokens:
             return text
         ids = self.text_ids(text)
         if len(ids) <= tokens:

@@ -110,9 +110,9 @@ def calibrate_threshold(gold_scores: np.ndarray, other_scores: np.ndarray) -> fl
         other_scores: cosines of the same queries to their other top candidates.
 
     Returns:
-        On ties the higher threshold, which drops fewer candidates; 1 if there are no gold scores.
+        On ties the higher threshold, which drops fewer candidates; 1 if there are scores of one kind only.
     """
-    if not len(gold_scores):
+    if not len(gold_scores) or not len(other_scores):
         return 1.0
     edges = np.unique(np.concatenate([gold_scores, other_scores]))[::-1]
     gold_sorted, other_sorted = np.sort(gold_scores), np.sort(other_scores)

@@ -27,9 +27,15 @@ def require_device(device: torch.device | str) -> None:
     """Check that PyTorch has the device that a caller named.
 
     Raises:
-        UserError: a GPU that it does not see.
+        UserError: no such device, or a GPU that it does not see.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UserError(f"device {device!r}: not known to PyTorch; give 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
+    if kind.type == "cuda" and torch.cuda.is_available() and (kind.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device}: PyTorch sees {torch.cuda.device_count()} GPUs; give one of them")
+    if kind.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"device {device}: PyTorch {torch.__version__} sees no GPU on {platform.node()}; install its CUDA build "
             f"and a driver there, or use the CPU (cluster.gpus_per_embedder=0, device: cpu)"

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
-from umarvel_ray.items.item import Item, with_instruction
+from umarvel_ray.items.item import Item, listed, with_instruction
 from umarvel_ray.model.batch import collate, default_budget, token_buckets
 from umarvel_ray.model.checkpoint import load_settings, read_provenance
 from umarvel_ray.model.device import PROBE, best_device, checked_device, require_device
@@ -44,8 +44,9 @@ class Embedder:
         device: torch.device | str = "cpu",
         truncate_dim: int | None = None,
     ) -> None:
-        if truncate_dim is not None and not 1 <= truncate_dim <= model.dimension:
-            raise UserError(f"truncate_dim is {truncate_dim}; give 1 to {model.dimension}, the model's dimension")
+        whole = isinstance(truncate_dim, int) and not isinstance(truncate_dim, bool)
+        if truncate_dim is not None and not (whole and 1 <= truncate_dim <= model.dimension):
+            raise UserError(f"truncate_dim is {truncate_dim!r}; give 1 to {model.dimension}, the model's dimension")
         self.truncate_dim = truncate_dim
         self.model = model.to(device).eval()
         self.encoder = encoder
@@ -155,23 +156,25 @@ class Embedder:
     def _encode(
         self, items: Sequence[Item | str] | Item | str, side: str, prompt: str | None, token_budget: int | None
     ) -> np.ndarray:
+        if not isinstance(prompt, str | None):
+            raise UserError(f"prompt: must be text, not {type(prompt).__name__}")
         if prompt and side == "document":
             raise UserError("prompt: a document carries no instruction; put it on the query")
         if isinstance(items, str | dict):
             vector: np.ndarray = self._encode([items], side, prompt, token_budget)[0]
             return vector
-        listed = list(items)  # a pandas Series is indexed by its labels, not in the order given
+        given = listed(items, f"{side} items")  # a pandas Series is indexed by its labels, not in the order given
         parts = [np.empty((0, self.dimension), dtype=np.float32)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
 
             def encode_one(index: int) -> EncodedItem:
-                return self.encoder.encode(with_instruction(listed[index], prompt), side, f"{side} {index}")
+                return self.encoder.encode(with_instruction(given[index], prompt), side, f"{side} {index}")
 
             def prepare(start: int) -> Iterator[EncodedItem]:
-                return threads.map(encode_one, range(start, min(start + WINDOW, len(listed))))
+                return threads.map(encode_one, range(start, min(start + WINDOW, len(given))))
 
             coming = prepare(0)
-            for start in range(0, len(listed), WINDOW):
+            for start in range(0, len(given), WINDOW):
                 # The next window is decoded and tokenized while the model works on this one.
                 window, coming = list(coming), prepare(start + WINDOW)
                 parts.append(self.embed_encoded(window, token_budget))

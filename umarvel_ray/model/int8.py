@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from umarvel_ray.errors import UserError
+
 INT8 = "int8"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,8 +53,14 @@ def load_as(dtype: torch.dtype | str, device: torch.device | str, load: Callable
     """The model that `load` returns, in a PyTorch dtype or in "int8".
 
     With "int8", activations and all other weights are float32 on a CPU and bfloat16 on a GPU.
+
+    Raises:
+        UserError: no such dtype.
     """
     if dtype != INT8:
+        named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise UserError(f"dtype {dtype!r}: give 'float32', 'bfloat16', 'float16' or 'int8'")
         return load(dtype)
     model = load(torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     quantize(model.get_submodule("backbone.model.language_model"))

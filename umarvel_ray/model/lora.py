@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.model.checkpoint import HasBackbone
 from umarvel_ray.recipe import Lora
+
+if TYPE_CHECKING:  # importing PEFT takes seconds: who only embeds does without it
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"
 TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -26,6 +30,8 @@ VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # PEFT k
 
 
 def lora_config(lora: Lora) -> LoraConfig:
+    from peft import LoraConfig
+
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none", target_modules=TARGETS)
 
 
@@ -37,24 +43,31 @@ def add_lora(model: HasBackbone, lora: Lora, seed: int) -> None:
     Raises:
         UserError: `lora.init` is not an adapter for these layers with this r and alpha.
     """
+    from peft import inject_adapter_in_model
+
     model.backbone.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(lora_config(lora), model.backbone, adapter_name=ADAPTER)
     if lora.init:
         _load_adapter(model, lora, lora.init)
-    for layer in model.backbone.modules():
-        if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = False  # autocast casts the adapter, which is smaller
+    for _, layer in _adapted(model):
+        layer.cast_input_dtype_enabled = False  # autocast casts the adapter, which is smaller
 
 
 def merge_lora(model: HasBackbone) -> None:
     """Merge the adapters into the weights and remove them, in place; parameters get the base's names back."""
-    for name, layer in list(model.backbone.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge(safe_merge=True)
-            parent, _, child = name.rpartition(".")
-            setattr(model.backbone.get_submodule(parent), child, layer.get_base_layer())
+    for name, layer in list(_adapted(model)):
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.backbone.get_submodule(parent), child, layer.get_base_layer())
+
+
+def _adapted(model: HasBackbone) -> Iterator[tuple[str, LoraLayer]]:
+    """The layers that have an adapter, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, layer) for name, layer in model.backbone.named_modules() if isinstance(layer, LoraLayer))
 
 
 def save_adapter(model: HasBackbone, lora: Lora, path: str | Path) -> None:

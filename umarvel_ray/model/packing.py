@@ -7,13 +7,13 @@ attention on one item after another, the exact reference. Padded batches use tra
 
 from __future__ import annotations
 
+from functools import cache, partial
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 
 from umarvel_ray.compat.transformers import sdpa_attention_forward, use_attention
@@ -21,8 +21,6 @@ from umarvel_ray.compat.transformers import sdpa_attention_forward, use_attentio
 # transformers passes a tower's pictures in one piece only to an attention function with "flash" in its name.
 ATTENTION = "umarvel_flash"
 AMPERE = (8, 0)  # the oldest GPUs that FlashAttention runs on
-# Versions of torch without this argument accept fewer key heads than query heads anyway.
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def is_packed(choice: bool | Literal["auto"], device: torch.device | str) -> bool:
@@ -110,9 +108,8 @@ def packed_attention(
     """
     if _has_kernel(query):
         window = (-1, 0) if causal else (-1, -1)
-        kernel: Any = varlen_attn  # returns a tuple only if asked for more than the output
-        output: torch.Tensor = kernel(
-            query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, **GROUPED
+        output: torch.Tensor = _kernel()(
+            query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window
         )
         return output
     lengths = bounds.diff().tolist()
@@ -122,6 +119,15 @@ def packed_attention(
         for q, k, v in zip(*by_item, strict=True)
     ]
     return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+@cache
+def _kernel() -> Any:
+    """torch's own, which is imported with TorchDynamo, seconds that only GPUs should pay for."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Versions of torch without this argument accept fewer key heads than query heads anyway.
+    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
 
 
 def _has_kernel(query: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.items.item import Item, with_instruction
+from umarvel_ray.items.item import Item, listed, with_instruction
 from umarvel_ray.items.pair_encoder import EncodedPair, PairEncoder
 from umarvel_ray.items.pictures import Picture, PictureFormat, PixelScale
 from umarvel_ray.model.backbone import load_backbone
@@ -227,6 +227,7 @@ class Reranker:
         """
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}; give 1 or more")
+        documents = listed(documents, "documents")
         scores = self.score(with_instruction(query, prompt), documents, token_budget).tolist()
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_k]
         return [
@@ -268,9 +269,11 @@ class Reranker:
         """P(yes) of each document: float32 (n,), in the order given.
 
         Raises:
-            UserError: an empty item, an unknown key, an instruction on a document, a bad picture or video.
+            UserError: see `PairEncoder.encode`.
         """
-        encoded = [self.encoder.encode_document(item, f"document {i}") for i, item in enumerate(documents)]
+        encoded = [
+            self.encoder.encode_document(item, f"document {i}") for i, item in enumerate(listed(documents, "documents"))
+        ]
         return self.score_encoded(self.encoder.encode_query(query), encoded, token_budget)
 
     @torch.inference_mode()

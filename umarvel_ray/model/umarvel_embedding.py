@@ -252,7 +252,12 @@ class UMarvelEmbedding(InputModule):
         text, instruction = (self._spelled.sub(" ", item[key].replace("\r", "")) for key in ("text", "instruction"))
         pieces: list[str | int] = [self._cut(_tidy(text), limit)]
         if item["instruction"]:
-            masked, instruction = self.settings["instruction_mask"], self._cut(_tidy(instruction), max(limit - 2, 0))
+            masked, instruction = self.settings["instruction_mask"], _tidy(instruction)
+            if item["text"] and len(self._text_ids(instruction)) >= limit - 2:
+                raise ValueError(
+                    f"the instruction leaves no room for a text within max_text_tokens ({limit}); shorten it"
+                )
+            instruction = self._cut(instruction, max(limit - 2, 0))
             opened = f"{START}{instruction}{END}" if masked else instruction
             text = _tidy(f"{opened} {text}")
             pieces = [self._cut(text, limit)]

@@ -12,26 +12,29 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.index.corpus import made_with
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.serving.auth import Keys
-from umarvel_ray.serving.corpus import SearchDeployment, WriterDeployment
+from umarvel_ray.serving.corpus import SearchDeployment, StoreDeployment, WriterDeployment
 from umarvel_ray.serving.ingress import Ingress
 from umarvel_ray.serving.remote import RemotePictures
 from umarvel_ray.serving.replicas import EmbedderDeployment, RerankerDeployment
 from umarvel_ray.serving.settings import Service, from_environment
+from umarvel_ray.serving.store import open_store
 
 
 def build(args: Service) -> serve.Application:
     """Build the application.
 
     Raises:
-        UserError: a path does not exist, the index was embedded by a different model, or the API keys or the
-            allowed hosts are invalid.
+        UserError: a path does not exist, the index or the store's documents were embedded by a different model, the
+            store cannot be used, or the API keys or the allowed hosts are invalid.
     """
     service = from_environment(args)
     RemotePictures(service.limits)  # reports an invalid host here, before any running replica is replaced
     checkpoints = {
         name: CheckpointRef.of(path) for name in ("embedder", "reranker") if (path := getattr(service, name))
     }
-    if service.index and made_with(service.index) not in (None, checkpoints["embedder"].identity):
+    if service.store:
+        open_store(service.store, checkpoints["embedder"]).close()  # its errors, too
+    elif service.index and made_with(service.index) not in (None, checkpoints["embedder"].identity):
         raise UserError(
             f"serve: {service.index} was embedded by a different model than {service.embedder}; "
             "embed the documents again"
@@ -39,8 +42,11 @@ def build(args: Service) -> serve.Application:
     embedder = _bind(EmbedderDeployment, checkpoints["embedder"], service.runtime)
     reranker = _bind(RerankerDeployment, checkpoints["reranker"], service.runtime) if service.reranker else None
     index_args = checkpoints["embedder"], service.index, service.data, service.live
-    search = _bind(SearchDeployment, *index_args) if service.index or service.live else None
-    writer = _bind(WriterDeployment, *index_args) if service.live else None
+    if service.store:
+        search = writer = _bind(StoreDeployment, checkpoints["embedder"], service.store)
+    else:
+        search = _bind(SearchDeployment, *index_args) if service.index or service.live else None
+        writer = _bind(WriterDeployment, *index_args) if service.live else None
     parts = {"embedder": embedder, "reranker": reranker, "search": search, "writer": writer}
     return _bind(Ingress, service, Keys.load(service.keys), checkpoints=checkpoints, **parts)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,8 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter
 
+from umarvel_ray.data.instructions import SPLITS, Instruction, instructions_of
+from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.hits import RERANK_DEPTH, Hit, fuse_hits
 from umarvel_ray.index.labels import Filters
@@ -28,11 +31,12 @@ from umarvel_ray.items.limits import MediaLimits
 from umarvel_ray.items.pair_encoder import EncodedPair, PairEncoder
 from umarvel_ray.items.pictures import Picture, PictureFormat
 from umarvel_ray.model.checkpoint import CheckpointRef
+from umarvel_ray.recipe import Data
 from umarvel_ray.serving.access_log import location, log
 from umarvel_ray.serving.cache import Embedded, content_key, embedding_cache
-from umarvel_ray.serving.corpus import IndexState
+from umarvel_ray.serving.corpus import Behind, IndexState
 from umarvel_ray.serving.decoders import MEDIA, Decoders
-from umarvel_ray.serving.errors import BadItem, NotServed
+from umarvel_ray.serving.errors import BadItem, NotSeen, NotServed
 from umarvel_ray.serving.items import Item, characters, library_item, place, remote_images
 from umarvel_ray.serving.remote import RemotePictures
 from umarvel_ray.serving.remote_model import ModelVersion, RemoteModel, RetryBudget, call_deployment
@@ -40,6 +44,7 @@ from umarvel_ray.serving.settings import Service
 
 # What the models get in one call, so that other requests have their turn and no message is over the limit of gRPC.
 CALL_PAIRS, CALL_ITEMS, CALL_BYTES = 64, 256, 2**26
+AFTER_S, AFTER_STEP_S = 10, 0.05  # how long a search waits for the commit in `after`, and how long between two looks
 LIGHT_TEXT = 2000  # characters; tokenizing fewer takes less time than handing them to a thread and back
 
 T = TypeVar("T")
@@ -55,6 +60,13 @@ class ReadItem:
 
 
 Undecoded = ReadItem | BadItem | None
+
+
+class Scored(NamedTuple):
+    """P(yes) of a pair, and its tokens."""
+
+    p_yes: float
+    tokens: int
 
 
 class PairEncoders(NamedTuple):
@@ -86,6 +98,8 @@ class Backend:
         pairs = partial(_pair_encoders, media)
         self._reranker = RemoteModel(reranker, checkpoints["reranker"], pairs) if reranker else None
         self._search, self._writer, self._index_budget = search, writer, RetryBudget()
+        self._data = service.data if service.index else None
+        self._instructions: list[Instruction] | None = None
         self._rerank_weight = service.rerank_weight
         self._cache = embedding_cache(service.cache_mb * 2**20)
         self._remote = RemotePictures(service.limits)
@@ -137,7 +151,7 @@ class Backend:
 
     async def score(
         self, query: ReadItem, documents: Sequence[ReadItem | BadItem], stored: bool = False
-    ) -> list[float | BadItem]:
+    ) -> list[Scored | BadItem]:
         """P(yes) for each document.
 
         Args:
@@ -152,14 +166,14 @@ class Backend:
 
     async def score_groups(
         self, groups: Sequence[tuple[ReadItem, Sequence[ReadItem | BadItem]]], stored: bool = False
-    ) -> list[list[float | BadItem]]:
+    ) -> list[list[Scored | BadItem]]:
         """P(yes) of each query's documents; the reranker gets up to `CALL_PAIRS` pairs at a time.
 
         Args, raises: see `score`.
         """
         model = self.reranker
 
-        async def work(version: ModelVersion[PairEncoders]) -> list[list[float | BadItem]]:
+        async def work(version: ModelVersion[PairEncoders]) -> list[list[Scored | BadItem]]:
             encoders = version.encoder
             form = encoders.client.items.picture_format
             queries = await self._decoded([query for query, _ in groups], form)
@@ -185,11 +199,13 @@ class Backend:
                 for side in sides
                 if not isinstance(side, BadItem)
             ]
-            scores: list[float] = []
+            scored: list[Scored] = []
             for part in in_calls(pairs, [prompt.nbytes + side.nbytes for prompt, side in pairs], CALL_PAIRS):
                 call = by_prompt(part)
-                scores += await model.call(lambda handle, call=call: handle.score.remote(version.identity, call))
-            left = iter(scores)
+                p_yes = await model.call(lambda handle, call=call: handle.score.remote(version.identity, call))
+                lengths = [prompt.length + side.length for prompt, side in part]
+                scored += map(Scored, p_yes, lengths)
+            left = iter(scored)
             return [[side if isinstance(side, BadItem) else next(left) for side in sides] for _, sides in prepared]
 
         return await model.through_updates(work)
@@ -199,8 +215,11 @@ class Backend:
     ) -> tuple[list[Hit], dict[str, float]]:
         """The corpus's `top_k` documents, best first, and the milliseconds that each part of the search took.
 
+        The hits have no pictures and videos; see `with_media`.
+
         Raises:
             BadItem: the query.
+            NotSeen: no replica has reached the commit `after` within `AFTER_S`.
             NotServed: there is no index, or no reranker to `rerank` with.
         """
         search = _require(self._search, "an index", "index")
@@ -212,16 +231,43 @@ class Backend:
             [embedded] = require_good(await self._embed(version, [query], "query"))
             encoded = time.perf_counter()
             args = version.identity, embedded.vector, depth, filters, after
-            hits = await call_deployment(lambda: search.search.remote(*args), self._index_budget)
-            return hits, [start, encoded, time.perf_counter()]
+            while isinstance(
+                found := await call_deployment(lambda: search.search.remote(*args), self._index_budget), Behind
+            ):
+                if time.perf_counter() - encoded > AFTER_S:
+                    raise NotSeen(after, found.sequence)
+                await asyncio.sleep(AFTER_STEP_S)
+            return found, [start, encoded, time.perf_counter()]
 
         hits, times = await self.embedder.through_updates(work)
         if reranker:
-            candidates = [ReadItem(hit.item, f"document {hit.document['id']}", None) for hit in hits]
-            p_yes = require_good(await self.score(query, candidates, stored=True))
+            p_yes: list[float] = []
+            async for part in self.with_media(hits):
+                candidates = [ReadItem(hit.item, f"document {hit.document['id']}", None) for hit in part]
+                p_yes += [one.p_yes for one in require_good(await self.score(query, candidates, stored=True))]
             hits = fuse_hits(hits, np.asarray(p_yes), self._rerank_weight)
         elapsed_ms = 1000 * np.diff([*times, time.perf_counter()])
         return hits[:top_k], dict(zip(("encode_ms", "retrieve_ms", "rerank_ms"), elapsed_ms.tolist(), strict=True))
+
+    async def with_media(self, hits: Sequence[Hit]) -> AsyncIterator[list[Hit]]:
+        """The hits with their documents whole, in parts of about `CALL_BYTES`; one deleted meanwhile stays as it is."""
+        start = 0
+        while start < len(hits):
+            if not any(hit.has_media for hit in hits[start:]):
+                yield list(hits[start:])
+                return
+            found = await self.documents([hit.document["id"] for hit in hits[start:]])
+            part = hits[start : start + len(found)]
+            yield [
+                hit if document is None else replace(hit, document=document)
+                for hit, document in zip(part, found, strict=True)
+            ]
+            start += len(found)
+
+    async def documents(self, ids: Sequence[str]) -> list[dict[str, Any] | None]:
+        """The first of the index's documents with these ids, whole, within `CALL_BYTES`. Raises: NotServed."""
+        search = _require(self._search, "an index", "index")
+        return await call_deployment(lambda: search.documents.remote(list(ids), CALL_BYTES), self._index_budget)
 
     async def add(
         self,
@@ -254,6 +300,12 @@ class Backend:
         """Commit deletions. Raises: NotServed: the index is read-only."""
         self._require_writer()
         return await self.embedder.through_updates(lambda version: self._commit(version, [Delete(id_) for id_ in ids]))
+
+    async def instructions(self) -> list[Instruction]:
+        """What the queries of the served data ask for; none if it has none."""
+        if self._instructions is None:
+            self._instructions = await asyncio.to_thread(_instructions, self._data) if self._data else []
+        return self._instructions
 
     async def index_state(self) -> IndexState:
         """The index as one replica sees it. Raises: NotServed."""
@@ -344,6 +396,13 @@ def in_calls(items: Sequence[T], sizes: Sequence[int], most: int) -> Iterator[Se
         held += size
     if start < len(items):
         yield items[start:]
+
+
+def _instructions(data: str) -> list[Instruction]:
+    for split in SPLITS:
+        with suppress(UserError):  # a folder may have documents only
+            return instructions_of(open_dataset(Data(root=data)), split)
+    return []
 
 
 def by_prompt(pairs: Sequence[tuple[EncodedPair, EncodedPair]]) -> list[tuple[EncodedPair, list[EncodedPair]]]:

@@ -1,39 +1,46 @@
-"""The search and writer deployments: replicas of one live index, and its only writer."""
+"""The deployments that hold documents: replicas of one live index and its only writer, or connections to a store."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import threading
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ray import serve
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.corpus import Corpus
-from umarvel_ray.index.hits import Hit
+from umarvel_ray.index.hits import Hit, media_bytes
 from umarvel_ray.index.labels import Filters
 from umarvel_ray.index.live import LiveIndex
 from umarvel_ray.index.records import Add, Record
+from umarvel_ray.index.store import Searchable
 from umarvel_ray.index.writer import Committed, IndexWriter, Locked
 from umarvel_ray.items.family import read_model_config
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.model.vectors import truncate_array
 from umarvel_ray.recipe import Data
-from umarvel_ray.serving.errors import Busy, NotSeen
-from umarvel_ray.serving.follower import FOLLOW_S, Follower
+from umarvel_ray.serving.errors import Busy
+from umarvel_ray.serving.follower import Follower
 from umarvel_ray.serving.replicas import SingleThread, check_identity, slots_used
+from umarvel_ray.serving.settings import Pgvector, Qdrant
+from umarvel_ray.serving.store import open_store
 
-AFTER_S = 10  # how long a search waits for the commit in `after`
 COMMIT_SLOTS = 64
 LOCK_REPORT_S = 60  # how often a writer says that it is still waiting for another one to exit
 
 logger = logging.getLogger("ray.serve")
+
+
+class Behind(NamedTuple):
+    """What a replica answers that has not reached the commit that a search asked for."""
+
+    sequence: int  # of the last commit it has read
 
 
 class IndexState(NamedTuple):
@@ -56,8 +63,65 @@ def open_base(checkpoint: CheckpointRef, index: str | None, data: str) -> tuple[
     return corpus, corpus.index.dimension
 
 
+class Searching:
+    """What replicas of every kind of index answer."""
+
+    def __init__(self, checkpoint: CheckpointRef, index: Searchable, dimension: int) -> None:
+        self._checkpoint, self._index, self._dimension = checkpoint, index, dimension
+
+    async def search(
+        self, identity: str, vector: np.ndarray, top_k: int, filters: Filters, after: int
+    ) -> list[Hit] | Behind:
+        """The nearest documents that pass the filters, best first, without their pictures and videos.
+
+        Args:
+            vector: float32 (d,), unit norm.
+            filters: see `LiveIndex.search`.
+            after: number of a commit that the results must reflect.
+
+        Raises:
+            CheckpointMismatch: see `check_identity`.
+            Unreachable: see `Store`.
+        """
+        check_identity(self._checkpoint, identity)
+        vector = truncate_array(vector[None], self._dimension)[0]
+
+        def work() -> list[Hit] | Behind:
+            # Whoever waits does so in the ingress, where waiting takes nobody's place.
+            if after and (sequence := self._index.sequence) < after:
+                return Behind(sequence)
+            return [hit.light for hit in self._index.search(vector, top_k, filters=filters)]
+
+        return await asyncio.to_thread(work)
+
+    async def documents(self, ids: list[str], max_bytes: int) -> list[dict[str, Any] | None]:
+        """The first of the documents with these ids, whole: as many as `max_bytes` of media allow, at least one.
+
+        None stands for one that is not there.
+        """
+
+        def work() -> list[dict[str, Any] | None]:
+            found: list[dict[str, Any] | None] = []
+            for id_ in ids:
+                [document] = self._index.documents([id_])
+                max_left = max_bytes - sum(media_bytes(one) for one in found if one)
+                if found and document and media_bytes(document) > max_left:
+                    break
+                found.append(document)
+            return found
+
+        return await asyncio.to_thread(work)
+
+    @property
+    def _behind_s(self) -> float:
+        return 0.0
+
+    async def state(self) -> IndexState:
+        return await asyncio.to_thread(lambda: IndexState(len(self._index), self._index.sequence, self._behind_s))
+
+
 @serve.deployment(max_ongoing_requests=64, max_queued_requests=256, ray_actor_options={"num_cpus": 0.25})
-class SearchDeployment:
+class SearchDeployment(Searching):
     """A replica of the index: an immutable base, and what the writer has added and deleted since.
 
     Args:
@@ -66,37 +130,16 @@ class SearchDeployment:
     """
 
     def __init__(self, checkpoint: CheckpointRef, index: str | None, data: str, live: str | None) -> None:
-        self._checkpoint = checkpoint
-        corpus, self._dimension = open_base(checkpoint, index, data)
-        self._index = LiveIndex.open(live, checkpoint.identity, self._dimension, base=corpus)
-        self._follower = Follower(self._index) if live else None
+        corpus, dimension = open_base(checkpoint, index, data)
+        replica = LiveIndex.open(live, checkpoint.identity, dimension, base=corpus)
+        super().__init__(checkpoint, replica, dimension)
+        self._follower = Follower(replica) if live else None
         if self._follower:
             self._follower.start()
 
-    async def search(self, identity: str, vector: np.ndarray, top_k: int, filters: Filters, after: int) -> list[Hit]:
-        """The nearest documents that pass the filters, best first.
-
-        Args:
-            vector: float32 (d,), unit norm.
-            filters: see `LiveIndex.search`.
-            after: number of a commit that the results must reflect.
-
-        Raises:
-            NotSeen: this replica has not reached that commit within `AFTER_S`.
-            CheckpointMismatch: see `check_identity`.
-        """
-        check_identity(self._checkpoint, identity)
-        deadline = time.monotonic() + AFTER_S
-        while self._index.sequence < after:
-            if time.monotonic() > deadline:
-                raise NotSeen(after, self._index.sequence)
-            await asyncio.sleep(FOLLOW_S / 4)
-        vector = truncate_array(vector[None], self._dimension)[0]
-        return await asyncio.to_thread(self._index.search, vector, top_k, filters=filters)
-
-    async def state(self) -> IndexState:
-        behind_s = self._follower.behind_s if self._follower else 0.0
-        return IndexState(len(self._index), self._index.sequence, behind_s)
+    @property
+    def _behind_s(self) -> float:
+        return self._follower.behind_s if self._follower else 0.0
 
     def check_health(self) -> None:
         """Serve calls this, and replaces the replica if it keeps failing. Raises: see `Follower.check_health`."""
@@ -104,9 +147,37 @@ class SearchDeployment:
             self._follower.check_health()
 
 
+@serve.deployment(max_ongoing_requests=64, max_queued_requests=256, ray_actor_options={"num_cpus": 0.25})
+class StoreDeployment(Searching):
+    """Connections to a store, which takes the place of both the index's replicas and its writer."""
+
+    def __init__(self, checkpoint: CheckpointRef, settings: Pgvector | Qdrant) -> None:
+        self._store = open_store(settings, checkpoint)
+        super().__init__(checkpoint, self._store, self._store.dimension)
+        self._commits = SingleThread()
+
+    async def commit(self, identity: str, records: list[Record]) -> Committed:
+        """Commit records; every replica's searches find them when this returns.
+
+        Raises:
+            CheckpointMismatch: see `check_identity`.
+            NoSpace, Unreachable, Unstorable: see `Store.commit`.
+        """
+        check_identity(self._checkpoint, identity)
+        return await self._commits.run(self._store.commit, truncated(records, self._dimension))
+
+
+def truncated(records: Sequence[Record], dimension: int) -> list[Record]:
+    """The records with their vectors in as many dimensions as the index has."""
+    return [
+        replace(record, vector=truncate_array(record.vector[None], dimension)[0]) if isinstance(record, Add) else record
+        for record in records
+    ]
+
+
 def commit_slots(requests: list[list[Record]]) -> int:
     """Slots of a batch of commits: one per request, plus one for every MiB of its pictures."""
-    sizes = [sum(len(one.image or b"") for one in records if isinstance(one, Add)) for records in requests]
+    sizes = [sum(media_bytes(one.document) for one in records if isinstance(one, Add)) for records in requests]
     return slots_used([1 + size // 2**20 for size in sizes], COMMIT_SLOTS)
 
 
@@ -164,17 +235,12 @@ class WriterDeployment:
     async def _commit(self, requests: list[list[Record]]) -> list[Committed]:
         writer = self._writer
         assert writer is not None
-        all_records = [self._truncate(record) for records in requests for record in records]
+        all_records = truncated([record for records in requests for record in records], self._dimension)
         done = await self._runner.run(writer.commit, all_records)
         if writer.needs_compaction and not self._compacting.locked():
             threading.Thread(target=self._compact, args=(writer,), daemon=True).start()
         existed = iter(done.existed)
         return [Committed(done.sequence, [next(existed) for _ in records]) for records in requests]
-
-    def _truncate(self, record: Record) -> Record:
-        if not isinstance(record, Add):
-            return record
-        return replace(record, vector=truncate_array(record.vector[None], self._dimension)[0])
 
     def _compact(self, writer: IndexWriter) -> None:
         with self._compacting:

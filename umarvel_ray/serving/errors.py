@@ -8,8 +8,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+
+from umarvel_ray.index.log import NoSpace
+from umarvel_ray.index.store import Unreachable, Unstorable
 
 RETRY_AFTER_S = 1
 
@@ -50,6 +53,7 @@ class ErrorObject(BaseModel):
 
 class ErrorResponse(BaseModel):
     error: ErrorObject
+    detail: str = Field(description="the message again, where Jina's and FastAPI's clients look for it")
 
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -61,13 +65,15 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     408: {"model": ErrorResponse, "description": "the request body did not arrive in time"},
     413: {"model": ErrorResponse, "description": "the request body is too large"},
     429: {"model": ErrorResponse, "description": "too many requests with this key; see Retry-After"},
+    507: {"model": ErrorResponse, "description": "the index's disk is full"},
     503: {"model": ErrorResponse, "description": "the service is overloaded; see Retry-After"},
 }
 
 
 def error_body(message: str, kind: str, param: str | None = None, index: int | None = None) -> dict[str, Any]:
     """An `ErrorResponse` as JSON."""
-    return {"error": {"message": message, "type": kind, "param": param, "index": index, "code": None}}
+    error = {"message": message, "type": kind, "param": param, "index": index, "code": None}
+    return {"error": error, "detail": message}
 
 
 def refusal(status: int, message: str, kind: str, param: str | None = None) -> JSONResponse:
@@ -95,6 +101,21 @@ def add_handlers(app: FastAPI) -> None:
     async def _not_seen(request: Request, error: NotSeen) -> JSONResponse:
         message = f"after: the index is at commit {error.sequence} and has not reached {error.after}"
         return JSONResponse(error_body(message, "conflict_error", "after"), 409)
+
+    @app.exception_handler(NoSpace)
+    async def _no_space(request: Request, error: NoSpace) -> JSONResponse:
+        message = "the index's disk is full; nothing was changed"
+        return JSONResponse(error_body(message, "insufficient_storage"), 507)
+
+    @app.exception_handler(Unreachable)
+    async def _unreachable(request: Request, error: Unreachable) -> JSONResponse:
+        body = error_body("the store of the documents does not respond; try again shortly", "store_unreachable")
+        return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
+
+    @app.exception_handler(Unstorable)
+    async def _unstorable(request: Request, error: Unstorable) -> JSONResponse:
+        message = "a document has a character that the store cannot hold (U+0000); remove it; nothing was changed"
+        return JSONResponse(error_body(message, "invalid_request_error"), 400)
 
     @app.exception_handler(NotServed)
     async def _not_served(request: Request, error: NotServed) -> JSONResponse:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from umarvel_ray.serving.errors import BadItem
 from umarvel_ray.serving.fields import Body
@@ -21,6 +21,7 @@ from umarvel_ray.serving.remote import BadRemote
 from umarvel_ray.serving.settings import Limits
 
 URL = ("http://", "https://")
+MEDIA = ("data:image/", "data:video/")
 URL_ALPHABET, WHITESPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n"
 
 
@@ -55,7 +56,11 @@ class Item(Body):
     )
 
     text: str | None = None
-    image: Strings | None = Field(default=None, description="data URI, base64, or a URL of an allowed host")
+    image: Strings | None = Field(
+        default=None,
+        validation_alias=AliasChoices("image", "url", "bytes"),  # the latter two are Jina's
+        description="data URI, base64, or a URL of an allowed host",
+    )
     video: str | None = Field(default=None, description="data URI or base64")
     instruction: str | None = None
 
@@ -172,6 +177,8 @@ def library_item(
     Raises:
         BadItem: the item is empty, exceeds a limit, or holds a path, a URL that is not fetched, or invalid base64.
     """
+    if isinstance(item, str) and item.startswith(MEDIA):
+        raise BadItem(f'{where}: a string is a text, and this is a file; send {{"image": …}}', where, index)
     item = Item(text=item) if isinstance(item, str) else item
     for name in ("text", "instruction"):
         _check_text(getattr(item, name) or "", f"{where}.{name}", index, limits.max_text)

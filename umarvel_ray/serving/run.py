@@ -17,15 +17,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from umarvel_ray.errors import UserError
-from umarvel_ray.serving.settings import Service, from_environment
+from umarvel_ray.serving.settings import Service, read_config
 
 TELL_EVERY_S = 10.0
 PR_SET_PDEATHSIG = 1
 STOP_S = 60.0  # for requests in flight, and for Ray's own processes
-_ERROR = re.compile(r"umarvel_ray\.[\w.]+\.(?:UserError|Damaged|BadRemote): (.*)")
+_ERROR = re.compile(r"umarvel_ray\.[\w.]+\.(?:UserError|Damaged|BadRemote|Unreachable): (.*)")
 
 
 def run(config: Path) -> None:
@@ -34,15 +32,7 @@ def run(config: Path) -> None:
     Raises:
         UserError: an invalid config, a path that does not exist, a port in use, or a service that does not start.
     """
-    found = yaml.safe_load(config.read_text())
-    try:
-        [application] = found["applications"]
-        http = found["http_options"]
-        host, port = http["host"], int(http["port"])
-        service = from_environment(Service.model_validate(application.get("args") or {}))
-    except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{config}: not a config of one application ({reason}); start from serve/config.yaml") from None
+    service, host, port = read_config(config)
     address = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     _check_port(host, port)
     descriptor, log = tempfile.mkstemp(prefix="umarvel-serve-", suffix=".log")
@@ -72,13 +62,14 @@ def run(config: Path) -> None:
 
 def summary(service: Service, address: str) -> str:
     """What is served, where it answers and how to stop it."""
+    own = f"{service.index}, with the documents of {service.data}" if service.index else "none: no search"
     lines = {
-        "search page": f"{address}/" if service.index or service.live else None,
+        "search page": f"{address}/" if service.index or service.live or service.store else None,
         "API": f"{address}/docs",
         "embedder": service.embedder,
         "reranker": service.reranker or "none: no reranking",
-        "index": f"{service.index}, with the documents of {service.data}" if service.index else "none: no search",
-        "new documents": service.live or "not taken",
+        "index": service.store.place if service.store else own,
+        "new documents": "into the same" if service.store else service.live or "not taken",
         "keys": service.keys
         or ("from UMARVEL_API_KEYS" if os.environ.get("UMARVEL_API_KEYS") else "none: open to all"),
     }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, StringConstraints
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.limits import WEB_FORMATS, MediaLimits
@@ -52,6 +53,7 @@ class Limits(BaseModel):
     max_video_pixels: PositiveInt = 2_000_000_000  # over all frames: a minute of 720p at 30 frames per second
     max_decode_s: PositiveFloat = 30.0  # to decode a request's pictures and videos
     decoder_bytes: PositiveInt = 1_610_612_736  # memory of a decoding process; a replica has one for every two cores
+    max_answer_bytes: PositiveInt = 33_554_432  # of pictures within a search's answer; the others have their URLs
     max_body_bytes: PositiveInt = 67_108_864
     max_body_values: PositiveInt = 262_144  # strings, commas and opening brackets of the JSON
     body_timeout_s: PositiveFloat = 60.0  # for the body to arrive
@@ -75,16 +77,61 @@ class Limits(BaseModel):
         )
 
 
-class Service(BaseModel):
-    """What to serve. Without a reranker or an index, the routes that need them respond with 404."""
+class Pgvector(BaseModel):
+    """Documents in a table of PostgreSQL with the pgvector extension, 0.6 or newer.
 
-    model_config = ConfigDict(extra="forbid")
+    url: postgresql://USER@HOST/DATABASE, or empty; what it lacks, such as the password, comes from the PG* variables.
+    table: NAME or SCHEMA.NAME; it and NAME_state are created if they do not exist.
+    exact: whether every vector is compared; otherwise an index that the table has on its vectors is used.
+    """
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    kind: Literal["pgvector"]
+    url: SecretStr = SecretStr("")
+    table: Annotated[str, StringConstraints(pattern=r"^([A-Za-z_]\w{0,49}\.)?[A-Za-z_]\w{0,49}$")] = "documents"
+    exact: bool = True
+
+    @property
+    def place(self) -> str:
+        return f"table {self.table} of PostgreSQL"
+
+
+class Qdrant(BaseModel):
+    """Documents in a collection of Qdrant, 1.16 or newer. The environment's UMARVEL_STORE_API_KEY is the key, if any.
+
+    url: https://HOST:6333.
+    collection: it is created if it does not exist.
+    exact: whether every vector is compared; otherwise Qdrant's HNSW index is used.
+    """
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    kind: Literal["qdrant"]
+    url: SecretStr = SecretStr("http://127.0.0.1:6333")
+    collection: Annotated[str, StringConstraints(pattern=r"^\w[\w-]{0,99}$")] = "documents"
+    exact: bool = True
+
+    @property
+    def place(self) -> str:
+        return f"collection {self.collection} of Qdrant"
+
+
+class Service(BaseModel):
+    """What to serve. Without a reranker or an index, the routes that need them respond with 404.
+
+    store: an engine that holds the documents. It takes the place of `index`, `data` and `live`, from which
+    `umarvel index --config` copies them into it.
+    """
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # a URL may hold a password
 
     embedder: str
     reranker: str | None = None
     index: str | None = None
     data: str = "builtin:demo"
     live: str | None = None  # folder for documents that clients add; without it the index is read-only
+    store: Annotated[Pgvector | Qdrant, Field(discriminator="kind")] | None = None
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     threads: int | None = Field(None, ge=1)  # per model replica on a CPU; by default the embedders share the cores
@@ -110,8 +157,25 @@ def from_environment(service: Service) -> Service:
         if f"UMARVEL_{name.upper()}" in os.environ
     }
     service = Service.model_validate({**service.model_dump(), **overrides})
-    for name in ("embedder", "reranker", "index"):
+    for name in ("embedder", "reranker", *(() if service.store else ("index",))):
         path = getattr(service, name)
         if path and not Path(path).is_dir():
             raise UserError(f"serve: {name}: no folder {path}; run `make demo` first or set UMARVEL_{name.upper()}")
     return service
+
+
+def read_config(config: Path) -> tuple[Service, str, int]:
+    """The service of a Serve config file, changed by the environment, and the host and the port of its HTTP.
+
+    Raises:
+        UserError: an invalid config, or a path that does not exist.
+    """
+    try:
+        found = yaml.safe_load(config.read_text())
+        [application] = found["applications"]
+        http = found["http_options"]
+        service = from_environment(Service.model_validate(application.get("args") or {}))
+        return service, http["host"], int(http["port"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{config}: not a config of one application ({reason}); start from serve/config.yaml") from None

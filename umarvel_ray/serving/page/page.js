@@ -11,9 +11,9 @@ const form = at("search");
 const fields = form.elements;
 let picture = null; // {uri, name} of the query's picture
 let running = null; // AbortController of the request in progress
-const first = fields.instruction.defaultValue; // the instruction that a new page begins with; it is for texts
+let first = ""; // the instruction that a new page begins with: the data's own for a text that looks for a picture
 let chosen = false; // whether a person chose the instruction, or a link did
-let models = null; // a promise, settled once the service's models are known
+let service = null; // a promise, settled once the service's models and the data's instructions are known
 
 // The query: in the form, in the URL, on the wire.
 
@@ -84,7 +84,7 @@ function remember(query) {
 function toRequest({ text, instruction, picture, modality, source, rerank, topK }) {
   const present = (entries) => Object.fromEntries(Object.entries(entries).filter(([, value]) => value?.length));
   return {
-    query: present({ text, instruction, image: picture?.uri }),
+    query: present({ text, instruction, image: picture?.all ?? picture?.uri }),
     filter: present({ modality, source }),
     top_k: Number(topK),
     rerank: rerank && !fields.rerank.disabled,
@@ -120,6 +120,15 @@ function askForKey() {
   at("key-field").focus();
 }
 
+async function learnInstructions() {
+  const { data } = await call("v1/instructions");
+  const texts = [...new Set(data.map(({ instruction }) => instruction))];
+  at("instructions").replaceChildren(new Option("no instruction", ""), ...texts.map((text) => new Option(text)));
+  const forTexts = data.filter(({ query }) => query === "text");
+  first = (forTexts.find(({ finds }) => finds === "image") ?? forTexts[0])?.instruction ?? "";
+  setInstruction(chosen || picture ? fields.instruction.value : first);
+}
+
 async function learnModels() {
   const { data } = await call("v1/models");
   fields.rerank.disabled = data.length < 2; // the embedder comes first, then the reranker if there is one
@@ -130,7 +139,8 @@ async function learnModels() {
 
 // Searching.
 
-function submit() {
+async function submit() {
+  await service; // it may set the instruction
   remember(readForm());
   search();
 }
@@ -144,7 +154,7 @@ async function search() {
   if (!query.text && !query.picture) return clear(true);
   const waiting = setTimeout(showWaiting, PATIENCE_MS, query);
   try {
-    await models;
+    await service;
     const start = performance.now();
     const answer = await call("v1/search", toRequest(query), mine.signal);
     showAnswer(answer, performance.now() - start);
@@ -164,7 +174,7 @@ function restore() {
 }
 
 function begin() {
-  models = learnModels().catch(() => {}); // the first search reports what is wrong
+  service = Promise.allSettled([learnModels(), learnInstructions()]); // the first search reports what is wrong
   search();
 }
 
@@ -212,15 +222,18 @@ function showTimes(times, total) {
 }
 
 function card(result, rank, top) {
-  const { text, image } = result.document;
+  const { text } = result.document;
+  const images = imagesOf(result.document);
   const item = at("result").content.cloneNode(true).firstElementChild;
   const part = (selector) => item.querySelector(selector);
   const kind = KINDS[result.modality] ?? result.modality;
   part(".rank").textContent = rank;
   part(".kind").textContent = ` (${kind} from ${result.source})`;
-  if (image) Object.assign(part("img"), { src: image, alt: text || result.id, hidden: false });
+  const show = (uris) => part("img").replaceWith(...uris.map((uri) => picturing(uri, text || result.id)));
+  if (images.length) show(images);
+  else if (result.image_urls.length) fetchPictures(result).then(show, () => {});
   if (text) Object.assign(part(".text"), { textContent: text, hidden: false });
-  item.classList.toggle("words", !image);
+  item.classList.toggle("words", !images.length && !result.image_urls.length);
   measure(part(".score"), result.score, result.score / top);
   if (result.rerank_score !== null) measure(part(".yes"), result.rerank_score, result.rerank_score);
   part(".meta").textContent = [result.source, kind, result.id].join(" · ");
@@ -232,6 +245,24 @@ function card(result, rank, top) {
     target.textContent = whole ? "less" : "more";
   });
   return item;
+}
+
+/** A document's pictures: none, one, or a list of them. */
+const imagesOf = ({ image }) => [image ?? []].flat();
+
+function picturing(uri, alt) {
+  return Object.assign(element("img"), { src: uri, alt, loading: "lazy" });
+}
+
+/** Pictures that did not fit in the answer, as data URIs; a link in the page could not carry the key. */
+async function fetchPictures(result) {
+  const key = sessionStorage.getItem("apiKey");
+  const fetchOne = async (url) => {
+    const response = await fetch(url, { headers: key ? { Authorization: `Bearer ${key}` } : {} });
+    if (!response.ok) throw new Error(response.statusText);
+    return asUri(await response.blob());
+  };
+  return (result.document.image = await Promise.all(result.image_urls.map(fetchOne)));
 }
 
 function measure(row, value, share) {
@@ -323,10 +354,11 @@ function removePicture() {
   submit();
 }
 
-function moreLike({ id, document: { text, image } }) {
-  fields.text.value = text ?? "";
+function moreLike({ id, document: found }) {
+  const images = imagesOf(found);
+  fields.text.value = found.text ?? "";
   setInstruction(""); // it belonged to the previous query
-  showPicture(image ? { uri: image, name: text || id } : null);
+  showPicture(images.length ? { uri: images[0], all: images, name: found.text || id } : null);
   scrollTo({ top: 0 });
   at("answer-title").focus({ preventScroll: true }); // the button is about to be removed
   submit();

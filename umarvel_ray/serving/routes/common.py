@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Request
@@ -29,6 +29,12 @@ InputType = Literal["query", "document"]
 class Usage(BaseModel):
     prompt_tokens: int
     total_tokens: int
+
+
+def usage_of(tokens: Iterable[int]) -> Usage:
+    """What a request used, given the tokens of its items."""
+    total = sum(tokens)
+    return Usage(prompt_tokens=total, total_tokens=total)
 
 
 class ItemError(BaseModel):

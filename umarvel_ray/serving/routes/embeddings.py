@@ -26,6 +26,7 @@ from umarvel_ray.serving.routes.common import (
     Usage,
     check_model,
     split_bad,
+    usage_of,
 )
 
 router = APIRouter(tags=["embeddings"])
@@ -58,13 +59,14 @@ class EmbeddingsRequest(Body):
     messages: Annotated[list[Message], Field(min_length=1, max_length=3)] | None = None
     model: Name | None = None
     encoding_format: Encoding = Field(
-        default="float", validation_alias=AliasChoices("encoding_format", "embedding_type")
+        default="float", validation_alias=AliasChoices("encoding_format", "embedding_type", "encoding_type")
     )
     dimensions: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="keep only this many dimensions and renormalize (for models trained for it); 0: all"
     )
     input_type: InputType | None = Field(default=None, description="by default as `task` says, or a query")
     task: Name | None = Field(default=None, description="Jina's: retrieval.query is a query, anything else a document")
+    modality: Literal["text", "image", "video"] = Field(default="text", description="infinity's: what a string is")
     late_chunking: Literal[False] = Field(default=False, description="Jina's; not supported")
     on_error: OnError = "fail"
     user: Name | None = Field(default=None, description="accepted for OpenAI clients, ignored")
@@ -103,10 +105,17 @@ class EmbeddingsRequest(Body):
     def items(self) -> str | Item | list[str | Item]:
         if self.messages is None:
             assert self.input is not None  # checked above
-            return self.input
+            return self._as_modality(self.input)
         item = self.messages[-1].item
         instruction = self.messages[0].item.text if len(self.messages) > 1 else None
         return item.model_copy(update={"instruction": instruction})
+
+    def _as_modality(self, given: Any) -> Any:
+        if self.modality == "text":
+            return given
+        if isinstance(given, list):
+            return [self._as_modality(one) for one in given]
+        return Item.model_validate({self.modality: given}) if isinstance(given, str) else given
 
 
 class Embedding(BaseModel):
@@ -133,14 +142,13 @@ async def embeddings(body: EmbeddingsRequest, backend: Served) -> EmbeddingsResp
     check_model(body.model, model)
     read = await backend.read(body.items, "messages" if body.messages else "input")
     kept, errors = split_bad(await backend.embed(read, body.side), body.on_error)
-    tokens = sum(one.tokens for _, one in kept)
     return EmbeddingsResponse(
         data=[
             Embedding(index=number, embedding=wire_vector(shorten(one.vector, body.dimensions), body.encoding_format))
             for number, one in kept
         ],
         model=model.name,
-        usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
+        usage=usage_of(one.tokens for _, one in kept),
         errors=errors,
     )
 

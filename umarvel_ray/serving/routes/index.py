@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from umarvel_ray.index.records import Add
 from umarvel_ray.serving.fields import Body
-from umarvel_ray.serving.items import Item
+from umarvel_ray.serving.items import Item, Strings
 from umarvel_ray.serving.metadata import MetadataName, MetadataValue
 from umarvel_ray.serving.routes.common import ItemError, OnError, Served, split_bad
 
@@ -20,7 +20,7 @@ Id = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
 class Document(Body):
-    """A searchable document: text, a picture, or both. It replaces any document that has the same id.
+    """A searchable document: text, pictures, or both. It replaces any document that has the same id.
 
     Unknown keys are errors here: what stands under a misspelled one would be lost.
     """
@@ -29,7 +29,7 @@ class Document(Body):
 
     id: Id
     text: str | None = None
-    image: str | None = Field(default=None, description="data URI, base64, or a URL of an allowed host")
+    image: Strings | None = Field(default=None, description="data URI, base64, or a URL of an allowed host")
     source: Annotated[str, StringConstraints(max_length=512)] = Field(default="added", description="label to filter by")
     metadata: Annotated[dict[MetadataName, MetadataValue], Field(max_length=16)] = Field(
         default={}, description="further labels to filter by", examples=[{"language": "en", "year": 2024}]

@@ -14,7 +14,16 @@ from umarvel_ray.serving.backend import require_good
 from umarvel_ray.serving.errors import BadItem
 from umarvel_ray.serving.fields import Body
 from umarvel_ray.serving.items import Item, ItemsOrParts, OneOrMoreOrParts, OneOrParts, plain
-from umarvel_ray.serving.routes.common import ItemError, Name, OnError, Served, check_model, split_bad
+from umarvel_ray.serving.routes.common import (
+    ItemError,
+    Name,
+    OnError,
+    Served,
+    Usage,
+    check_model,
+    split_bad,
+    usage_of,
+)
 
 router = APIRouter(tags=["rerank"])
 
@@ -51,11 +60,12 @@ class RerankResponse(BaseModel):
     model: str
     results: list[RerankResult]
     errors: list[ItemError] = Field(default=[], description="the documents left out with `on_error: skip`")
+    usage: Usage
     meta: dict[str, Any] = {"api_version": {"version": "2"}}
 
 
-@router.post("/v1/rerank")
-@router.post("/v2/rerank")
+@router.post("/v1/rerank", response_model_exclude_none=True)
+@router.post("/v2/rerank", response_model_exclude_none=True)
 async def rerank(body: RerankRequest, backend: Served) -> RerankResponse:
     """Documents by P(yes), best first."""
     model = backend.reranker
@@ -63,19 +73,20 @@ async def rerank(body: RerankRequest, backend: Served) -> RerankResponse:
     [query] = require_good(await backend.read(plain(body.query), "query"))
     given = plain(body.documents)
     kept, errors = split_bad(await backend.score(query, await backend.read(given, "documents")), body.on_error)
-    best = sorted(kept, key=lambda pair: -pair[1])[: body.top_n]
+    best = sorted(kept, key=lambda pair: -pair[1].p_yes)[: body.top_n]
     return RerankResponse(
         id=str(uuid.uuid4()),
         model=model.name,
         results=[
             RerankResult(
                 index=number,
-                relevance_score=score,
+                relevance_score=scored.p_yes,
                 document=_as_item(given[number]) if body.return_documents else None,
             )
-            for number, score in best
+            for number, scored in best
         ],
         errors=errors,
+        usage=usage_of(scored.tokens for _, scored in kept),
     )
 
 
@@ -98,7 +109,7 @@ def _written_for(body: Any) -> str:
     return "tei" if isinstance(body, TeiRequest) or (isinstance(body, dict) and "texts" in body) else "others"
 
 
-@router.post("/rerank")
+@router.post("/rerank", response_model_exclude_none=True)
 async def rerank_unprefixed(
     body: Annotated[
         Annotated[TeiRequest, Tag("tei")] | Annotated[RerankRequest, Tag("others")], Discriminator(_written_for)
@@ -109,7 +120,8 @@ async def rerank_unprefixed(
     if isinstance(body, RerankRequest):
         return await rerank(body, backend)
     [query] = require_good(await backend.read(body.query, "query"))
-    scores = require_good(await backend.score(query, await backend.read(list(body.texts), "texts")))
+    scored = require_good(await backend.score(query, await backend.read(list(body.texts), "texts")))
+    scores = [one.p_yes for one in scored]
     best = sorted(enumerate(scores), key=lambda pair: -pair[1])
     return [
         TeiResult(
@@ -146,6 +158,7 @@ class ScoreResponse(BaseModel):
     object: Literal["list"] = "list"
     model: str
     data: list[Score]
+    usage: Usage
 
 
 @router.post("/v1/score")
@@ -166,15 +179,19 @@ async def score(body: ScoreRequest, backend: Served) -> ScoreResponse:
         left, right = map(require_good, embedded)
         left *= 1 if len(left) > 1 else len(right)
         scores = [float(q.vector @ d.vector) for q, d in zip(left, right, strict=True)]
-        name = backend.embedder.name
+        name, usage = backend.embedder.name, usage_of(one.tokens for side in embedded for one in require_good(side))
     else:
         check_model(body.model, backend.reranker)
         name = backend.reranker.name
         groups = [documents] if len(queries) == 1 else [[document] for document in documents]
         scored = await backend.score_groups(list(zip(queries, groups, strict=True)))
-        scores = [score for group in scored for score in require_good(group)]
+        pairs = [one for group in scored for one in require_good(group)]
+        scores, usage = [one.p_yes for one in pairs], usage_of(one.tokens for one in pairs)
     return ScoreResponse(
-        id=str(uuid.uuid4()), model=name, data=[Score(index=i, score=score) for i, score in enumerate(scores)]
+        id=str(uuid.uuid4()),
+        model=name,
+        data=[Score(index=i, score=score) for i, score in enumerate(scores)],
+        usage=usage,
     )
 
 
