@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import REPO
+from tests.support.served import free_port
 from umarvel_ray import demo
 from umarvel_ray.importing.columns import KINDS
 from umarvel_ray.recipe import load_recipe
@@ -102,12 +102,6 @@ def healthy(port: int) -> bool:
             return answer.status == 200
     except OSError:
         return False
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def test_the_folder_of_the_page_is_imported_and_its_recipe_loads(tmp_path):

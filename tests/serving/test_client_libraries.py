@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import time
 import urllib.request
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 from tests.support.client_libraries import PYTHON, needs_clients, run_client
+from tests.support.served import free_port
 from tests.support.tiny_run import picture
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.reranker import Reranker
@@ -181,9 +181,7 @@ print(json.dumps({
 @pytest.fixture
 def litellm(url, tmp_path):
     """LiteLLM's proxy in front of the service; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     models = [
         {
             "model_name": "umarvel",

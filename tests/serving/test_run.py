@@ -10,26 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.support.served import call, service_of
+from tests.support.served import call, config_file, free_port, service_of
 
 UMARVEL = [sys.executable, "-m", "umarvel_ray.cli", "serve", "--config"]
-
-
-def config(run: Path, folder: Path, port: int, **changes) -> Path:
-    args = service_of(run, **changes).model_dump(exclude={"limits"})
-    application = {"name": "a", "route_prefix": "/", "import_path": "umarvel_ray.serving.app:build", "args": args}
-    made = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(made))
-    return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -60,7 +44,7 @@ def start(tmp_path_factory):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_it_says_where_it_answers_and_stops_when_asked(run, tmp_path, start, stop):
     port = free_port()
-    process = start(config(run, tmp_path, port, live=str(tmp_path / "live")))
+    process = start(config_file(service_of(run, live=str(tmp_path / "live")), tmp_path, port))
     lines = []
     for line in process.stdout:
         lines.append(line.rstrip())
@@ -81,7 +65,7 @@ def test_a_port_in_use_is_one_line(run, tmp_path, start):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        process = start(config(run, tmp_path, taken.getsockname()[1]))
+        process = start(config_file(service_of(run), tmp_path, taken.getsockname()[1]))
         output = process.communicate()[0]
     assert process.returncode == 2
     assert output.count("\n") == 1
@@ -89,7 +73,7 @@ def test_a_port_in_use_is_one_line(run, tmp_path, start):
 
 
 def test_what_the_service_refuses_is_one_line(run, tmp_path, start):
-    path = config(run, tmp_path, free_port(), keys=str(tmp_path / "none.txt"))
+    path = config_file(service_of(run, keys=str(tmp_path / "none.txt")), tmp_path, free_port())
     process = start(path)
     output = process.communicate()[0]
     assert process.returncode == 2

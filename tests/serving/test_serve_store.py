@@ -8,10 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import uuid
 
 import pytest
-import yaml
 
 from tests.serving.test_serve import (  # the same tests
     embedder,  # noqa: F401
@@ -20,23 +18,13 @@ from tests.serving.test_serve import (  # the same tests
     test_health_when_ready,  # noqa: F401
     test_search_equals_the_library,  # noqa: F401
 )
-from tests.support.served import call, service_of
+from tests.support.served import call, config_file, service_of
 from tests.support.stores import QDRANT_URL, close_database, new_database, new_name, postgres
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.store import Unreachable
 from umarvel_ray.serving.app import build
 from umarvel_ray.serving.settings import Service
 from umarvel_ray.serving.store import fill_store
-
-
-def config(service: Service, folder, **store):
-    """A Serve config file of a service with a store."""
-    args = service.model_dump(exclude={"limits", "store"}) | {"store": store}
-    application = {"name": "a", "route_prefix": "/", "import_path": "umarvel_ray.serving.app:build", "args": args}
-    made = {"http_options": {"host": "127.0.0.1", "port": 8000}, "applications": [application]}
-    path = folder / f"{uuid.uuid4().hex}.yaml"
-    path.write_text(yaml.safe_dump(made))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +46,7 @@ def store(request) -> dict:
 def service(run, store, tmp_path_factory) -> Service:
     """A service whose store has the documents of the run."""
     service = service_of(run, live=None)
-    fill_store(config(service, tmp_path_factory.mktemp("config"), **store))
+    fill_store(config_file(service, tmp_path_factory.mktemp("config"), store=store))
     return Service.model_validate(service.model_dump() | {"index": None, "store": store})
 
 
@@ -136,13 +124,15 @@ class TestSettings:
     )
     def test_a_malformed_store_is_one_line_without_secrets(self, run, store, tmp_path, capsys):
         with pytest.raises(UserError, match="not a config of one application") as error:
-            fill_store(config(service_of(run), tmp_path, **store))
+            fill_store(config_file(service_of(run), tmp_path, store=store))
         assert "s3cret" not in str(error.value)
         assert "\n" not in str(error.value)
 
     def test_the_command_copies_again_without_changes(self, run, tmp_path, database):
         own, _ = database
-        path = config(service_of(run, live=None), tmp_path, kind="pgvector", url=own, table=new_name())
+        path = config_file(
+            service_of(run, live=None), tmp_path, store={"kind": "pgvector", "url": own, "table": new_name()}
+        )
         outputs = [
             subprocess.run(
                 [sys.executable, "-m", "umarvel_ray.cli", "index", "--config", str(path)],

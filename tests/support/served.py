@@ -6,10 +6,12 @@ import json
 import socket
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from ray import serve
 
 from umarvel_ray.serving.settings import Service
@@ -28,12 +30,27 @@ def service_of(run: Path, **changes) -> Service:
     return Service(**(settings | changes))
 
 
+def config_file(service: Service, folder: Path, port: int = 8000, **changes) -> Path:
+    """A Serve config file of a service; `changes` override its arguments."""
+    args = service.model_dump(exclude={"limits", *changes}) | changes
+    application = {"name": "a", "route_prefix": "/", "import_path": "umarvel_ray.serving.app:build", "args": args}
+    made = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    path = folder / f"{uuid.uuid4().hex}.yaml"
+    path.write_text(yaml.safe_dump(made))
+    return path
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextmanager
 def serve_address() -> Iterator[str]:
     """Ray Serve on a free loopback port, while the block runs; yields its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         yield f"http://127.0.0.1:{port}"

@@ -107,12 +107,16 @@ class StoredTable:
         found: list[str] = self.fetch(rows, ["id"])["id"].to_pylist()
         return found
 
-    def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
-        """A column of few distinct strings as numbers: int64 (n,), −1 for null, and the string of each number."""
+    def encoded(self, name: str) -> tuple[np.ndarray, pa.Array]:
+        """A column as numbers: int32 (n,), −1 for null, and the value of each number."""
         encoded = pc.dictionary_encode(self.column(name)).unify_dictionaries()
         numbers = pa.chunked_array([chunk.indices for chunk in encoded.chunks], pa.int32()).fill_null(-1).to_numpy()
-        names = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
-        return numbers.astype(np.int64), names
+        return numbers, encoded.chunk(0).dictionary if encoded.num_chunks else pa.array([], encoded.type.value_type)
+
+    def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """A column of few distinct strings as numbers: int64 (n,), −1 for null, and the string of each number."""
+        numbers, values = self.encoded(name)
+        return numbers.astype(np.int64), values.to_pylist()
 
     def find(self, ids: pa.ChunkedArray | pa.Array) -> np.ndarray:
         """Row numbers int64 (n,) of ids; −1 for an unknown id. Each call reads the whole `id` column."""

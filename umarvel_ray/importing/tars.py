@@ -59,10 +59,8 @@ def _apart(file: Path, split: Split) -> dict[str, Members]:
     apart: dict[str, Members] = {}
     with suppress(tarfile.TarError, EOFError), tarfile.open(file, "r:") as archive:
         for key, group in groupby(_members(archive, split), itemgetter(0)):
-            is_whole = _is_whole([part for _, part, _ in group])
-            if not (is_whole and whole.get(key, True)) and key in whole:
+            if _stands_apart(key, [part for _, part, _ in group], whole):
                 apart[key] = []
-            whole[key] = is_whole and whole.get(key, True)
     if apart:
         with suppress(tarfile.TarError, EOFError), tarfile.open(file, "r:") as archive:
             for key, part, member in _members(archive, split):
@@ -77,15 +75,24 @@ def _in_order(file: Path, split: Split) -> Iterator[tuple[str, Parts | Fault]]:
         contents = ((key, part, _content(archive, part, member)) for key, part, member in _members(archive, split))
         for key, group in groupby(contents, itemgetter(0)):
             parts = [(part, content) for _, part, content in group]
-            is_whole = _is_whole([part for part, _ in parts])
-            if not (is_whole and whole.get(key, True)) and key in whole:
+            if _stands_apart(key, [part for part, _ in parts], whole):
                 raise UserError(
                     f"{file}: the files of '{key}' are not next to each other; unpack it with gzip -d, or write it "
                     f"again with tar --sort=name"
                 )
-            whole[key] = is_whole
             yield key, _sample(parts)
         _require_end(archive)
+
+
+def _stands_apart(key: str, parts: Collection[str], whole: dict[str, bool]) -> bool:
+    """Whether these members belong to earlier ones of the same sample, since not all of them are whole samples.
+
+    Args:
+        whole: whether all members of each sample so far are; these are added.
+    """
+    earlier, is_whole = whole.get(key), _is_whole(parts)
+    whole[key] = is_whole and earlier is not False
+    return earlier is not None and not whole[key]
 
 
 def _members(archive: tarfile.TarFile, split: Split) -> Iterator[tuple[str, str, tarfile.TarInfo]]:

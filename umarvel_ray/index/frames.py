@@ -58,7 +58,7 @@ def read_frame(handle: int, offset: int) -> Frame:
 def is_frame(handle: int, offset: int, crc: int) -> bool:
     """Whether the frame with this CRC begins here; its payload is not read."""
     header = read_at(handle, offset, _HEADER.size)
-    return len(header) == _HEADER.size and Frame(header, None, 0).fields[3] == crc
+    return len(header) == _HEADER.size and _HEADER.unpack(header)[3] == crc
 
 
 def end_of(offset: int, length: int) -> int:

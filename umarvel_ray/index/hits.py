@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from umarvel_ray.data.content import MEDIA
 from umarvel_ray.data.dataset import item_of
 from umarvel_ray.items.images import pictures_of
 
 RERANK_DEPTH = 50  # retrieved candidates that are reranked
-MEDIA = ("image", "video")  # columns of a document that may be large
 
 
 @dataclass(frozen=True)

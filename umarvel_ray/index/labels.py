@@ -88,9 +88,8 @@ class ColumnLabels:
         """The code of each row, int32 (n,), -1 for none; and the value of each code."""
         with self._reading:
             if name not in self._columns:
-                encoded = pc.dictionary_encode(self._documents.column(name)).unify_dictionaries()
-                codes = pa.chunked_array([chunk.indices for chunk in encoded.chunks], pa.int32()).fill_null(-1)
-                self._columns[name] = codes.to_numpy()[self._rows], encoded.chunk(0).dictionary
+                codes, values = self._documents.encoded(name)
+                self._columns[name] = codes[self._rows], values
             return self._columns[name]
 
 

@@ -12,11 +12,11 @@ commits and never wait, and no document disappears while the log is compacted in
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from umarvel_ray.index.records import Add, decode
 from umarvel_ray.index.snapshot import Snapshot, empty_snapshot, open_snapshot, snapshots
 from umarvel_ray.index.tail import Tail
 from umarvel_ray.index.writer import check_index
+
+Result = TypeVar("Result")
 
 
 class LiveIndex:
@@ -119,21 +121,20 @@ class LiveIndex:
         vector = np.ascontiguousarray(vector, np.float32)
         given = {"modality": modalities, "source": sources}
         wanted = {**(filters or {}), **{name: values for name, values in given.items() if values is not None}}
-        view = self._view
-        try:
-            return view.search(vector, top_k, wanted)
-        except (Damaged, OSError):
-            self._read_again(view)
-            return self._view.search(vector, top_k, wanted)
+        return self._from_view(lambda view: view.search(vector, top_k, wanted))
 
     def documents(self, ids: Sequence[str]) -> list[dict[str, Any] | None]:
         """The documents with these ids, whole; None for one that is not there. Raises: see `search`."""
+        return self._from_view(lambda view: [view.document(id_) for id_ in ids])
+
+    def _from_view(self, read: Callable[[_View], Result]) -> Result:
+        """What is read from the view, or from its successor if documents are no longer where they were."""
         view = self._view
         try:
-            return [view.document(id_) for id_ in ids]
+            return read(view)
         except (Damaged, OSError):
             self._read_again(view)
-            return [self._view.document(id_) for id_ in ids]
+            return read(self._view)
 
     def _apply_new(self, folder: Path) -> None:
         if not check_index(folder, self._identity, self._dimension):

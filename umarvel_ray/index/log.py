@@ -45,6 +45,10 @@ class Position(NamedTuple):
     offset: int = 0  # bytes from the start of the file
     begin: int = 0  # likewise of that commit; equal to `offset` at the start of a file
 
+    def at_start_of(self, file: int) -> Position:
+        """The same position as the start of the next file."""
+        return self._replace(file=file, offset=0, begin=0)
+
 
 def log_path(folder: Path, first: int) -> Path:
     return folder / numbered("log", first)
@@ -75,7 +79,7 @@ def read_log(folder: Path, start: Position) -> Iterator[tuple[Position, bytes]]:
         if position.sequence + 1 != following:
             ends = f"ends after commit {position.sequence}, but the next file begins with {following}"
             raise Damaged(f"{file.path}: {ends}; {RESTORE}")
-        position = position._replace(file=following, offset=0, begin=0)
+        position = position.at_start_of(following)
 
 
 class LogFile:
@@ -121,7 +125,7 @@ class LogWriter:
 
     def __init__(self, folder: Path, end: Position) -> None:
         newest = max(log_files(folder), default=end.file)  # begun, but without a commit, if it is not the file of `end`
-        self.position = end if newest == end.file else end._replace(file=newest, offset=0, begin=0)
+        self.position = end if newest == end.file else end.at_start_of(newest)
         self._folder = folder
         self._file = self._open()
 
@@ -157,10 +161,7 @@ class LogWriter:
             UserError: the file cannot be created.
         """
         if self.position.offset:
-            old, self.position = (
-                self.position,
-                self.position._replace(file=self.position.sequence + 1, offset=0, begin=0),
-            )
+            old, self.position = self.position, self.position.at_start_of(self.position.sequence + 1)
             try:
                 file = self._open()
             except UserError:

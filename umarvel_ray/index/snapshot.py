@@ -26,7 +26,7 @@ from umarvel_ray.index.labels import Value
 from umarvel_ray.index.log import RESTORE, Damaged, Position
 from umarvel_ray.index.names import numbered, numbers
 from umarvel_ray.index.records import Add, Record
-from umarvel_ray.items.images import pictures_of
+from umarvel_ray.items.images import one_or_several, pictures_of
 
 PARTIAL = ".snapshot.partial"
 ROWS, BYTES = 1024, 16 << 20  # copied at a time
@@ -101,8 +101,7 @@ def open_snapshot(folder: Path, dimension: int) -> Snapshot:
 def document_at(snapshot: Snapshot, row: int) -> dict[str, Any]:
     """A document, as `Add.document` gave it."""
     [document] = snapshot.documents.slice(row, 1).to_pylist()
-    images = document["image"]
-    image = images[0] if images and len(images) == 1 else images
+    image = one_or_several(pictures_of(document["image"]))
     return document | {"image": image, "metadata": metadata_of(document["metadata"])}
 
 

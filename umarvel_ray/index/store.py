@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import msgpack
 import numpy as np
 
+from umarvel_ray.data.content import MEDIA
 from umarvel_ray.errors import UserError
-from umarvel_ray.index.hits import MEDIA, Hit
+from umarvel_ray.index.hits import Hit
 from umarvel_ray.index.labels import Filters
 from umarvel_ray.index.records import Add, Record, encode
 from umarvel_ray.index.writer import Committed

@@ -119,6 +119,11 @@ def pictures_of(image: Any) -> list[Any]:
     return image if isinstance(image, list) else [] if image is None else [image]
 
 
+def one_or_several(pictures: list[Any]) -> Any:
+    """Pictures as a row has them: None, one, or a list of them."""
+    return pictures[0] if len(pictures) == 1 else pictures or None
+
+
 def picture_uris(image: Any, where: str = "picture") -> list[str]:
     """The pictures of a row as data URIs; those that cannot be shown are left out (see `picture_file`)."""
     found = (picture_file(shown, where) for shown in pictures_of(image))

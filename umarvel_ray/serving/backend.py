@@ -19,6 +19,7 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter
 
+from umarvel_ray.data.content import MEDIA
 from umarvel_ray.data.instructions import SPLITS, Instruction, instructions_of
 from umarvel_ray.data.tables import open_dataset
 from umarvel_ray.errors import UserError
@@ -35,7 +36,7 @@ from umarvel_ray.recipe import Data
 from umarvel_ray.serving.access_log import location, log
 from umarvel_ray.serving.cache import Embedded, content_key, embedding_cache
 from umarvel_ray.serving.corpus import Behind, IndexState
-from umarvel_ray.serving.decoders import MEDIA, Decoders
+from umarvel_ray.serving.decoders import Decoders
 from umarvel_ray.serving.errors import BadItem, NotSeen, NotServed
 from umarvel_ray.serving.items import Item, characters, library_item, place, remote_images
 from umarvel_ray.serving.remote import RemotePictures
@@ -399,9 +400,11 @@ def in_calls(items: Sequence[T], sizes: Sequence[int], most: int) -> Iterator[Se
 
 
 def _instructions(data: str) -> list[Instruction]:
-    for split in SPLITS:
-        with suppress(UserError):  # a folder may have documents only
-            return instructions_of(open_dataset(Data(root=data)), split)
+    with suppress(UserError):  # the search deployment reports what is wrong with the data
+        dataset = open_dataset(Data(root=data))
+        for split in SPLITS:
+            with suppress(UserError):  # a folder may have documents only
+                return instructions_of(dataset, split)
     return []
 
 

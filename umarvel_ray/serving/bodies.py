@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from umarvel_ray.serving.auth import is_open
-from umarvel_ray.serving.errors import RETRY_AFTER_S, refusal
+from umarvel_ray.serving.errors import refusal
 from umarvel_ray.serving.settings import Limits
 
 _IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
@@ -141,6 +141,4 @@ def _once(body: bytearray, receive: Receive) -> Receive:
 
 async def _refuse(refused: _Refused, scope: Scope, receive: Receive, send: Send) -> None:
     response = refusal(refused.status, refused.message, refused.kind, "body" if refused.status < 500 else None)
-    if refused.status == 503:
-        response.headers["Retry-After"] = str(RETRY_AFTER_S)
     await response(scope, receive, send)

@@ -21,7 +21,6 @@ from umarvel_ray.index.live import LiveIndex
 from umarvel_ray.index.records import Add, Record
 from umarvel_ray.index.store import Searchable
 from umarvel_ray.index.writer import Committed, IndexWriter, Locked
-from umarvel_ray.items.family import read_model_config
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.model.vectors import truncate_array
 from umarvel_ray.recipe import Data
@@ -29,7 +28,7 @@ from umarvel_ray.serving.errors import Busy
 from umarvel_ray.serving.follower import Follower
 from umarvel_ray.serving.replicas import SingleThread, check_identity, slots_used
 from umarvel_ray.serving.settings import Pgvector, Qdrant
-from umarvel_ray.serving.store import open_store
+from umarvel_ray.serving.store import dimension_of, open_store
 
 COMMIT_SLOTS = 64
 LOCK_REPORT_S = 60  # how often a writer says that it is still waiting for another one to exit
@@ -58,7 +57,7 @@ def open_base(checkpoint: CheckpointRef, index: str | None, data: str) -> tuple[
         UserError: see `Corpus.open`.
     """
     if index is None:
-        return None, read_model_config(checkpoint.path).text_config.hidden_size
+        return None, dimension_of(checkpoint)
     corpus = Corpus.open(index, Data(root=data))
     return corpus, corpus.index.dimension
 
@@ -102,10 +101,11 @@ class Searching:
 
         def work() -> list[dict[str, Any] | None]:
             found: list[dict[str, Any] | None] = []
+            left = max_bytes
             for id_ in ids:
                 [document] = self._index.documents([id_])
-                max_left = max_bytes - sum(media_bytes(one) for one in found if one)
-                if found and document and media_bytes(document) > max_left:
+                left -= media_bytes(document) if document else 0
+                if found and document and left < 0:
                     break
                 found.append(document)
             return found

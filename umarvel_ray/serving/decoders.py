@@ -13,12 +13,12 @@ from typing import Any
 
 import msgpack
 
+from umarvel_ray.data.content import MEDIA
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.pictures import Picture, PictureFormat
 from umarvel_ray.serving.decoder import read_message, unpacked, write_message
 from umarvel_ray.serving.settings import Limits
 
-MEDIA = ("image", "video")
 AT_ONCE = 2  # items of one request that are decoded at the same time
 
 

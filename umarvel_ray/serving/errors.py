@@ -76,9 +76,10 @@ def error_body(message: str, kind: str, param: str | None = None, index: int | N
     return {"error": error, "detail": message}
 
 
-def refusal(status: int, message: str, kind: str, param: str | None = None) -> JSONResponse:
-    """A response of middleware, before any route."""
-    return JSONResponse(error_body(message, kind, param), status)
+def refusal(status: int, message: str, kind: str, param: str | None = None, index: int | None = None) -> JSONResponse:
+    """An error as a response; one of 503 says when to try again."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    return JSONResponse(error_body(message, kind, param, index), status, headers)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -86,7 +87,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(BadItem)
     async def _bad_item(request: Request, error: BadItem) -> JSONResponse:
-        return JSONResponse(error_body(error.message, "invalid_request_error", error.param, error.index), 400)
+        return refusal(400, error.message, "invalid_request_error", error.param, error.index)
 
     @app.exception_handler(RequestValidationError)
     async def _bad_body(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -94,32 +95,29 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Busy)
     async def _busy(request: Request, error: Busy) -> JSONResponse:
-        body = error_body("the service is overloaded; try again shortly", "overloaded")
-        return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
+        return refusal(503, "the service is overloaded; try again shortly", "overloaded")
 
     @app.exception_handler(NotSeen)
     async def _not_seen(request: Request, error: NotSeen) -> JSONResponse:
         message = f"after: the index is at commit {error.sequence} and has not reached {error.after}"
-        return JSONResponse(error_body(message, "conflict_error", "after"), 409)
+        return refusal(409, message, "conflict_error", "after")
 
     @app.exception_handler(NoSpace)
     async def _no_space(request: Request, error: NoSpace) -> JSONResponse:
-        message = "the index's disk is full; nothing was changed"
-        return JSONResponse(error_body(message, "insufficient_storage"), 507)
+        return refusal(507, "the index's disk is full; nothing was changed", "insufficient_storage")
 
     @app.exception_handler(Unreachable)
     async def _unreachable(request: Request, error: Unreachable) -> JSONResponse:
-        body = error_body("the store of the documents does not respond; try again shortly", "store_unreachable")
-        return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
+        return refusal(503, "the store of the documents does not respond; try again shortly", "store_unreachable")
 
     @app.exception_handler(Unstorable)
     async def _unstorable(request: Request, error: Unstorable) -> JSONResponse:
         message = "a document has a character that the store cannot hold (U+0000); remove it; nothing was changed"
-        return JSONResponse(error_body(message, "invalid_request_error"), 400)
+        return refusal(400, message, "invalid_request_error")
 
     @app.exception_handler(NotServed)
     async def _not_served(request: Request, error: NotServed) -> JSONResponse:
-        return JSONResponse(error_body(str(error), "not_found_error"), 404)
+        return refusal(404, str(error), "not_found_error")
 
     @app.exception_handler(HTTPException)  # no such route, or the wrong method
     async def _http(request: Request, error: HTTPException) -> JSONResponse:

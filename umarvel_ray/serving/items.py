@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from umarvel_ray.items.images import one_or_several
 from umarvel_ray.serving.errors import BadItem
 from umarvel_ray.serving.fields import Body
 from umarvel_ray.serving.remote import BadRemote
 from umarvel_ray.serving.settings import Limits
 
 URL = ("http://", "https://")
-MEDIA = ("data:image/", "data:video/")
+FILE = ("data:image/", "data:video/")
 URL_ALPHABET, WHITESPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n"
 
 
@@ -177,7 +178,7 @@ def library_item(
     Raises:
         BadItem: the item is empty, exceeds a limit, or holds a path, a URL that is not fetched, or invalid base64.
     """
-    if isinstance(item, str) and item.startswith(MEDIA):
+    if isinstance(item, str) and item.startswith(FILE):
         raise BadItem(f'{where}: a string is a text, and this is a file; send {{"image": …}}', where, index)
     item = Item(text=item) if isinstance(item, str) else item
     for name in ("text", "instruction"):
@@ -185,19 +186,18 @@ def library_item(
     if len(item.images) > limits.max_images:
         raise BadItem(f"{where}.image: over {limits.max_images} pictures in one item", f"{where}.image", index)
     parts: dict[str, Any] = {"text": item.text, "instruction": item.instruction}
-    parts["image"] = [
+    pictures = [
         _fetched(fetched[image], f"{where}.image", index)
         if image in fetched
         else _content(image, f"{where}.image", index, limits.max_image_bytes)
         for image in item.images
     ]
+    parts["image"] = one_or_several(pictures)
     if item.video:
         parts["video"] = _content(item.video, f"{where}.video", index, limits.max_video_bytes, "video")
     parts = {key: value for key, value in parts.items() if value}
     if not parts.keys() & {"text", "image", "video"}:
         raise BadItem(f"{where}: an item needs text, image or video", where, index)
-    if len(item.images) == 1:
-        [parts["image"]] = parts["image"]
     return parts
 
 

@@ -17,6 +17,11 @@ from umarvel_ray.serving.settings import Pgvector, Qdrant, read_config
 API_KEY = "UMARVEL_STORE_API_KEY"
 
 
+def dimension_of(checkpoint: CheckpointRef) -> int:
+    """The dimension of an embedder's vectors."""
+    return int(read_model_config(checkpoint.path).text_config.hidden_size)
+
+
 def open_store(settings: Pgvector | Qdrant, checkpoint: CheckpointRef, dimension: int | None = None) -> Store:
     """Open a store; what does not exist yet is created.
 
@@ -28,7 +33,7 @@ def open_store(settings: Pgvector | Qdrant, checkpoint: CheckpointRef, dimension
         Unreachable: the engine does not respond.
         UserError: its client is not installed, its documents are of another model, or it refuses.
     """
-    size = dimension or read_model_config(checkpoint.path).text_config.hidden_size
+    size = dimension or dimension_of(checkpoint)
     url = settings.url.get_secret_value()
     try:
         if isinstance(settings, Pgvector):

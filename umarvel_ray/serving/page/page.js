@@ -95,8 +95,7 @@ function toRequest({ text, instruction, picture, modality, source, rerank, topK 
 // The service.
 
 async function call(path, body, signal) {
-  const key = sessionStorage.getItem("apiKey");
-  const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+  const headers = { "Content-Type": "application/json", ...authorization() };
   const response = await fetch(path, { method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal })
     .catch((error) => {
       throw signal?.aborted ? error : new Error("The service is not responding. Is it running?");
@@ -105,6 +104,11 @@ async function call(path, body, signal) {
   if (response.ok) return JSON.parse(content);
   if (response.status === 401) askForKey();
   throw new Error(messageOf(response, content));
+}
+
+function authorization() {
+  const key = sessionStorage.getItem("apiKey");
+  return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
 function messageOf(response, text) {
@@ -256,9 +260,8 @@ function picturing(uri, alt) {
 
 /** Pictures that did not fit in the answer, as data URIs; a link in the page could not carry the key. */
 async function fetchPictures(result) {
-  const key = sessionStorage.getItem("apiKey");
   const fetchOne = async (url) => {
-    const response = await fetch(url, { headers: key ? { Authorization: `Bearer ${key}` } : {} });
+    const response = await fetch(url, { headers: authorization() });
     if (!response.ok) throw new Error(response.statusText);
     return asUri(await response.blob());
   };

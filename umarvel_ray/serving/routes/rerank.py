@@ -177,9 +177,10 @@ async def score(body: ScoreRequest, backend: Served) -> ScoreResponse:
     if body.model == backend.embedder.name:
         embedded = await asyncio.gather(backend.embed(queries, "query"), backend.embed(documents, "document"))
         left, right = map(require_good, embedded)
+        usage = usage_of(one.tokens for one in (*left, *right))
         left *= 1 if len(left) > 1 else len(right)
         scores = [float(q.vector @ d.vector) for q, d in zip(left, right, strict=True)]
-        name, usage = backend.embedder.name, usage_of(one.tokens for side in embedded for one in require_good(side))
+        name = backend.embedder.name
     else:
         check_model(body.model, backend.reranker)
         name = backend.reranker.name

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from umarvel_ray.index.hits import Hit, media_bytes
 from umarvel_ray.index.labels import Filters
-from umarvel_ray.items.images import picture_file, picture_uris, pictures_of
+from umarvel_ray.items.images import one_or_several, picture_file, picture_uris, pictures_of
 from umarvel_ray.serving.backend import Backend, require_good
 from umarvel_ray.serving.errors import NotServed
 from umarvel_ray.serving.fields import Body
@@ -164,5 +164,5 @@ async def _fill(results: list[SearchResult], hits: list[Hit], backend: Backend) 
     for result, hit in zip(results, [*whole, *hits[len(whole) :]], strict=True):
         left -= media_bytes(hit.document)
         shown = hit.document.get("image") if left >= 0 else None
-        uris = picture_uris(shown, hit.document["id"])
-        result.document = Item(text=hit.document["text"], image=uris if len(uris) > 1 else next(iter(uris), None))
+        image = one_or_several(picture_uris(shown, hit.document["id"]))
+        result.document = Item(text=hit.document["text"], image=image)
