@@ -62,7 +62,7 @@ $(VENV)/speed: requirements-speed.lock $(STAMP)
 
 bench: demo $(VENV)/.bench $(VENV)/speed
 	@set -e; for script in controls peer seeds; do echo "== $$script"; $(BIN)/python -m benchmarks.$$script; done
-	@set -e; for script in embed train rerank serve index precision; do echo "== $$script"; \
+	@set -e; for script in embed train rerank serve index precision allocator; do echo "== $$script"; \
 		PYTHONPATH=$(VENV)/speed $(BIN)/python -m benchmarks.$$script; done
 
 # What only a GPU can show, in at most nine minutes; results in benchmarks/results/gpu-run/.

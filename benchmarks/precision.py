@@ -1,8 +1,9 @@
 """Low precision: how fast the demo's checkpoint embeds in fp32, bf16 and int8, and how much recall each one loses.
 
 All three embed the same sample of the test split's queries and pools, because bf16 takes many times as long on a CPU
-without bf16 arithmetic. Small pools raise recall, so compare it with fp32 only. int8 means the weights of the language
-model's linear layers.
+without bf16 arithmetic. Small pools raise recall, so compare it with fp32 only. int8 means the linear layers of the
+language model. The demo's model is so small that calls cost more than arithmetic, so the speed of int8 is also measured
+on larger ones with random weights.
 
     python -m benchmarks.precision [recipe=demo] [phase=distillation] [items=1000]  → benchmarks/results/precision.json
 """
@@ -10,10 +11,14 @@ model's linear layers.
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 
+from benchmarks.common.items import ItemMaker
 from benchmarks.common.protocol import Protocol
 from benchmarks.common.results import text_arguments, write_result
-from benchmarks.common.timing import measure
+from benchmarks.common.small_model import SETTINGS, TEXT_MODEL, VISION_MODEL, make_model
+from benchmarks.common.timing import alternate, measure, median_ratio
 from umarvel_ray import Embedder
 from umarvel_ray.data.dataset import Dataset
 from umarvel_ray.data.sample import sample_queries, with_sampled_pools
@@ -22,6 +27,11 @@ from umarvel_ray.retrieve.metrics import mean
 from umarvel_ray.runs import Run
 
 SEED = 0
+LARGER = {
+    "6 x 384": TEXT_MODEL,
+    "6 x 896": TEXT_MODEL | {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14},
+}
+LARGER_ITEMS, ROUNDS = 96, 3
 
 
 def sampled(data: Dataset, split: str, items: int) -> Dataset:
@@ -59,7 +69,25 @@ def main(recipe: str = "demo", phase: str = "distillation", items: str = "1000")
             f"{precision:9} {count / seconds:7.1f} items/s   average local recall {recall:.4f}, {lost:+.4f} lost",
             flush=True,
         )
-    write_result("precision", {"checkpoint": phase, "items": count, "precision": figures})
+    larger = {name: speed_of_int8(text_model) for name, text_model in LARGER.items()}
+    write_result("precision", {"checkpoint": phase, "items": count, "precision": figures, "larger models": larger})
+
+
+def speed_of_int8(text_model: dict) -> dict[str, float]:
+    """How many times as fast as float32, and the least cosine between the vectors of one item."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        items = ItemMaker(folder / "pictures").items(LARGER_ITEMS)
+        vision_model = VISION_MODEL | {"hidden_size": text_model["hidden_size"]}  # what the projector writes
+        model = make_model(folder / "model", text_model, vision_model)
+        exact, int8 = (Embedder.from_pretrained(model, "cpu", dtype, SETTINGS) for dtype in ("float32", "int8"))
+        cosine = float((exact.encode_document(items) * int8.encode_document(items)).sum(1).min())
+        times = alternate(
+            {"float32": lambda: exact.encode_document(items), "int8": lambda: int8.encode_document(items)}, ROUNDS
+        )
+    ratio = median_ratio(times["float32"]["seconds"], times["int8"]["seconds"])
+    print(f"int8 {ratio:.2f} times as fast as float32, cosine at least {cosine:.4f}", flush=True)
+    return {"times_as_fast": ratio, "least_cosine": cosine}
 
 
 if __name__ == "__main__":

@@ -135,6 +135,8 @@ def test_every_command_of_the_page(tmp_path, tmp_path_factory):
     assert (tmp_path / "hits.html").is_file()
     port = free_port()
     with served(SERVE, tmp_path, temporary, port):
+        with urllib.request.urlopen(f"http://localhost:{port}/v1/index", timeout=60) as answer:
+            assert json.load(answer)["writable"]
         answer = json.loads(bash(ASK.replace(":8000", f":{port}"), tmp_path, temporary, timeout=60))
     assert len(answer["results"]) == 3
     assert answer["results"][0]["source"] == "pictures"

@@ -42,7 +42,7 @@ def shoot(browser: Browser, url: str, query: dict, rerank: bool, options: dict, 
     page = browser.new_context(**options).new_page()
     page.goto(url)
     page.get_by_role("switch", name="Rerank").set_checked(rerank)
-    page.get_by_label("Instruction").fill(query["instruction"])
+    page.get_by_label("Instruction", exact=True).fill(query["instruction"])
     page.get_by_label("Text to search for").fill(query["text"] or "")
     picture = {"name": "picture.webp", "mimeType": "image/webp", "buffer": query["image"]}
     page.get_by_label("Add a picture").set_input_files(picture)

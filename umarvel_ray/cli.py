@@ -125,10 +125,10 @@ def _main(argv: list[str] | None) -> None:
     search.set_defaults(run=_run_search)
     serve = verbs.add_parser("serve", help="serve embeddings, reranking and search over HTTP")
     serve.add_argument("model", nargs="?", help="an embedder's checkpoint; default: as the config file says")
-    serve.add_argument("--reranker", help="a reranker's checkpoint; without it, no reranking")
-    serve.add_argument("--index", help="a folder of embeddings or a saved index; without it, no search")
+    serve.add_argument("--reranker", help="a reranker's checkpoint")
+    serve.add_argument("--index", help="a folder of embeddings or a saved index, to search in")
     serve.add_argument("--data", help="the documents behind the index: builtin:demo or a Parquet folder")
-    serve.add_argument("--live", help="a folder for documents that clients add; without it, none are taken")
+    serve.add_argument("--live", help="a folder for documents that clients may add")
     serve.add_argument("--config", type=path, help="a Ray Serve config file; default: the shipped one")
     serve.set_defaults(run=_run_serve)
     options, late = parser.parse_known_args(argv)
@@ -262,7 +262,12 @@ def _run_serve(options: argparse.Namespace) -> None:
     parts = {f"UMARVEL_{name.upper()}": getattr(options, name) for name in ("reranker", "index", "data", "live")}
     if options.model:
         os.environ["UMARVEL_EMBEDDER"] = options.model
-        parts |= {name: parts[name] or "" for name in ("UMARVEL_RERANKER", "UMARVEL_INDEX", "UMARVEL_LIVE")}
+        own = (
+            "UMARVEL_RERANKER",
+            "UMARVEL_INDEX",
+            "UMARVEL_LIVE",
+        )  # the config file's belong to its embedder, not this one
+        parts |= {name: os.environ.get(name, "") for name in own if parts[name] is None}
     os.environ.update({name: value for name, value in parts.items() if value is not None})
     from umarvel_ray.serving.auth import VARIABLE, hashed
     from umarvel_ray.serving.run import run

@@ -513,10 +513,13 @@ def load_recipe(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
         return Recipe.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        where = _key_path(first["loc"], tree) or "recipe"
+        where = _key_path(first["loc"], tree)
         if first["type"] == "extra_forbidden":
             raise UserError(f"recipe {source}: unknown key '{where}'; remove it or check its spelling") from None
-        raise UserError(f"recipe {source}: {where}: {first['msg']} (got {_short(first['input'])})") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        of_a_section = first["type"] in ("value_error", "missing") and isinstance(first["input"], dict)
+        got = "" if of_a_section else f" (got {_short(first['input'])})"
+        raise UserError(f"recipe {source}: {f'{where}: ' if where else ''}{reason}{got}") from None
 
 
 def _short(value: Any) -> str:

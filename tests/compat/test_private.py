@@ -27,7 +27,7 @@ def test_a_field_of_a_dataclass_is_found():
     assert private("ray", ">=1", "umarvel_ray.items.limits", "MediaLimits.formats").name == "formats"
 
 
-@pytest.mark.parametrize("upstream", ["deepspeed", "ray", "transformers"])
+@pytest.mark.parametrize("upstream", ["deepspeed", "ray", "torch", "transformers"])
 def test_the_versions_named_in_errors_are_those_that_can_be_installed(upstream):
     dependencies = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["dependencies"]
     [bounds] = [match[1] for line in dependencies if (match := re.fullmatch(rf"{upstream}(?:\[.*\])?(\W.*)", line))]
@@ -53,6 +53,7 @@ def test_a_missing_name_is_one_line_with_the_package_and_its_versions(module, na
     [
         ("transformers", "transformers.masking_utils", "sdpa_mask"),
         ("transformers", "transformers.integrations.sdpa_attention", "sdpa_attention_forward"),
+        ("torch", "torch", "_int_mm"),
         ("ray", "ray.data._internal.execution.execution_callback", "ExecutionCallback"),
     ],
 )

@@ -140,6 +140,14 @@ def test_too_few_distinct_positives_is_one_clear_line():
         contrastive_plan(make_queries([[5], [5], [5]]), phase_of(2, max_steps=1), 0, CONTENT)
 
 
+def test_an_epoch_that_happens_to_draw_too_few_positives_is_passed_over():
+    """Four queries with the same four positives draw one and the same in every 64th epoch."""
+    queries = make_queries([[1, 2, 3, 4]] * 4)
+    for phase in (phase_of(2, max_steps=400), phase_of(3, max_steps=100)):
+        for step in contrastive_plan(queries, phase, 0, CONTENT):
+            assert len(set(step.documents.tolist())) == phase.batch_size
+
+
 def test_distillation_keeps_each_querys_own_candidates():
     candidates = [[3, 1, 2], [1, 9], [7, 3, 6]]
     teacher = [[0.9, 0.5, 0.1], [0.7, 0.2], [0.3, 0.2, 0.1]]

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -101,6 +101,7 @@ def test_a_batch_is_at_most_half_of_the_positives_and_a_quarter_of_the_queries(q
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 12), min_size=3, max_size=40), st.booleans())
+@example([12, 1, 12, 1, 12, 12, 1, 12, *[1] * 6, 12, 1, 12, 1, 1, 1], True)  # many captions, of few pictures
 def test_the_written_recipe_can_fill_its_batches_or_the_import_says_why(tmp_path_factory, captions, same):
     """Pictures with some captions each: all of their own, or the same everywhere."""
     folder = tmp_path_factory.mktemp("few")

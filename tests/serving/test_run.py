@@ -72,6 +72,32 @@ def test_a_port_in_use_is_one_line(run, tmp_path, start):
     assert "set another port" in output
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("applications: [1,", ", line 1: not valid YAML"), ("applications: []", ": not a config of one application")],
+)
+def test_a_malformed_config_is_one_line(text, message, tmp_path, start):
+    (tmp_path / "config.yaml").write_text(text)
+    process = start(tmp_path / "config.yaml")
+    [line] = process.communicate()[0].splitlines()
+    assert process.returncode == 2
+    assert line.removeprefix(f"umarvel: {tmp_path}/config.yaml").startswith(message), line
+
+
+def test_what_is_set_in_the_environment_counts_beside_a_checkpoint(run, tmp_path):
+    """A checkpoint on the command line takes away the parts of the shipped config only."""
+    process = subprocess.run(
+        [*UMARVEL[:-1], str(service_of(run).embedder)],
+        env=os.environ | {"UMARVEL_INDEX": str(tmp_path / "nowhere")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
+    assert f"no folder {tmp_path}/nowhere" in process.stderr
+
+
 def test_what_the_service_refuses_is_one_line(run, tmp_path, start):
     path = config_file(service_of(run, keys=str(tmp_path / "none.txt")), tmp_path, free_port())
     process = start(path)

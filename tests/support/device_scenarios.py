@@ -71,7 +71,7 @@ def embed(base: Path, device: str) -> np.ndarray:
 
 def embed_int8(base: Path, device: str) -> np.ndarray:
     embedder = Embedder.from_pretrained(base, "cpu", settings=SETTINGS)
-    quantize(embedder.model.backbone.model.language_model)
+    quantize(embedder.model.backbone.model.language_model, "cuda")  # the same levels and products on all devices
     return Embedder(embedder.model, embedder.encoder, device).encode_document(items())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from dataclasses import astuple
 from typing import Any
 
@@ -15,7 +16,7 @@ from umarvel_ray.data.plan import PlanStep
 from umarvel_ray.items.encoder import ItemEncoder
 from umarvel_ray.items.pair_encoder import PairEncoder
 from umarvel_ray.train import stream
-from umarvel_ray.train.stream import BLOCK_ITEMS, PhaseTables, open_stream
+from umarvel_ray.train.stream import BLOCK_ITEMS, PhaseTables, begin, open_stream
 
 SIZES = [(1, 1), (3, 2), (2, 9), (7, 7)]  # queries and documents of each step
 
@@ -140,3 +141,26 @@ def test_a_long_plan_has_few_tasks(tables, monkeypatch):
 
 def test_an_empty_plan_has_no_stream(tables):
     assert list(open_stream([], tables, 0, 1, False, 2, 0.5)) == []
+
+
+def test_the_first_element_is_made_before_it_is_asked_for():
+    made = threading.Event()
+
+    def numbers():
+        made.set()
+        yield from range(3)
+
+    stream = begin(numbers())
+    assert made.wait(10)
+    assert list(stream) == [0, 1, 2]
+    assert list(begin(iter([]))) == []
+
+
+def test_an_error_in_the_first_element_reaches_who_asks_for_it():
+    def broken():
+        raise ValueError("no such row")
+        yield
+
+    stream = begin(broken())
+    with pytest.raises(ValueError, match="no such row"):
+        next(stream)

@@ -32,6 +32,7 @@ from umarvel_ray.recipe import Phase, RerankPhase, count_steps
 
 STEP_COLUMNS = ("step", "queries", "documents")
 ANY_TASK = -1
+EMPTY_EPOCHS = 10  # in a row: which positives few queries draw is chance, so another epoch may fill a batch
 _IDENTITY = b"umarvel.identity"
 
 
@@ -254,7 +255,7 @@ class _Drawn:
 def _batches(queries: Queries, phase: Phase, seed: int) -> Iterator[list[_Drawn]]:
     in_epoch = sum(min(count, phase.max_per_task or count) for count in np.bincount(queries.task).tolist())
     total = count_steps(phase, in_epoch)
-    made, epoch = 0, 0
+    made, epoch, empty = 0, 0, 0
     while made < total:
         before = made
         for batch in _epoch_batches(queries, phase, np.random.default_rng((seed, epoch))):
@@ -262,7 +263,8 @@ def _batches(queries: Queries, phase: Phase, seed: int) -> Iterator[list[_Drawn]
             made += 1
             if made == total:
                 return
-        if made == before:
+        empty = empty + 1 if made == before else 0
+        if empty == EMPTY_EPOCHS:
             raise UserError(
                 f"queries '{phase.queries}' cannot fill one batch of {phase.batch_size} with distinct positives"
                 f"{' from one task' if phase.homogeneous else ''}; lower batch_size"

@@ -25,7 +25,7 @@ class Size(NamedTuple):
     """Of the training split.
 
     Attributes:
-        distinct: the positives that one batch from a single task can have without repeating one.
+        distinct: positives that one batch from a single task can have without repeating one; at least half of the most.
         validation: the queries of validation in the task that has fewest.
     """
 
@@ -49,9 +49,19 @@ def size_of(shape: np.ndarray, positives: np.ndarray, validation: np.ndarray) ->
     counts = [0]
     for task in np.unique(shape).tolist():
         own = positives[shape[positives[:, 0]] == task]
-        counts.append(min(len(np.unique(own[:, 0])), len(np.unique(own[:, 1]))))
+        counts.append(_matched(own))
     fewest = min((int((validation == task).sum()) for task in np.unique(shape)), default=0)
     return Size(len(shape), max(counts), fewest)
+
+
+def _matched(pairs: np.ndarray) -> int:
+    """How many queries get a positive of their own, if each takes the first one that is left."""
+    queries, positives = set[int](), set[int]()
+    for query, positive in pairs.tolist():
+        if query not in queries and positive not in positives:
+            queries.add(query)
+            positives.add(positive)
+    return len(queries)
 
 
 def batch_of(size: Size, most: int) -> int:

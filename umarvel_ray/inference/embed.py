@@ -19,7 +19,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import torch
 
 from umarvel_ray.data.dataset import Selection
 from umarvel_ray.errors import UserError
@@ -29,6 +28,7 @@ from umarvel_ray.inference.gpus import Gpus
 from umarvel_ray.inference.held import release_slice
 from umarvel_ray.inference.shards import close_output, is_complete, open_output, shard_path, write_shard
 from umarvel_ray.model.checkpoint import CheckpointRef
+from umarvel_ray.model.cpu import prepare_cpu
 from umarvel_ray.progress import progress
 from umarvel_ray.recipe import Cluster, Compute
 
@@ -45,7 +45,7 @@ class EmbedderActor:
     def __init__(self, compute: Compute, device: str, threads: int) -> None:
         from umarvel_ray.inference.cached_embedder import CachedEmbedder  # keeps the model code out of the driver
 
-        torch.set_num_threads(threads)
+        prepare_cpu(threads)
         cache = CACHE_BYTES if compute.cache_vision else 0
         self._embedder = CachedEmbedder(device, compute.dtype, compute.token_budget, threads, cache)
 

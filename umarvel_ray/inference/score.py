@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
-import torch
 
 from umarvel_ray.caches import ByteCache
 from umarvel_ray.data.content import digest_of_table
@@ -25,6 +24,7 @@ from umarvel_ray.inference.actors import ActorGroup
 from umarvel_ray.inference.gpus import Gpus
 from umarvel_ray.inference.shards import close_output, open_output, read_shards, write_shard
 from umarvel_ray.model.checkpoint import CheckpointRef
+from umarvel_ray.model.cpu import prepare_cpu
 from umarvel_ray.progress import progress
 from umarvel_ray.recipe import Cluster, Compute
 
@@ -49,7 +49,7 @@ class RerankerActor:
     """Scores shards on one device."""
 
     def __init__(self, compute: Compute, device: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+        prepare_cpu(threads)
         self._device, self._compute = device, compute
         self._loaded: tuple[CheckpointRef, Reranker] | None = None
         self._encoded: ByteCache[Hashable, EncodedPair] = ByteCache(ENCODED_BYTES, lambda pair: pair.nbytes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,7 +45,9 @@ from umarvel_ray.serving.settings import Service
 
 # What the models get in one call, so that other requests have their turn and no message is over the limit of gRPC.
 CALL_PAIRS, CALL_ITEMS, CALL_BYTES = 64, 256, 2**26
-AFTER_S, AFTER_STEP_S = 10, 0.05  # how long a search waits for the commit in `after`, and how long between two looks
+# How long a search waits for the commit in `after`. The wait between two looks grows: many searches that look often
+# would take time from everyone else's.
+AFTER_S, AFTER_STEP_S, AFTER_GROWTH, AFTER_LONGEST_S = 10, 0.05, 1.25, 0.5
 LIGHT_TEXT = 2000  # characters; tokenizing fewer takes less time than handing them to a thread and back
 
 T = TypeVar("T")
@@ -232,12 +234,9 @@ class Backend:
             [embedded] = require_good(await self._embed(version, [query], "query"))
             encoded = time.perf_counter()
             args = version.identity, embedded.vector, depth, filters, after
-            while isinstance(
-                found := await call_deployment(lambda: search.search.remote(*args), self._index_budget), Behind
-            ):
-                if time.perf_counter() - encoded > AFTER_S:
-                    raise NotSeen(after, found.sequence)
-                await asyncio.sleep(AFTER_STEP_S)
+            found = await until_seen(
+                lambda: call_deployment(lambda: search.search.remote(*args), self._index_budget), after
+            )
             return found, [start, encoded, time.perf_counter()]
 
         hits, times = await self.embedder.through_updates(work)
@@ -406,6 +405,18 @@ def _instructions(data: str) -> list[Instruction]:
             with suppress(UserError):  # a folder may have documents only
                 return instructions_of(dataset, split)
     return []
+
+
+async def until_seen(look: Callable[[], Awaitable[list[Hit] | Behind]], after: int) -> list[Hit]:
+    """What `look` finds once its replica has reached the commit `after`. Raises: NotSeen, after `AFTER_S`."""
+    start, step = time.perf_counter(), AFTER_STEP_S
+    while isinstance(found := await look(), Behind):
+        left = AFTER_S - (time.perf_counter() - start)
+        if left <= 0:
+            raise NotSeen(after, found.sequence)
+        await asyncio.sleep(min(step, left))
+        step = min(step * AFTER_GROWTH, AFTER_LONGEST_S)
+    return found
 
 
 def by_prompt(pairs: Sequence[tuple[EncodedPair, EncodedPair]]) -> list[tuple[EncodedPair, list[EncodedPair]]]:

@@ -94,7 +94,7 @@ class EmbedderDeployment:
     """The embedding model; concurrent requests are batched by tokens."""
 
     def __init__(self, checkpoint: CheckpointRef, runtime: Runtime) -> None:
-        runtime.set_threads(REPLICAS)
+        runtime.prepare(REPLICAS)
         self._checkpoint = checkpoint
         self._embedder = Embedder.from_pretrained(checkpoint.path, runtime.device, runtime.dtype)
         self._embedder.encode_query(["warm-up"])
@@ -128,7 +128,7 @@ class RerankerDeployment:
     """
 
     def __init__(self, checkpoint: CheckpointRef, runtime: Runtime) -> None:
-        runtime.set_threads()
+        runtime.prepare()
         self._checkpoint = checkpoint
         self._reranker = Reranker.from_pretrained(checkpoint.path, runtime.device, runtime.dtype)
         self._reranker.score("warm-up", ["warm-up"])

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, StringConstraints
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.limits import WEB_FORMATS, MediaLimits
+from umarvel_ray.yaml_text import read_yaml
 
 
 class Runtime(NamedTuple):
@@ -20,14 +20,14 @@ class Runtime(NamedTuple):
     dtype: str
     threads: int | None
 
-    def set_threads(self, replicas: int = 1) -> None:
-        """Set PyTorch's thread count; by default a deployment's replicas share the cores.
+    def prepare(self, replicas: int = 1) -> None:
+        """Prepare a process for a model; by default a deployment's replicas share the cores.
 
         Ray's own default is the number of logical CPUs the actor requested, which need not reflect its share.
         """
-        import torch  # only where a model runs: who starts the service need not wait for it
+        from umarvel_ray.model.cpu import prepare_cpu  # only where a model runs: it imports PyTorch
 
-        torch.set_num_threads(self.threads or max(1, (os.cpu_count() or 1) // replicas))
+        prepare_cpu(self.threads or max(1, (os.cpu_count() or 1) // replicas))
 
 
 class Limits(BaseModel):
@@ -171,7 +171,7 @@ def read_config(config: Path) -> tuple[Service, str, int]:
         UserError: an invalid config, or a path that does not exist.
     """
     try:
-        found = yaml.safe_load(config.read_text())
+        found = read_yaml(config, str(config))
         [application] = found["applications"]
         http = found["http_options"]
         service = from_environment(Service.model_validate(application.get("args") or {}))

@@ -14,11 +14,11 @@ from typing import Any
 
 import deepspeed
 import ray.train
-import torch
 import torch.distributed as dist
 
 from umarvel_ray.data.plan import read_plan
 from umarvel_ray.errors import UserError
+from umarvel_ray.model.cpu import prepare_cpu
 from umarvel_ray.model.packing import is_packed
 from umarvel_ray.model.vision_cache import VisionCache
 from umarvel_ray.recipe import RerankPhase
@@ -40,12 +40,12 @@ from umarvel_ray.train.phases import VISION_CACHE_BYTES, PhaseSpec
 from umarvel_ray.train.state import TrainState, open_state, phase_of
 from umarvel_ray.train.step_log import StepLog
 from umarvel_ray.train.steps import run_step
-from umarvel_ray.train.stream import PhaseTables, open_stream
+from umarvel_ray.train.stream import PhaseTables, begin, open_stream
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker; `config`: specs, tables (by phase name), tasks, cpus_per_task, threads."""
-    torch.set_num_threads(config["threads"])
+    prepare_cpu(config["threads"])
     # Asked for once: later checkpoints are known to rank 0 only, and this one is deleted by then.
     checkpoint = ray.train.get_checkpoint()
     interrupted = phase_of(checkpoint)
@@ -71,10 +71,10 @@ def _train_phase(
     plan = read_plan(spec.plan_path)
     with open_state(resumed) as state:
         first = state.steps
+        stream = begin(open_stream(plan[first:], tables, rank, world, isinstance(spec.phase, RerankPhase), tasks, cpus))
         engine, visual_of = start_phase(spec, state)
     packed = is_packed(spec.compute.packed, engine.device)
     passes = Passes(spec.compute.token_budget, spec.compute.gradient_cache, packed)
-    stream = open_stream(plan[first:], tables, rank, world, isinstance(spec.phase, RerankPhase), tasks, cpus)
     log = StepLog(spec.log_path, first) if rank == 0 else None
     clock = time.monotonic()
     for batch in stream:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import ray
@@ -25,6 +26,8 @@ from umarvel_ray.data.stored import StoredTable
 from umarvel_ray.items.encoder import EncodedItem, ItemEncoder
 from umarvel_ray.items.pair_encoder import EncodedPair, PairEncoder
 from umarvel_ray.recipe import ModelSettings
+
+T = TypeVar("T")
 
 TASK_ITEMS = 128  # items that one task prepares, or more if there would be too many tasks
 MOST_TASKS = 10_000  # of a stream: Ray Data needs about a millisecond to set one up
@@ -107,6 +110,19 @@ def open_stream(
                 if pairs
                 else RankItems(step, first, list(islice(encoded, len(share["document"]))))
             )
+
+
+def begin(stream: Iterator[T]) -> Iterator[T]:
+    """The same elements, of which the first is already being made: tasks start while the caller loads a model."""
+    thread = ThreadPoolExecutor(1)
+    first = thread.submit(lambda: list(islice(stream, 1)))
+    thread.shutdown(wait=False)
+
+    def elements() -> Iterator[T]:
+        yield from first.result()
+        yield from stream
+
+    return elements()
 
 
 def _share(step: PlanStep, rank: int, world: int, pairs: bool) -> dict[str, np.ndarray]:
