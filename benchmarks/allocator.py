@@ -18,7 +18,7 @@ import torch
 from benchmarks.common.items import KINDS, ItemMaker
 from benchmarks.common.results import integer_arguments, write_result
 from benchmarks.common.small_model import SETTINGS, SHAPE, make_model
-from benchmarks.common.timing import measure
+from benchmarks.common.timing import measure, median_ratio
 from umarvel_ray import Embedder
 from umarvel_ray.model.cpu import prepare_cpu
 
@@ -53,8 +53,7 @@ def main(items: int = 192, rounds: int = 5) -> None:
     medians = {
         side: {key: statistics.median(one[key] for one in rows) for key in rows[0]} for side, rows in found.items()
     }
-    pairs = zip(*(found[side] for side in SIDES), strict=True)
-    ratio = statistics.median(own["processor_seconds"] / prepared["processor_seconds"] for own, prepared in pairs)
+    ratio = median_ratio(*([row["processor_seconds"] for row in found[side]] for side in SIDES))
     print(f"prepared: {ratio:.2f} times as fast by CPU time; {medians}")
     what = {"model": SHAPE, "items": f"{items}: {KINDS}"}
     write_result("allocator", what | {"medians": medians, "times_as_fast": ratio})

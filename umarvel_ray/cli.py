@@ -262,12 +262,8 @@ def _run_serve(options: argparse.Namespace) -> None:
     parts = {f"UMARVEL_{name.upper()}": getattr(options, name) for name in ("reranker", "index", "data", "live")}
     if options.model:
         os.environ["UMARVEL_EMBEDDER"] = options.model
-        own = (
-            "UMARVEL_RERANKER",
-            "UMARVEL_INDEX",
-            "UMARVEL_LIVE",
-        )  # the config file's belong to its embedder, not this one
-        parts |= {name: os.environ.get(name, "") for name in own if parts[name] is None}
+        for name in ("UMARVEL_RERANKER", "UMARVEL_INDEX", "UMARVEL_LIVE"):
+            os.environ.setdefault(name, "")  # the config file's belong to its own embedder
     os.environ.update({name: value for name, value in parts.items() if value is not None})
     from umarvel_ray.serving.auth import VARIABLE, hashed
     from umarvel_ray.serving.run import run

@@ -1,4 +1,4 @@
-"""int8 weights are within half a step of the original ones, and products are those of integers or of stored weights."""
+"""int8 weights are within half a step of the original ones, and products as close as that allows."""
 
 import copy
 
