@@ -11,9 +11,11 @@ import hypothesis
 import pytest
 
 from umarvel_ray.ray_session import prepare_environment, start_ray
+from umarvel_ray.serving import haproxy
 from umarvel_ray.serving.environment import SERVE
 
-prepare_environment(SERVE)  # before any test module imports ray
+PROXY = tempfile.TemporaryDirectory(prefix=haproxy.FOLDER_PREFIX, dir="/tmp")
+prepare_environment(SERVE | haproxy.environment(Path(PROXY.name)))  # before any test module imports ray
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine must not fail a test
 hypothesis.settings.load_profile("unhurried")

@@ -79,6 +79,16 @@ def test_a_dry_run_prints_the_resolved_recipe_and_creates_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_models_from_elsewhere_are_overrides(tmp_path):
+    words = ["--model", "a: b", "--preset", "gme", "--reranker", "c", "--reranker-preset", "lamra-rank", "--dry-run"]
+    process = run(UMARVEL, "evaluate", "demo", f"output={tmp_path}/run", *words)
+    given = yaml.safe_load(process.stdout)["evaluate"]
+    assert (given["checkpoint"], given["preset"]) == ("a: b", "gme")
+    assert (given["reranker"], given["reranker_preset"]) == ("c", "lamra-rank")
+    process = run(UMARVEL, "embed", "demo", f"output={tmp_path}/run", *words[:4], "--dry-run")
+    assert yaml.safe_load(process.stdout)["embed"]["checkpoint"] == "a: b"
+
+
 def test_a_reader_that_has_gone_ends_the_work_without_a_word():
     """As `umarvel … | head -1` does."""
     reader, writer = os.pipe()
@@ -146,6 +156,8 @@ def test_every_job_and_verb_has_its_function():
         (["export", "demo", "output=nowhere", "--to", "out"], ["nowhere", "text"]),
         (["serve", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["serve", "nowhere"], ["nowhere"]),
+        (["evaluate", "--preset", "gme"], ["--preset needs --model"]),
+        (["evaluate", "--model", "a", "--reranker-preset", "b"], ["--reranker-preset needs --reranker"]),
     ],
     ids=lambda value: " ".join(value),
 )

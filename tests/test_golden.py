@@ -22,12 +22,12 @@ from umarvel_ray.model.batch import ItemBatch
 from umarvel_ray.model.embedding_model import EmbeddingModel
 from umarvel_ray.model.multimodal import split_features
 from umarvel_ray.model.pooling import pool
-from umarvel_ray.recipe import ModelSettings
+from umarvel_ray.presets import read_preset
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CASES = json.loads((GOLDEN / "qwen2vl_messages.json").read_text())["cases"]
 
-REFERENCE = ModelSettings.reference()
+REFERENCE = read_preset("reference").of("qwen2_vl")
 NO_PIXELS = np.empty((0, 0), np.uint8)
 TEXT = {
     "vocab_size": 600,
@@ -208,7 +208,7 @@ def test_the_saved_checkpoint_has_current_names(model, tmp_path):
 def reference_encoder(folder: Path, generation_prompt: bool) -> ItemEncoder:
     """The encoder of a Qwen2-VL directory, with the reference's settings."""
     (folder / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    return ItemEncoder.from_pretrained(folder, ModelSettings.reference(generation_prompt))
+    return ItemEncoder.from_pretrained(folder, REFERENCE.model_copy(update={"generation_prompt": generation_prompt}))
 
 
 def encode(encoder: ItemEncoder, case: dict):

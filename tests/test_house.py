@@ -22,6 +22,7 @@ WITHOUT_RAY = (
     "data",
     "model",
     "importing",
+    "suites",
     "index",
     "estimate",
     "retrieve.topk",

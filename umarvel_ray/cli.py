@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.ray_session import prepare_environment, start_ray
@@ -35,6 +36,21 @@ JOB_VERBS = {
     "train-stage3": ("stage3", "distill recall-then-rerank into the embedder"),
     "embed": ("embed", "embed all documents with the final model"),
     "evaluate": ("evaluate", "measure recall per task for every finished phase, and write the report"),
+}
+MODEL_OPTIONS = {  # options of a verb: the recipe's key, and help text
+    "embed": {
+        "--model": ("embed.checkpoint", "embed with this model instead of the run's"),
+        "--preset": ("embed.preset", "the system that released it, such as gme (docs/guide.md)"),
+    },
+    "evaluate": {
+        "--model": (
+            "evaluate.checkpoint",
+            "evaluate this model instead of the run's (docs/guide.md); several for --benchmark",
+        ),
+        "--preset": ("evaluate.preset", "the system that released it, such as gme (docs/guide.md)"),
+        "--reranker": ("evaluate.reranker", "rerank its results with this one"),
+        "--reranker-preset": ("evaluate.reranker_preset", "the system that released the reranker"),
+    },
 }
 ENVIRONMENT_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
@@ -83,6 +99,10 @@ def _main(argv: list[str] | None) -> None:
         job = verbs.add_parser(verb, help=text, description=text)
         job.add_argument("words", nargs="*", metavar="[RECIPE] key=value", help="a recipe (demo) and changes to it")
         _add_switches(job)
+        for option, (_, text) in MODEL_OPTIONS.get(verb, {}).items():
+            job.add_argument(option, help=text, action="append" if option == "--model" else "store")
+        if verb == "evaluate":
+            _add_benchmark(job)
         job.set_defaults(job_name=job_name, run=_run_job_verb)
     load = verbs.add_parser("import", help="make a data folder of your own pictures and texts, and a recipe for it")
     load.add_argument("source", type=path, help="a folder or a file (docs/your-data.md)")
@@ -114,6 +134,10 @@ def _main(argv: list[str] | None) -> None:
     export.add_argument("--dtype", choices=("float32", "bfloat16"), help="data type of the weights; default: unchanged")
     export.add_argument("--license", dest="license_name", help="license for the model card, such as apache-2.0")
     export.set_defaults(run=_run_export)
+    status = verbs.add_parser("status", help="how far a run is: phases, losses, speed, time left, failures")
+    status.add_argument("folder", nargs="?", type=path, default=Path("runs/demo"), metavar="RUN", help="(runs/demo)")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    status.set_defaults(run=_run_status)
     search = verbs.add_parser("search", help="search a run's documents with its newest model")
     search.add_argument("text", nargs="?", help="the query text")
     search.add_argument("--image", help="a query picture, alone or with the text")
@@ -125,7 +149,9 @@ def _main(argv: list[str] | None) -> None:
     search.set_defaults(run=_run_search)
     serve = verbs.add_parser("serve", help="serve embeddings, reranking and search over HTTP")
     serve.add_argument("model", nargs="?", help="an embedder's checkpoint; default: as the config file says")
+    serve.add_argument("--preset", help="the system that released the model, such as gme (docs/guide.md)")
     serve.add_argument("--reranker", help="a reranker's checkpoint")
+    serve.add_argument("--reranker-preset", help="the system that released the reranker")
     serve.add_argument("--index", help="a folder of embeddings or a saved index, to search in")
     serve.add_argument("--data", help="the documents behind the index: builtin:demo or a Parquet folder")
     serve.add_argument("--live", help="a folder for documents that clients may add")
@@ -146,8 +172,90 @@ def _add_switches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show the output of Ray workers")
 
 
+def _add_benchmark(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a published benchmark instead of a run (docs/evaluation.md)")
+    group.add_argument("--benchmark", metavar="NAME", help="such as circo or mbeir; a wrong name lists all")
+    group.add_argument("--data", type=path, metavar="DIR", help="the benchmark's own folder")
+    group.add_argument(
+        "--rerank-weight", metavar="W", help="w in cosine + w · P(yes), or 'calibrate'; default: the paper's"
+    )
+    group.add_argument(
+        "--protocol", choices=("ours", "reference"), default="ours", help="reference: repeat the authors' choices"
+    )
+    group.add_argument(
+        "--prompts", choices=("hash", "average"), default="hash", help="M-BEIR's instructions: one per query, or all"
+    )
+    group.add_argument("--to", type=path, default=Path("runs/benchmarks"), help="output folder (runs/benchmarks)")
+
+
 def _run_job_verb(options: argparse.Namespace) -> None:
-    _run_job(options.job_name, *_recipe_words(options.words), options)
+    if getattr(options, "benchmark", None):
+        _run_benchmark(options)
+        return
+    source, overrides = _recipe_words(options.words)
+    _run_job(options.job_name, source, [*overrides, *_model_overrides(options)], options)
+
+
+def _model_overrides(options: argparse.Namespace) -> list[str]:
+    """The overrides that the options for models stand for."""
+    given = {
+        option: (key, value)
+        for option, (key, _) in MODEL_OPTIONS.get(options.job_name, {}).items()
+        if (value := getattr(options, option.removeprefix("--").replace("-", "_"))) is not None
+    }
+    for preset, model in (("--preset", "--model"), ("--reranker-preset", "--reranker"), ("--reranker", "--model")):
+        if preset in given and model not in given:
+            raise UserError(f"{preset} needs {model}")
+    if "--model" in given:
+        key, models = given["--model"]
+        if len(models) > 1:
+            raise UserError("several --model are for --benchmark; give one")
+        given["--model"] = key, models[0]
+    return [f"{key}={json.dumps(value)}" for key, value in given.values()]
+
+
+def _run_benchmark(options: argparse.Namespace) -> None:
+    if not options.data or not (options.model or options.dry_run):
+        raise UserError("--benchmark needs --data DIR and --model CHECKPOINT")
+    named = any("=" not in word or os.path.isfile(word) for word in options.words)
+    source, overrides = _recipe_words(options.words)
+    prepare_environment()
+    from umarvel_ray.evaluate.benchmarks import Job, check_benchmark, evaluate_benchmark, local_resources
+    from umarvel_ray.evaluate.suites import Protocol
+
+    weight = options.rerank_weight
+    job = Job(
+        options.benchmark,
+        options.data,
+        options.model or [],
+        options.reranker,
+        Protocol(options.protocol == "reference", options.prompts, _weight(weight) if weight else None),
+        options.preset,
+        options.reranker_preset,
+        named or any(word.startswith("model.") for word in overrides),
+        options.to,
+    )
+    if options.dry_run:
+        print(check_benchmark(job))
+        return
+    recipe = load_recipe(source, overrides if named else [*local_resources(), *overrides])
+    if not recipe.cluster.gpus_per_embedder:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns about guessing
+    check_benchmark(job)
+    with start_ray(verbose=options.verbose):
+        evaluate_benchmark(job, recipe)
+
+
+def _weight(text: str) -> float | Literal["calibrate"]:
+    if text == "calibrate":
+        return "calibrate"
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = -1.0
+    if not 0.0 <= weight < float("inf"):
+        raise UserError(f"--rerank-weight {text}: give a number that is not negative, or 'calibrate'")
+    return weight
 
 
 def _recipe_words(words: list[str]) -> tuple[str, list[str]]:
@@ -233,6 +341,13 @@ def _run_export(options: argparse.Namespace) -> None:
     print(f"exported {source} to {options.to.absolute()}")
 
 
+def _run_status(options: argparse.Namespace) -> None:
+    from umarvel_ray.status import as_json, as_text, read_status
+
+    status = read_status(options.folder)
+    print(as_json(status) if options.json else as_text(status))
+
+
 def _run_search(options: argparse.Namespace) -> None:
     image = options.image and os.path.expanduser(options.image)
     fields = {"text": options.text, "image": image, "instruction": options.instruction}
@@ -259,10 +374,11 @@ def _run_serve(options: argparse.Namespace) -> None:
     from umarvel_ray.serving.environment import SERVE
 
     prepare_environment(SERVE)
-    parts = {f"UMARVEL_{name.upper()}": getattr(options, name) for name in ("reranker", "index", "data", "live")}
+    names = ("preset", "reranker", "reranker_preset", "index", "data", "live")
+    parts = {f"UMARVEL_{name.upper()}": getattr(options, name) for name in names}
     if options.model:
         os.environ["UMARVEL_EMBEDDER"] = options.model
-        for name in ("UMARVEL_RERANKER", "UMARVEL_INDEX", "UMARVEL_LIVE"):
+        for name in ("UMARVEL_PRESET", "UMARVEL_RERANKER", "UMARVEL_INDEX", "UMARVEL_LIVE"):
             os.environ.setdefault(name, "")  # the config file's belong to its own embedder
     os.environ.update({name: value for name, value in parts.items() if value is not None})
     from umarvel_ray.serving.auth import VARIABLE, hashed

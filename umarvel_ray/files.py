@@ -16,6 +16,11 @@ from typing import Any
 ABANDONED_S = 3600.0  # a partial file that was not written to for so long has lost its writer
 
 
+def user_cache() -> Path:
+    """Where files are kept that belong to no run folder: $XDG_CACHE_HOME/umarvel, by default ~/.cache/umarvel."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umarvel"
+
+
 @contextmanager
 def atomic_path(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it is renamed to `path` when the block ends, and removed if it fails.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
+from ray.train import ValidationConfig
 
 from umarvel_ray.data.content import digest_of
 from umarvel_ray.data.dataset import Dataset, Queries, Selection
@@ -33,6 +34,7 @@ from umarvel_ray.errors import UserError
 from umarvel_ray.evaluate.checkpoints import evaluate_base, evaluate_checkpoint
 from umarvel_ray.evaluate.report import write_report
 from umarvel_ray.evaluate.reranked import VALIDATION, Calibration, evaluate_reranked
+from umarvel_ray.evaluate.results import LadderResult
 from umarvel_ray.evaluate.separation import separation
 from umarvel_ray.files import write_json
 from umarvel_ray.inference.embed import EmbedderGroup, embed_table
@@ -43,6 +45,7 @@ from umarvel_ray.mining.mine import candidates_of, easy_of, kept_of, negatives_o
 from umarvel_ray.mining.mine import mine as mine_negatives
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.model.distillation import teacher_scores
+from umarvel_ray.model.hub import model_ref
 from umarvel_ray.preflight import sampled_count
 from umarvel_ray.ragged import Ragged, flat
 from umarvel_ray.recipe import (
@@ -53,7 +56,6 @@ from umarvel_ray.recipe import (
     RERANKER,
     STAGE1,
     ContrastivePhase,
-    ModelSettings,
 )
 from umarvel_ray.retrieve.rank import embed_split, rank
 from umarvel_ray.runs import Run
@@ -250,8 +252,8 @@ def plan_stage3(run: Run, actors: Actors | None = None) -> PlannedStage:
 def embed(run: Run, actors: Actors | None = None) -> None:
     """Embed every document with the final embedder, or with `embed.checkpoint`; an index is built from the result."""
     settings = run.recipe.embed
-    checkpoint = Path(settings.checkpoint) if settings.checkpoint else run.parent(DISTILLATION, "embedding")
-    ref = CheckpointRef.of(checkpoint, ModelSettings.reference() if settings.preset else None)
+    checkpoint = settings.checkpoint or run.parent(DISTILLATION, "embedding")
+    ref = model_ref(checkpoint, "embedder", settings.preset)
     with open_actors(run, actors) as actors, run.timed("embed"):
         documents = Selection.whole(run.open_dataset().documents)
         folder = run.dir / "embeddings" / "documents"
@@ -261,29 +263,55 @@ def embed(run: Run, actors: Actors | None = None) -> None:
 
 
 def evaluate(run: Run, actors: Actors | None = None) -> None:
-    """Evaluate every checkpoint of the ladder that exists, and recall-then-rerank; write the report."""
+    """Evaluate every checkpoint of the ladder that exists, and recall-then-rerank, or `evaluate.checkpoint` alone;
+    write the report."""
     recipe, data, folder = run.recipe, run.open_dataset(), run.dir / "evaluation"
     data.validate(recipe.evaluate.split)
+    if recipe.evaluate.checkpoint:
+        _evaluate_given(run, data, recipe.evaluate.checkpoint, actors)
+        return
     with open_actors(run, actors) as actors, run.timed("evaluation"):
         results = [evaluate_base(actors.embedders, data, recipe, run.base, folder / "base")]
         refs = {phase: CheckpointRef.of(run.checkpoint(phase)) for phase in LADDER if run.has(phase)}
         for phase, ref in refs.items():
             results.append(evaluate_checkpoint(actors.embedders, data, recipe, ref, phase, folder / phase))
         if DISTILLATION in refs and run.has(RERANKER):
-            embedder, reranker = refs[DISTILLATION], CheckpointRef.of(run.checkpoint(RERANKER))
-            test, calibration = results[-1], None
-            if recipe.evaluate.rerank_weight == "calibrate":
-                sampled = sample_queries(data.queries(VALIDATION), recipe.evaluate.calibrate_on, recipe.seed)
-                some = data.with_queries(VALIDATION, sampled)
-                place = folder / VALIDATION
-                found = evaluate_checkpoint(
-                    actors.embedders, some, recipe, embedder, DISTILLATION, place, split=VALIDATION
-                )
-                calibration = Calibration(some, found)
-            results.append(
-                evaluate_reranked(actors.rerankers, data, recipe, reranker, test, calibration, folder / "rerank")
-            )
+            reranker = CheckpointRef.of(run.checkpoint(RERANKER))
+            results.append(_rerank(run, data, actors, refs[DISTILLATION], reranker, results[-1], folder))
     write_report(run, data, results)
+
+
+def _evaluate_given(run: Run, data: Dataset, checkpoint: str, actors: Actors | None) -> None:
+    """Evaluate a model from elsewhere, and recall-then-rerank with `evaluate.reranker`; write a report of its own."""
+    settings = run.recipe.evaluate
+    name = settings.preset or Path(checkpoint).name
+    folder = run.dir / "evaluation" / "given" / name
+    ref = model_ref(checkpoint, "embedder", settings.preset)
+    reranker = model_ref(settings.reranker, "reranker", settings.reranker_preset) if settings.reranker else None
+    with open_actors(run, actors) as actors, run.timed("evaluation"):
+        results = [evaluate_checkpoint(actors.embedders, data, run.recipe, ref, name, folder / "embedder")]
+        if reranker:
+            results.append(_rerank(run, data, actors, ref, reranker, results[0], folder))
+    write_report(run, data, results, f"report-{name}")
+
+
+def _rerank(
+    run: Run,
+    data: Dataset,
+    actors: Actors,
+    embedder: CheckpointRef,
+    reranker: CheckpointRef,
+    test: LadderResult,
+    folder: Path,
+) -> LadderResult:
+    """Recall-then-rerank of an embedder's results; the weight is calibrated if the recipe says so."""
+    recipe, calibration = run.recipe, None
+    if recipe.evaluate.rerank_weight == "calibrate":
+        sampled = sample_queries(data.queries(VALIDATION), recipe.evaluate.calibrate_on, recipe.seed)
+        some, place = data.with_queries(VALIDATION, sampled), folder / VALIDATION
+        found = evaluate_checkpoint(actors.embedders, some, recipe, embedder, test.name, place, split=VALIDATION)
+        calibration = Calibration(some, found)
+    return evaluate_reranked(actors.rerankers, data, recipe, reranker, test, calibration, folder / "rerank")
 
 
 # The jobs behind `jobs/*.py` and the verbs of the command line.
@@ -349,8 +377,15 @@ def _train(run: Run, stage: str, planned: PlannedStage, actors: Actors | None = 
     specs = [spec for spec, _ in planned.phases]
     if actors and run.recipe.cluster.gpus_per_worker:
         actors.gpus.free()
+    validation = _validation(run, specs) if run.recipe.evaluate.in_training else None
     with run.timed(stage):
-        train_phases(stage, specs, queries, planned.documents, run.recipe.cluster, run.dir)
+        train_phases(stage, specs, queries, planned.documents, run.recipe.cluster, run.dir, validation)
+
+
+def _validation(run: Run, specs: list[PhaseSpec]) -> ValidationConfig:
+    from umarvel_ray.evaluate.in_training import in_training, sample_of  # imports the model, which no driver needs
+
+    return in_training(specs, sample_of(run.open_dataset(), run.recipe), run.recipe.cluster)
 
 
 def _mining_data(run: Run) -> Dataset:

@@ -129,6 +129,8 @@ def _searched(recipe: Recipe, job: str) -> list[str]:
         found += [VALIDATION] if recipe.stage2.mining.max_similarity == "calibrate" else []
     if job in ("pipeline", "stage3"):
         found.append(recipe.stage3.train.queries)
+    if job in TRAINED and recipe.evaluate.in_training:
+        found.append(VALIDATION)
     if job == "pipeline":
         found.append(recipe.evaluate.split)
         found += [VALIDATION] if recipe.evaluate.rerank_weight == "calibrate" else []

@@ -15,8 +15,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveInt,
     ValidationError,
@@ -25,6 +23,8 @@ from pydantic import (
 )
 
 from umarvel_ray.errors import UserError
+from umarvel_ray.section import Section
+from umarvel_ray.wording import Message, PairMessage, Preparation
 from umarvel_ray.yaml_text import parse_yaml, read_yaml
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -60,20 +60,16 @@ def _path(text: str) -> str:
 PathText = Annotated[str, AfterValidator(_path)]
 
 
-class Section(BaseModel):
-    """A part of the tree: immutable, without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class ModelSettings(Section):
     """Everything that changes an embedding; stored in each checkpoint, so that later jobs use the same settings."""
 
     attention: Literal["bidirectional", "causal"] = Field(
         default="bidirectional", description="which tokens of its item a token attends to: all, or those before it"
     )
-    pooling: Literal["mean", "last"] = Field(
-        default="mean", description="mean: over all tokens' hidden states; last: the token that predicts <emb>"
+    pooling: Literal["mean", "last", "end"] = Field(
+        default="mean",
+        description="mean: over all tokens' hidden states; last: the token that predicts <emb>, or the last one where "
+        "<emb> was cut off; end: the very last token",
     )
     instruction_mask: bool = Field(default=True, description="leave the instruction's tokens out of the mean")
     compression_prompt: bool = Field(
@@ -93,27 +89,25 @@ class ModelSettings(Section):
         description="resize to multiples of 28 first, as the reference does (docs/method.md#picture-resizing)",
     )
     video_frames: PositiveInt = Field(default=12, description="frames taken from a video, evenly spaced")
+    video_fps: Positive | None = Field(
+        default=None,
+        description="frames per second of a video that are taken instead, from 4 to video_frames",
+    )
     max_video_pixels: PositiveInt = Field(
         default=12 * 128 * 28 * 28, description="pixels of all frames of a video together, after resizing"
     )
     max_text_tokens: PositiveInt = Field(
         default=480, description="longer texts are cut; instruction and text of a query count together"
     )
+    # Absent from the settings' digest where they are null, so that older checkpoints keep theirs.
+    message: Message | None = Field(default=None, description="an embedder's message written out")
+    pair: PairMessage | None = Field(default=None, description="a reranker's message written out")
+    preparation: Preparation | None = Field(default=None, description="of pictures, before they are resized")
 
-    @classmethod
-    def reference(cls, generation_prompt: bool = True) -> ModelSettings:
-        """The settings of the authors' own evaluation of their released checkpoints (docs/method.md#differences).
-
-        Args:
-            generation_prompt: their evaluation appends one, their training does not (docs/method.md#generation-prompt).
-        """
-        return cls(
-            positions="sequential",
-            deepstack=False,
-            generation_prompt=generation_prompt,
-            resize_twice=True,
-            max_text_tokens=1024,
-        )
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of a document, or of its text: None for no limit."""
+        return self.message.max_document_tokens if self.message else self.max_text_tokens
 
     def for_reranker(self, max_text_tokens: int) -> ModelSettings:
         """These settings for a reranker: causal, with a text limit of its own."""
@@ -350,10 +344,17 @@ class Embed(Section):
     """How the `embed` job embeds the documents."""
 
     checkpoint: PathText | None = Field(default=None, description="embedder's directory; null: the run's last embedder")
-    preset: Literal["reference"] | None = Field(
-        default=None, description="'reference': `checkpoint` was released by the authors, without settings of its own"
+    preset: str | None = Field(
+        default=None, description="the system that released `checkpoint`, without settings of its own (docs/guide.md)"
     )
     truncate_dim: PositiveInt | None = Field(default=None, description="leading dimensions to keep; null: all")
+
+
+class InTraining(Section):
+    """A sample of the validation split on which the states of a phase are measured while it trains."""
+
+    queries: PositiveInt = Field(default=500, description="validation queries, over all tasks")
+    max_pool: PositiveInt = Field(default=2000, description="documents of each task's pool, plus positives")
 
 
 class Evaluate(Section):
@@ -370,6 +371,18 @@ class Evaluate(Section):
     calibrate_on: PositiveInt | None = Field(
         default=None, description="calibrate w on a sample of this many validation queries; null: all"
     )
+    in_training: InTraining | None = Field(
+        default=None, description="recall of every saved state of an embedder, beside its training; null: none"
+    )
+    checkpoint: PathText | None = Field(
+        default=None, description="evaluate this embedder alone; null: the base and the run's embedders"
+    )
+    preset: str | None = Field(default=None, description="the system that released `checkpoint`")
+    reranker: PathText | None = Field(default=None, description="a reranker for the results of `checkpoint`")
+    reranker_preset: str | None = Field(default=None, description="the system that released `reranker`")
+
+
+MODELS = {"checkpoint", "preset", "reranker", "reranker_preset"}  # of `Evaluate`: results name them by their content
 
 
 class Compute(Section):
@@ -405,6 +418,9 @@ class Cluster(Section):
     gpus_per_embedder: NonNegative = Field(default=1, description="0: embed and rerank on CPUs")
     preprocess_tasks: PositiveInt = Field(default=16, description="parallel CPU tasks that read and tokenize items")
     max_failures: int = Field(default=3, ge=0, description="restarts of a failed worker group or actor")
+    gpu_hour_price: NonNegative | None = Field(
+        default=None, description="in any currency; `--dry-run` then says what the stages cost"
+    )
 
 
 class Recipe(Section):
@@ -561,14 +577,15 @@ def _read_tree(source: str, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(parent, str):
         raise UserError(f"recipe {path}: extends is {_short(parent)}; give the name of a recipe, or a YAML file")
-    return _merge(_read_tree(parent, (*children, path.resolve())), tree)
+    return merge(_read_tree(parent, (*children, path.resolve())), tree)
 
 
-def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """A tree with the values of another in place of its own."""
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 

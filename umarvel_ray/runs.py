@@ -164,6 +164,9 @@ class Run:
             write_json(path, times)
 
 
+IN_TRAINING = "in-training.jsonl"  # beside a phase's step log: recall of its saved states
+
+
 def read_step_log(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a step log, empty if there is no log; a line truncated by a crash is ignored."""
     lines: list[dict[str, Any]] = []

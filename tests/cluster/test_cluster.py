@@ -149,12 +149,12 @@ def test_rayservice_is_a_serve_config_whose_replicas_fit():
     )
 
 
-def test_rayservice_sets_the_environment_of_a_local_service():
+def test_rayservice_sets_the_environment_of_a_local_service_with_haproxy():
     spec = read("cluster/rayservice.yaml")["spec"]["rayClusterConfig"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         [container] = group["template"]["spec"]["containers"]
         given = {one["name"]: one.get("value") for one in container["env"] if one["name"].startswith("RAY_SERVE_")}
-        assert given == SERVE
+        assert given == SERVE | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
 
 
 def test_serve_config_fits_two_cores():

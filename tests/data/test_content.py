@@ -11,6 +11,7 @@ from umarvel_ray.data.content import (
     content_keys,
     digest_of,
     digest_of_table,
+    keys_of_each,
     picture_key,
     picture_keys,
 )
@@ -102,3 +103,20 @@ def test_digest_depends_on_values_not_chunks():
     assert digest_of_table(pieces) == digest_of_table(table)
     changed = table.set_column(1, "image", pa.array([b"x", *table["image"].to_pylist()[1:]], pa.binary()))
     assert digest_of_table(changed) != digest_of_table(table)
+
+
+def test_keys_of_each_picture_are_those_of_documents_that_show_it():
+    """One of a query's pictures alone, or all of them in a list; a picture twice counts once."""
+    lists = [["a.png", "b.png"], ["a.png", "a.png"], ["b.png"], []]
+    column = pa.array(lists, pa.list_(pa.string()))
+    together = picture_keys(pa.RecordBatch.from_arrays([column], ["image"]))
+    found = keys_of_each(column, together)
+    one = {name: picture_key({"image": name}) for name in ("a.png", "b.png")}
+    expected = [
+        {one["a.png"], one["b.png"], picture_key({"image": lists[0]})},
+        {one["a.png"], picture_key({"image": lists[1]})},
+        {one["b.png"]},
+        {NO_PICTURE},
+    ]
+    assert [set(keys.view(np.uint64).tolist()) for keys in found.lists()] == expected
+    assert found.counts.tolist() == list(map(len, expected))

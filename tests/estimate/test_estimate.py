@@ -337,6 +337,17 @@ def test_every_shipped_recipe_is_estimated(name):
         assert len({len(line) for line in table[:7]}) == 1
 
 
+def test_a_price_gives_the_cost_of_every_phase():
+    assert "cost" not in estimate(load_recipe("qwen2vl-7b"))
+    assert "cost" not in estimate(load_recipe("demo", ["cluster.gpu_hour_price=2"]))  # trains on CPUs
+    table = estimate(load_recipe("qwen2vl-7b", ["cluster.gpu_hour_price=2.5"])).split("\n\n")[1].splitlines()
+    rows = [line.split() for line in table[1:7]]
+    costs = [float(row[-1].replace(",", "")) for row in rows]
+    assert costs == [pytest.approx(float(row[-2]) * 64 * 2.5, abs=0.005 * 64 * 2.5 + 0.5) for row in rows]
+    total = float(re.match(r"cost: ([\d,]+) for training, at 2.5 per hour of a GPU", table[-1])[1].replace(",", ""))
+    assert total == pytest.approx(sum(costs), abs=3)
+
+
 def test_an_unknown_base_or_table_is_reported():
     assert estimate(load_recipe("demo", ["base=/nowhere"])).startswith("No estimate: base /nowhere")
     text = estimate(load_recipe("demo", ["data.root=/nowhere", "stage1.text.max_steps=null"]))

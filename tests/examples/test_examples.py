@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from ray import serve
 
@@ -101,6 +102,39 @@ def test_every_row_keeps_its_own_negatives(script, tmp_path):
     queries = example.pq.read_table(tmp_path / "data/train.parquet")
     assert queries["positive_ids"].to_pylist() == [["d0"], ["d1"], ["d3"]]
     assert queries["instruction"].to_pylist() == [None, "Find it.", None]
+
+
+def test_contexts_that_hold_the_answer_are_counted(script, capsys, run, tmp_path):
+    example = script("rag")
+    model, reranker = (str(run / "checkpoints" / name) for name in ("distillation", "reranker"))
+    words = ["--model", model, "--reranker", reranker, "--questions", "6", "--out", str(tmp_path / "found.json")]
+    example.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    documents, asked = example.demo_questions(False)
+    assert lines[0] == f"6 questions, {len(documents)} documents, 0 with a picture"
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found) == ["BM25", "embedder", "embedder, reranked"]
+    assert found["BM25"]["10"] > 0.5  # descriptions share words with their paragraphs
+
+    answerable = [one for one in asked if any(example.holds(one, document["text"]) for document in documents)]
+    chosen = sorted(np.random.default_rng(0).permutation(len(answerable))[:6])
+    embedder = Embedder.from_pretrained(model)
+    vectors = embedder.encode_document(documents)
+    for depth in (1, 5, 10):
+        held = []
+        for question in (answerable[number] for number in chosen):
+            query = embedder.encode_query({"text": question.text, "instruction": example.INSTRUCTION})
+            best = np.argsort(-(vectors @ query), kind="stable")[:depth]
+            held.append(any(question.answer.lower() in documents[number]["text"].lower() for number in best))
+        assert found["embedder"][str(depth)] == pytest.approx(np.mean(held), abs=1 / 6 + 1e-9)
+
+
+def test_an_answer_is_a_whole_word_in_any_case(script):
+    example = script("rag")
+    question = example.Question("largest species of deer", "moose")
+    assert example.holds(question, "The Moose is a deer.")
+    assert not example.holds(question, "Moosehead Lake")
+    assert not example.holds(question, None)
 
 
 def test_the_service_is_called(script, capsys, run, address):

@@ -62,10 +62,10 @@ def test_a_bad_picture_quarantines_its_query_alone(rerankers, dataset, reranker_
     assert manifest["rows"] == manifest["written"] + manifest["quarantined"] == candidates.num_rows
 
 
-def test_errors_are_one_line(rerankers, dataset, reranking_recipe, tiny_base, reranker_ref, tmp_path):
+def test_errors_are_one_line(rerankers, dataset, reranker_ref, run, tmp_path):
     candidates = candidates_for(dataset, 2)
-    queries, base = dataset.queries("test"), CheckpointRef.of(tiny_base, reranking_recipe.model)
+    queries, embedder = dataset.queries("test"), CheckpointRef.of(run / "checkpoints" / "distillation")
     with pytest.raises(UserError, match="no candidates"):
         score_table(rerankers, candidates.slice(0, 0), queries, dataset.documents, tmp_path / "b", reranker_ref)
-    with pytest.raises(UserError, match="umarvel"):
-        score_table(rerankers, candidates, queries, dataset.documents, tmp_path / "c", base)
+    with pytest.raises(UserError, match="phase is 'distillation', not 'reranker'"):
+        score_table(rerankers, candidates, queries, dataset.documents, tmp_path / "c", embedder)

@@ -19,9 +19,19 @@ from umarvel_ray.items.encoder import ItemEncoder
 from umarvel_ray.items.images import BadImage, open_image, picture_uris, without_png_notes
 from umarvel_ray.items.limits import MediaLimits
 from umarvel_ray.items.pictures import CONFIG, PictureFormat, PixelScale, read_picture
+from umarvel_ray.presets import read_preset
 from umarvel_ray.recipe import ModelSettings
+from umarvel_ray.wording import Preparation
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
+REFERENCE = read_preset("reference").of("qwen3_vl")
+QWEN3VL_PICTURES = {
+    "patch_size": 16,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -162,7 +172,7 @@ def test_the_limit_is_on_pixels_not_on_bytes():
     assert open_image(half_and_half(), "x", MediaLimits(pixels=32)).size == (8, 4)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (100, 37), (5, 300), (33, 31), (640, 480)])
+@pytest.mark.parametrize("size", [(64, 64), (100, 37), (9, 300), (33, 31), (640, 480)])
 @pytest.mark.parametrize("pixels", [(4096, 4096), (1024, 65_536)])
 def test_patches_are_those_of_transformers(tiny_base, tmp_path, size, pixels):
     folder = shutil.copytree(tiny_base, tmp_path / "scaled")
@@ -186,7 +196,7 @@ def form_of(pixels: tuple[int, int]) -> PictureFormat:
     return PictureFormat(14, 2, *pixels, 4, 10**6, 3, PixelScale(1 / 255, (0.5,) * 3, (0.5,) * 3, 14, 2))
 
 
-@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(784, 784), (3136, 235_200), (100, 10**7)]))
+@given(st.integers(15, 5000), st.integers(15, 5000), st.sampled_from([(784, 784), (3136, 235_200), (100, 10**7)]))
 def test_sizes_are_those_of_transformers(height, width, pixels):
     form = form_of(pixels)
     try:
@@ -198,19 +208,48 @@ def test_sizes_are_those_of_transformers(height, width, pixels):
         assert form.size(height, width) == expected
 
 
+@pytest.mark.parametrize("height", [1, 10, 14])
+def test_a_short_side_is_one_merged_patch_before_areas_are_compared(height):
+    """As in the reference and its peers; transformers rounds it to none, finds the area too small and enlarges."""
+    assert form_of((3136, 235_200)).size(height, 200) == (28, 196)
+    assert form_of((3136, 235_200)).size(200, height) == (196, 28)
+
+
+def test_a_preparation_may_leave_exif_and_transparency_alone(tmp_path):
+    turned, clear = Image.Exif(), Image.new("RGBA", (8, 4), (*RED, 0))
+    turned[0x0112] = 6
+    photo = encoded(half_and_half(), "JPEG", exif=turned)
+    assert (open_image(photo, "x").size, open_image(photo, "x", upright=False).size) == ((4, 8), (8, 4))
+    assert open_image(clear, "x").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(clear, "x", on_white=False).getpixel((0, 0)) == RED
+    settings = ModelSettings(preparation=Preparation(upright=False, transparency="dropped"))
+    (tmp_path / CONFIG).write_text(json.dumps(QWEN3VL_PICTURES))
+    form = PictureFormat.from_pretrained(tmp_path, settings)
+    assert read_picture(photo, form, "x").grid == (1, 4, 6)
+    assert set(map(tuple, read_picture(clear, form, "x").pixels.reshape(-1, 3, 256)[0].T)) == {RED}
+
+
+def test_a_preparation_makes_squares_and_keeps_the_directorys_budget(tmp_path):
+    (tmp_path / CONFIG).write_text(json.dumps(QWEN3VL_PICTURES | {"max_pixels": 128 * 128, "min_pixels": 1}))
+
+    def grid(size: tuple[int, int], **preparation) -> tuple[int, int, int]:
+        settings = ModelSettings(min_pixels=1, max_pixels=10**6, preparation=Preparation(**preparation))
+        return read_picture(Image.new("RGB", size), PictureFormat.from_pretrained(tmp_path, settings), "x").grid
+
+    assert grid((320, 160)) == (1, 10, 20)
+    assert grid((320, 160), square=192) == (1, 12, 12)
+    assert grid((320, 160), square=192, own_budget=True) == (1, 8, 8)
+    assert grid((320, 31), tiny=64) == (1, 4, 4)
+    assert grid((320, 32), tiny=64) == (1, 2, 20)
+    assert grid((320, 160), first_budget=(1, 56 * 56)) == (1, 2, 4)  # 84 × 28 first
+
+
 def test_the_reference_resizes_twice(tmp_path):
     """As the reference does (docs/method.md#picture-resizing): to multiples of 28 within its own budget, then as the
     checkpoint's processor says (here Qwen3-VL's)."""
-    config = {
-        "patch_size": 16,
-        "merge_size": 2,
-        "temporal_patch_size": 2,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-    config["size"] = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
-    (tmp_path / CONFIG).write_text(json.dumps(config))
-    form = PictureFormat.from_pretrained(tmp_path, ModelSettings.reference())
+    size = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
+    (tmp_path / CONFIG).write_text(json.dumps(QWEN3VL_PICTURES | {"size": size}))
+    form = PictureFormat.from_pretrained(tmp_path, REFERENCE)
     shown = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 200, 3), dtype=np.uint8))
     first = smart_resize(90, 200, 28, 3136, 235_200)
     second = smart_resize(*first, 32, 65_536, 16_777_216)

@@ -57,8 +57,9 @@ def test_the_compression_prompt_names_what_is_there(tiny_base):
         ({"text": "a"}, "sentence"),
         ({"image": shown}, "image"),
         ({"text": "a", "image": shown}, "image and sentence"),
+        ({"image": shown, "instruction": "find it"}, "image and sentence"),
     ]:
-        rendered = encoder.tokenizer.decode(encoder.encode(item, "document").input_ids)
+        rendered = encoder.tokenizer.decode(encoder.encode(item, "query").input_ids)
         assert f"\nSummarize above {what} in one word: <|im_end|>" in rendered
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.videos import BadVideo, open_video, spread
+from umarvel_ray.model import umarvel_embedding
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.recipe import ModelSettings
 
@@ -43,6 +44,26 @@ def test_frames_are_spread_over_the_whole_video(tmp_path):
         assert brightness(video.frames) == [0, 3, 6, 9]
         assert video.seconds == pytest.approx([0.0, 0.6, 1.2, 1.8])
     assert brightness(open_video(film(3), 8, "x").frames) == [0, 1, 2]
+
+
+def test_frames_at_a_rate():
+    """Two seconds at 5 frames a second: 2 a second are 4; an even number; within the limit, and what there is."""
+    for fps, limit, expected in (
+        (2.0, 768, 4),
+        (3.5, 768, 6),
+        (0.1, 768, 4),
+        (100.0, 768, 10),
+        (4.0, 6, 6),
+        (4.0, 5, 4),
+    ):
+        found = open_video(film(), limit, "x", fps=fps)
+        assert len(found.frames) == expected
+        assert brightness(found.frames)[0 :: expected - 1] == [0, 9]
+        assert len(umarvel_embedding.open_video(film(), limit, fps)[0]) == expected
+    assert len(open_video(film(3), 768, "x", fps=2.0).frames) == 2
+    assert len(open_video(film(1), 768, "x", fps=2.0).frames) == 1
+    pictures = [Image.new("RGB", (32, 32))] * 9  # a second each
+    assert len(open_video(pictures, 768, "x", fps=0.7).frames) == 6
 
 
 def test_a_video_that_no_model_reads_is_bad():

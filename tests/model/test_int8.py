@@ -33,7 +33,8 @@ def test_every_weight_is_within_half_a_step(dtype, rotated, seed, exponent, zero
     scale = quantized.scale.double()[:, None]
     weight = linear.weight.detach().float()
     errors = (quantized.levels * scale - (rotate(weight) if rotated else weight).double()).abs() / scale
-    assert errors.max() <= 0.5 + 1e-6
+    # A quotient of up to 127 is itself rounded, in float32.
+    assert errors.max() <= 0.5 + 127 * 2.0**-23
 
 
 def hadamard(size: int) -> np.ndarray:

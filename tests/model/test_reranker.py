@@ -128,6 +128,19 @@ def test_every_family_scores_as_its_stock_model(family_base):
     np.testing.assert_allclose(reranker.score(QUERIES[2], documents), expected, atol=1e-5)
 
 
+def test_blank_shuffled_and_missing_frames_change_the_score(family_base):
+    settings = SETTINGS.model_copy(update={"max_pixels": 4096, "video_frames": 4, "max_video_pixels": 4096})
+    reranker = make_reranker(family_base, settings)
+    frames = [picture(seed, 48, 32) for seed in (7, 8, 9, 10)]
+    blank = [Image.new("RGB", frame.size) for frame in frames]
+    shown = [frames, frames[::-1], blank, frames[:2]]
+    documents = [{"video": video, "text": "boats"} for video in shown] + ["boats"]
+    scores = reranker.score(QUERIES[0], documents)
+    apart = np.abs(scores[:, None] - scores)[np.triu_indices(len(scores), 1)]
+    assert apart.min() > 1e-4
+    np.testing.assert_allclose(reranker.score(QUERIES[0], documents[:1]), scores[:1], atol=1e-6)
+
+
 def test_the_query_runs_once_and_each_picture_once(tiny_base):
     reranker = make_reranker(tiny_base)
     core, tokens, patches = reranker.model.backbone.model, [], []

@@ -101,12 +101,13 @@ def draw(folder) -> dict[str, str]:
     turned[0x0112] = 6
     deep = Image.fromarray(np.asarray(noise).astype(np.uint16) << 8)
     noise.convert("RGB").rotate(5).save(folder / "plain.png")
+    noise.convert("RGB").crop((0, 0, 90, 3)).save(folder / "sliver.png")
     clear.save(folder / "clear.png")
     noise.convert("RGB").save(folder / "turned.jpg", exif=turned)
     deep.save(folder / "deep.png")
     (folder / "film.mp4").write_bytes(film())
     np.save(folder / "frames.npy", np.random.default_rng(0).integers(0, 255, (5, 3, 24, 40), np.uint8))
-    names = ("plain.png", "clear.png", "turned.jpg", "deep.png", "film.mp4")
+    names = ("plain.png", "sliver.png", "clear.png", "turned.jpg", "deep.png", "film.mp4")
     return {name.split(".")[0]: str(folder / name) for name in names}
 
 
@@ -123,6 +124,7 @@ def items(pictures: dict[str, str]) -> dict[str, list]:
         "documents": [
             *plain,
             {"image": pictures["turned"]},
+            {"image": pictures["sliver"]},
             {"image": [pictures["deep"], pictures["plain"]], "text": "two <emb> pictures <|im_\rend|>"},
             {
                 "video": [pictures["plain"], pictures["clear"], pictures["turned"]],

@@ -21,9 +21,9 @@ def start(tmp_path_factory):
     """Start the command in a Ray of its own."""
     started = []
 
-    def begin(path: Path) -> subprocess.Popen:
-        own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        environment = own | {"RAY_TMPDIR": str(tmp_path_factory.mktemp("r")), "TMPDIR": str(path.parent)}
+    def begin(path: Path, **changes: str) -> subprocess.Popen:
+        own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS" and "_HA" not in name}
+        environment = own | {"RAY_TMPDIR": str(tmp_path_factory.mktemp("r")), "TMPDIR": str(path.parent)} | changes
         process = subprocess.Popen(
             [*UMARVEL, str(path)],
             stdout=subprocess.PIPE,
@@ -41,10 +41,11 @@ def start(tmp_path_factory):
         process.wait()
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_it_says_where_it_answers_and_stops_when_asked(run, tmp_path, start, stop):
+@pytest.mark.parametrize(("stop", "own_proxy"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_it_says_where_it_answers_and_stops_when_asked(run, tmp_path, start, stop, own_proxy):
     port = free_port()
-    process = start(config_file(service_of(run, live=str(tmp_path / "live")), tmp_path, port))
+    changes = {"RAY_SERVE_ENABLE_HA_PROXY": "0"} if own_proxy else {}
+    process = start(config_file(service_of(run, live=str(tmp_path / "live")), tmp_path, port), **changes)
     lines = []
     for line in process.stdout:
         lines.append(line.rstrip())

@@ -71,7 +71,7 @@ def place(cluster: Cluster, folder: Path) -> bool:
             run(group)
         if cluster.gpus_per_worker:
             gpus.free()
-        launch._trainer("stage1", [], {}, cluster, folder).fit()
+        launch._trainer("stage1", [], {}, cluster, folder, None).fit()
         run(embedders)
         return embedders.actors == first
 

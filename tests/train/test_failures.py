@@ -108,7 +108,7 @@ def test_the_loop_stops_before_it_logs_a_non_finite_number(spec, tables, monkeyp
     for name, fake in fakes.items():
         monkeypatch.setattr(loop, name, fake)
     with pytest.raises(StepError, match=r"text: loss is nan at step 1 \(queries q3, q2, …"):
-        loop._train_phase(spec, tables, 1, 1.0, None)
+        loop._train_phase(spec, tables, 1, 1.0, None, False)
     assert [row["step"] for row in read_step_log(spec.log_path)] == [0]
 
 

@@ -109,7 +109,8 @@ def test_a_killed_worker_is_logged_with_its_step_and_items(disturbed):
 def test_ctrl_c_ends_a_running_job_in_one_line(disturbed):
     output, status = disturbed
     printed = (output / "output.txt").read_text()
-    assert printed.splitlines()[-1].startswith("umarvel: interrupted")
+    own = [line for line in printed.splitlines() if "(raylet)" not in line]  # which may be late about the killed worker
+    assert own[-1].startswith("umarvel: interrupted")
     assert "Traceback" not in printed
     assert status == 130
 

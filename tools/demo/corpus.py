@@ -32,6 +32,7 @@ class Corpus:
         concepts: of each picture.
         texts: descriptions of each picture, possibly none.
         pairs: (text, passage) that belong together.
+        requests: what queries ask about their picture.
         number: a picture's row by its file's bytes.
     """
 
@@ -39,6 +40,7 @@ class Corpus:
     concepts: list[str]
     texts: list[list[str]]
     pairs: list[tuple[str, str]]
+    requests: list[str]
     turns: list[Turn]
     number: dict[bytes, int]
 
@@ -90,7 +92,8 @@ def read_corpus(folder: Path, split: str) -> Corpus:
     turns += [Turn("What is this?", i, text) for i, own in enumerate(described) for text in own]
     turns += [Turn(text, None, passage) for text, passage in sorted(pairs)]
     pictures = np.stack([_pixels(data) for data in number])
-    return Corpus(pictures, concepts, described, sorted(pairs), turns, number)
+    requests = sorted({query["text"] for query in queries if query["image"] is not None and query["text"]})
+    return Corpus(pictures, concepts, described, sorted(pairs), requests, turns, number)
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -4,26 +4,30 @@ import random
 from collections import Counter, defaultdict
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tools.demo.base_model import HIDDEN, SIDE
+from tools.demo.base_model import HIDDEN
 from tools.demo.corpus import Corpus, Turn
-from tools.demo.pair_sampler import PairSampler
 from tools.demo.reading import Reader
 from tools.demo.teachers import PATCH_DIM
 from tools.demo.views import TEACHER_DIM, VIEWS, Views, disturb, patches_of
-from umarvel_ray.items.encoder import EncodedItem
 
 Losses = dict[str, Tensor]
 
 
 class Heads(nn.Module):
-    """Temporary heads from visual tokens and hidden states into the teachers' spaces; discarded afterwards."""
+    """Temporary heads from visual tokens and hidden states into the teachers' spaces; discarded afterwards.
+
+    Args:
+        basis: orthonormal rows (HIDDEN, 384), from the space of the word embeddings into the text teacher's.
+        width: of a patch in the tower.
+    """
 
     def __init__(self, basis: Tensor, width: int) -> None:
         super().__init__()
+        self.basis: Tensor
+        self.register_buffer("basis", basis)
         self.patches = nn.Linear(width, PATCH_DIM)
         self.cells = nn.Linear(HIDDEN, TEACHER_DIM)
         self.whole = nn.Linear(HIDDEN, TEACHER_DIM)
@@ -48,12 +52,10 @@ class PretrainingLosses:
         corpus: Corpus,
         views: Views,
         meanings: dict[str, Tensor],
-        sampler: PairSampler,
         reader: Reader,
         heads: Heads,
     ) -> None:
-        self.corpus, self.views, self.sampler = corpus, views, sampler
-        self.instructions = sorted({query["instruction"] for query in sampler.queries})
+        self.corpus, self.views = corpus, views
         self.reader, self.heads = reader, heads
         named = [min(own, key=len) if own else "" for own in corpus.texts]
         self.keys = list(zip(corpus.concepts, named, strict=True))
@@ -97,27 +99,16 @@ class PretrainingLosses:
         losses, _, _ = self._picture_losses(pairs=24)
         return losses | {name: 0.5 * loss for name, loss in self._meaning_losses(24).items()}
 
-    def _picture_losses(self, pairs: int) -> tuple[Losses, Tensor, Tensor]:
-        """Tower losses, captions and answers on drawn pictures; also returns their rows and visual tokens."""
+    def _picture_losses(self, pairs: int, captions: int | None = None) -> tuple[Losses, Tensor, Tensor]:
+        """Tower losses on drawn pictures and captions or answers on some; also returns their rows and visual tokens."""
         drawn = torch.tensor(self._draw(pairs))
         turns = [self._turn_about(i) for i in drawn.tolist()]
         losses, tokens = self._tower_losses(drawn)
-        kept = [n for n, turn in enumerate(turns) if turn is not None]
+        kept = [n for n, turn in enumerate(turns) if turn is not None][:captions]
         generated = self.reader.answer_loss([turns[n] for n in kept], tokens[kept])
         passages = self.reader.answer_loss(random.choices(self.passages, k=6), None)
         losses = {name: 0.5 * loss for name, loss in losses.items()}
         return losses | {"generated": generated, "text": 0.2 * passages}, drawn, tokens
-
-    def further(self, negatives: int = 3) -> Losses:
-        losses, drawn, tokens = self._picture_losses(pairs=16)
-        shown = self.heads.sentence(self.reader.items(self._shown(drawn), tokens))
-        losses["seen"] = 0.3 * self._word_loss(drawn, shown)
-        losses |= self._item_losses(64)
-        judged = self.sampler.draw(10, negatives, random)
-        scored = self.reader.judge(judged, self.corpus, self.sampler.encoder.yes_no)
-        scores, answers = (x.view(-1, 1 + negatives) for x in scored)
-        chosen = F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
-        return losses | {"chosen": chosen, "judged": 0.3 * (answers[:, 0] + answers[:, 1:].mean(1)).mean()}
 
     def _draw(self, pairs: int) -> list[int]:
         """Pictures in pairs that show the same thing; the same picture twice where there is only one."""
@@ -141,14 +132,18 @@ class PretrainingLosses:
 
         words = self._word_loss(chosen, self.heads.words(pooled))
 
-        vectors = F.normalize(self.heads.artist(pooled), dim=-1)
+        artist = self._partner_loss(chosen, self.heads.artist(pooled))
+        losses = {"patches": 0.5 * patches, "cells": cells, "whole": whole}
+        return losses | {"words": 0.4 * words, "artist": 0.4 * artist}, tokens
+
+    def _partner_loss(self, chosen: Tensor, vectors: Tensor) -> Tensor:
+        """Rows 2i and 2i + 1 of `vectors`, two drawings of one thing, select each other."""
+        vectors = F.normalize(vectors, dim=-1)
         similarity = vectors @ vectors.T / 0.1
         partner = torch.arange(len(chosen)) ^ 1
         same = torch.tensor([hash(self.keys[i]) for i in chosen.tolist()])
         hidden = (same == same[:, None]) & (partner[:, None] != torch.arange(len(chosen)))
-        artist = F.cross_entropy(similarity.masked_fill(hidden, -1e4), partner)
-        losses = {"patches": 0.5 * patches, "cells": cells, "whole": whole}
-        return losses | {"words": 0.4 * words, "artist": 0.4 * artist}, tokens
+        return F.cross_entropy(similarity.masked_fill(hidden, -1e4), partner)
 
     def _word_loss(self, chosen: Tensor, predicted: Tensor) -> Tensor:
         """`predicted` (n, 384) selects each picture's words among all descriptions; similar meanings count in part."""
@@ -169,35 +164,12 @@ class PretrainingLosses:
     def _meaning_losses(self, size: int) -> Losses:
         """Texts of similar length, read with full attention: the meaning of each, and their similarities."""
         rows = self._rows_of_similar_length(size)
-        return self._against_teacher(self.reader.texts([self.taught_texts[i] for i in rows]), rows)
-
-    def _item_losses(self, size: int) -> Losses:
-        """The same for texts as the embedder reads them: as documents, and as queries with instructions."""
-        rows = self._rows_of_similar_length(size)
-        return self._against_teacher(
-            self.reader.items([self._item({"text": self.taught_texts[i]}) for i in rows], None), rows
-        )
+        pooled = self.reader.texts([self.taught_texts[i] for i in rows])
+        return towards(F.normalize(self.heads.sentence(pooled), dim=-1), self.taught_meanings[rows])
 
     def _rows_of_similar_length(self, size: int) -> list[int]:
         start = random.randrange(len(self.taught_texts) - 4 * size)
         return random.sample(range(start, start + 4 * size), size)
-
-    def _against_teacher(self, pooled: Tensor, rows: list[int]) -> Losses:
-        predicted, meaning = F.normalize(self.heads.sentence(pooled), dim=-1), self.taught_meanings[rows]
-        target = (meaning @ meaning.T / 0.05).softmax(-1)
-        alike = -(target * (predicted @ meaning.T / 0.05).log_softmax(-1)).sum(-1).mean()
-        return {"meaning": 4 * (1 - (predicted * meaning).sum(-1).mean()), "alike": 0.3 * alike}
-
-    def _item(self, item: dict) -> EncodedItem:
-        encoder = self.sampler.encoder.items
-        if random.random() < 0.5:
-            return encoder.encode(item, "document")
-        return encoder.encode(item | {"instruction": random.choice(self.instructions)}, "query")
-
-    def _shown(self, drawn: Tensor) -> list[EncodedItem]:
-        """Encoded items for drawn pictures. All pictures have the same size, so any picture encodes alike."""
-        any_picture = Image.new("RGB", (SIDE, SIDE))
-        return [self._item({"image": any_picture}) for _ in drawn]
 
     def _turn_about(self, picture: int) -> Turn | None:
         texts = self.corpus.texts[picture]
@@ -214,3 +186,10 @@ class PretrainingLosses:
             text = random.choice(texts if right or not wrong else self.corpus.texts[other])
             return Turn(f"Does the picture show this: {text}?", picture, "Yes" if right or not wrong else "No")
         return Turn(random.choice(("What is this?", "Describe the picture.", "")), picture, random.choice(texts))
+
+
+def towards(predicted: Tensor, meanings: Tensor) -> Losses:
+    """Unit vectors (n, 384) that should equal `meanings` and be as similar to each other."""
+    target = (meanings @ meanings.T / 0.05).softmax(-1)
+    alike = -(target * (predicted @ meanings.T / 0.05).log_softmax(-1)).sum(-1).mean()
+    return {"meaning": 4 * (1 - (predicted * meanings).sum(-1).mean()), "alike": 0.3 * alike}

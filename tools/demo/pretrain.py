@@ -5,13 +5,14 @@ vision   the tower learns the picture teacher's maps, the text teacher's vectors
          drawings of one thing belong together (through temporary heads)
 text     the language model, whose word embeddings come from the text teacher, learns passages and questions
 joint    the whole model learns to say what a picture shows, to answer questions about it, and to say Yes or No
-further  from a finished base: the same, and to express in the language model what pictures and passages mean, and to
+further  from a finished base: the same, and to embed what pictures, texts and the words of a dictionary mean, and to
          judge which documents answer a query
 
-Only the training split is trained on; validation concepts are used to report progress. Learning rates follow the CPU
-time used, so a busy machine changes nothing; a killed run resumes from its last save.
+Only the training split and the dictionary are trained on; validation concepts are used to report progress. Learning
+rates follow the CPU time used, so a busy machine changes nothing; a killed run resumes from its last save.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -26,6 +27,8 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from tools.demo.base_model import PATCH, TEMPORAL, build_config, build_tokenizer, save_base
 from tools.demo.corpus import read_corpus
+from tools.demo.dictionary import FOLDER, read_dictionary
+from tools.demo.lessons import Lessons
 from tools.demo.losses import Heads, Losses, PretrainingLosses
 from tools.demo.muon import Muon
 from tools.demo.pair_sampler import PairSampler
@@ -33,8 +36,9 @@ from tools.demo.reading import Reader
 from tools.demo.teachers import TextTeacher
 from tools.demo.validation import Validation
 from tools.demo.views import make_views, patches_of
-from tools.demo.vocabulary import choose_pieces, embed_vocabulary
+from tools.demo.vocabulary import ANSWERS, choose_pieces, embed_vocabulary, lengthen
 
+DICTIONARY = 24_000  # of WordNet's nouns, the 18,430 things first
 PASSAGES_TAUGHT = 9000  # passages embedded by the text teacher, besides every description of a picture
 PARTS = {"vision": 0.55, "text": 0.12, "joint": 0.33}  # shares of the CPU time, which excludes the views
 FURTHER = {"further": 1.0}  # for a run that starts from a base, which uses all passages
@@ -49,15 +53,24 @@ class Pretraining:
         work: folder for the views, the log and the state to resume from.
         minutes: CPU time to train for.
         start: a finished base to continue from.
+        dictionary: WordNet's folder, needed to continue.
     """
 
     def __init__(
-        self, data: Path, out: Path, work: Path, minutes: float, start: Path | None = None, seed: int = 0
+        self,
+        data: Path,
+        out: Path,
+        work: Path,
+        minutes: float,
+        start: Path | None = None,
+        dictionary: Path = FOLDER,
+        seed: int = 0,
     ) -> None:
         torch.manual_seed(seed)
         random.seed(seed)
         work.mkdir(parents=True, exist_ok=True)
         self.data, self.out, self.work, self.start, self.seconds = data, out, work, start, minutes * 60
+        self.dictionary = dictionary
         self.parts = FURTHER if start else PARTS
         self.state = work / ("further.pt" if start else "state.pt")
         self.corpus = read_corpus(data, "train")
@@ -67,14 +80,14 @@ class Pretraining:
         self.tokenizer = build_tokenizer(pieces)
         config = build_config(len(self.tokenizer))
         table, basis = embed_vocabulary(self.teacher, piece_ids, [score for _, score in pieces[1:]])
+        self.model = Qwen2VLForConditionalGeneration(config)
         if start:
-            self.model = Qwen2VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+            self.model.load_state_dict(Qwen2VLForConditionalGeneration.from_pretrained(start).state_dict())
         else:
-            self.model = Qwen2VLForConditionalGeneration(config)
             self._initialize(table)
-        self.model.get_input_embeddings().weight.requires_grad_(
-            False
-        )  # words not seen in training must keep their embeddings
+        embeddings = self.model.get_input_embeddings().weight
+        embeddings.requires_grad_(False)  # words not seen in training must keep their embeddings
+        lengthen(embeddings, [self.tokenizer.convert_tokens_to_ids(piece) for piece in ANSWERS])
         self.heads = Heads(basis, config.vision_config.embed_dim)
         self.reader = Reader(self.model, self.tokenizer)
         self.part, self.spent = next(iter(self.parts)), 0.0
@@ -134,30 +147,36 @@ class Pretraining:
         state = self.resume()
         if state is None:
             self.save([])
-        meanings = self._meanings()
-        drawn, validation = self._losses(meanings), self._validation()
-        losses = {"vision": drawn.vision, "text": drawn.text, "joint": drawn.joint, "further": drawn.further}
+        losses, validation = self._losses(), self._validation()
         for part in list(self.parts)[list(self.parts).index(self.part) :]:
             self.part = part
             self._train(losses[part], validation, self.parts[part] * self.seconds, state)
             state, self.spent = None, 0.0
         self.log("finished")
 
-    def _meanings(self) -> dict[str, Tensor]:
-        """The text teacher's vectors of every description of a picture, and of passages."""
+    def _losses(self) -> dict[str, Callable[[], Losses]]:
+        views = make_views(self.corpus, self.work, self.log)
         described = sorted({text for own in self.corpus.texts for text in own})
         others = sorted({text for pair in self.corpus.pairs for text in pair} - set(described))
-        others = random.Random(0).sample(others, len(others) if self.start else min(len(others), PASSAGES_TAUGHT))
-        files = {"described": described, f"others-{len(others)}": others}
-        embedded = [
-            cached(self.work / f"{name}.pt", lambda t=texts: self.teacher.embed(t)) for name, texts in files.items()
-        ]
-        return dict(zip(described + others, torch.cat(embedded), strict=True))
-
-    def _losses(self, meanings: dict[str, Tensor]) -> PretrainingLosses:
-        views = make_views(self.corpus, self.work, self.log)
+        if not self.start:
+            others = random.Random(0).sample(others, min(len(others), PASSAGES_TAUGHT))
+            drawn = PretrainingLosses(self.corpus, views, self._meanings(described, others), self.reader, self.heads)
+            return {"vision": drawn.vision, "text": drawn.text, "joint": drawn.joint}
+        dictionary = read_dictionary(self.dictionary, set(self.teacher.pieces()), DICTIONARY)
+        defined = sorted({text for entry in dictionary for text in entry})
+        meanings = self._meanings(described, others, defined, self.corpus.requests)
         sampler = PairSampler(self.data, "train", self.corpus, self.work / "base", meanings)
-        return PretrainingLosses(self.corpus, views, meanings, sampler, self.reader, self.heads)
+        lessons = Lessons(self.corpus, views, meanings, sampler, self.reader, self.heads, dictionary)
+        return {"further": lessons.further}
+
+    def _meanings(self, *groups: list[str]) -> dict[str, Tensor]:
+        """The text teacher's vectors; those of each group are cached."""
+        meanings = {}
+        for texts in groups:
+            digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+            embedded = cached(self.work / f"meanings-{digest}.pt", lambda t=texts: self.teacher.embed(t))
+            meanings |= dict(zip(texts, embedded, strict=True))
+        return meanings
 
     def _validation(self) -> Validation:
         corpus = read_corpus(self.data, "validation")

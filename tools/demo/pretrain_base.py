@@ -10,6 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
+from tools.demo.dictionary import FOLDER
 from umarvel_ray import demo
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
@@ -24,6 +25,7 @@ def main() -> None:
         "--work", type=Path, default=Path("runs/pretrain"), help="folder for views, log and resumable state"
     )
     parser.add_argument("--start", type=Path, help="a finished base to continue from, with only the further losses")
+    parser.add_argument("--dictionary", type=Path, default=FOLDER, help="WordNet 3.0, as in Debian's wordnet-base")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
@@ -32,7 +34,9 @@ def main() -> None:
     from tools.demo.pretrain import Pretraining
 
     torch.set_num_threads(arguments.threads)
-    Pretraining(arguments.data, arguments.out, arguments.work, arguments.minutes, arguments.start).run()
+    Pretraining(
+        arguments.data, arguments.out, arguments.work, arguments.minutes, arguments.start, arguments.dictionary
+    ).run()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tools.demo.base_model import CONTROL_TOKENS
 from tools.demo.corpus import Corpus, Turn
@@ -101,23 +102,23 @@ class Reader:
         return logits[:, yes] - logits[:, no], F.cross_entropy(logits, answers, reduction="none")
 
     def items(self, items: list[EncodedItem], tokens: Tensor | None) -> Tensor:
-        """Items read with full attention below the last layer, pooled as in the embedder: (n, HIDDEN).
+        """Items read with full attention and pooled, as in the embedder: (n, HIDDEN).
 
         Args:
             tokens: visual tokens of the items' pictures.
         """
         batch = collate([replace(item, pictures=()) for item in items])
-        hidden = self._below_last(batch.input_ids, tokens, batch.attention_mask.bool(), batch.positions)
-        return pool(hidden, batch.pool_mask)
+        read = self._read(batch.input_ids, tokens, batch.attention_mask.bool(), batch.positions)
+        return pool(read.last_hidden_state, batch.pool_mask)
 
     def texts(self, texts: list[str]) -> Tensor:
-        """The same for plain texts, without the template: (n, HIDDEN)."""
+        """Plain texts without the template, below the last layer, which is left to generation: (n, HIDDEN)."""
         ids, mask = pad([self.tokens(text)[:MAX_TOKENS] for text in texts])
         positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
-        return pool(self._below_last(ids, None, mask, positions), mask)
+        return pool(self._read(ids, None, mask, positions).hidden_states[-2], mask)
 
-    def _below_last(self, ids: Tensor, tokens: Tensor | None, mask: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states with full attention. The last layer is left to generation; meaning is read below it."""
+    def _read(self, ids: Tensor, tokens: Tensor | None, mask: Tensor, positions: Tensor) -> BaseModelOutputWithPast:
+        """The language model with full attention."""
         n, length = mask.shape
         return self.model.model.language_model(
             inputs_embeds=self._embedded(ids, tokens),
@@ -125,7 +126,7 @@ class Reader:
             position_ids=positions,
             output_hidden_states=True,
             use_cache=False,
-        ).hidden_states[-2]
+        )
 
     def _embedded(self, ids: Tensor, tokens: Tensor | None) -> Tensor:
         embedded = self.model.get_input_embeddings()(ids)

@@ -10,12 +10,14 @@ from tools.demo.corpus import Corpus, Turn
 from tools.demo.losses import Heads
 from tools.demo.pair_sampler import PairSampler
 from tools.demo.reading import Reader
-from tools.demo.views import patches_of
+from tools.demo.views import PICTURE, patches_of
+from umarvel_ray.items.item import Item
 
 
 class Validation:
-    """Four measures: retrieving another drawing of a concept, retrieving a picture's words through the temporary head,
-    how often a caption's loss is lower with its own picture, and judging which document answers a query.
+    """Retrieving another drawing of a concept, a picture's words (through the temporary head, and as the embedder
+    does) and a text's passage; how often a caption's loss is lower with its own picture; and judging which document
+    answers a query.
 
     Args:
         labels: (concept, its shortest description) to choose from.
@@ -32,6 +34,8 @@ class Validation:
         tokens = torch.cat([reader.tower(patches_of(p))[1] for p in torch.from_numpy(corpus.pictures).split(128)])
         pooled = tokens.mean(1)
         predicted = F.normalize(heads.words(pooled), dim=-1) @ self.meanings.T
+        embedded = self._embedded(reader, [{"image": PICTURE}] * len(tokens), tokens)
+        labelled = embedded @ self._embedded(reader, [{"text": text} for _, text in self.labels]).T
         matches = torch.tensor([[c == label for label, _ in self.labels] for c in corpus.concepts])
         named = matches.any(1)
         captioned = [i for i, own in enumerate(corpus.texts) if own][::3]
@@ -41,6 +45,9 @@ class Validation:
         figures = {
             "artist R@5": found_again(pooled, corpus.concepts),
             "words R@5": matches.gather(1, predicted.topk(5).indices)[named].any(1).float().mean().item(),
+            "embedded words R@5": matches.gather(1, labelled.topk(5).indices)[named].any(1).float().mean().item(),
+            "embedded artist R@5": found_again(embedded, corpus.concepts),
+            "passages R@5": self._passages_found(reader),
             "words pool": len(self.labels),
             "caption loss": own_loss.mean().item(),
             "right picture wins": (own_loss < other_loss).float().mean().item(),
@@ -48,6 +55,21 @@ class Validation:
         }
         reader.model.train()
         return {name: round(value, 4) for name, value in figures.items()}
+
+    def _passages_found(self, reader: Reader) -> float:
+        """Texts with their own passage among the five nearest."""
+        asked, passages = (
+            self._embedded(reader, [{"text": text} for text in side]) for side in zip(*self.corpus.pairs, strict=True)
+        )
+        near = (asked @ passages.T).topk(5).indices
+        return (near == torch.arange(len(near))[:, None]).any(1).float().mean().item()
+
+    def _embedded(self, reader: Reader, items: list[Item], tokens: Tensor | None = None) -> Tensor:
+        """Documents as the embedder reads them, unit norm."""
+        encoded = [self.sampler.encoder.items.encode(item, "document") for item in items]
+        parts = range(0, len(items), 64)
+        read = [reader.items(encoded[i : i + 64], None if tokens is None else tokens[i : i + 64]) for i in parts]
+        return F.normalize(torch.cat(read), dim=-1)
 
     def _judged_right(self, reader: Reader, queries: int = 400) -> float:
         """How often a positive scores above a random negative of its task; chance is 0.5."""

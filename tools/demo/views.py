@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from tools.demo.base_model import MEAN, MERGE, PATCH, STD, TEMPORAL
+from tools.demo.base_model import MEAN, MERGE, PATCH, SIDE, STD, TEMPORAL
 from tools.demo.corpus import Corpus
 from tools.demo.teachers import PictureTeacher
 
 TEACHER_DIM = 256
 VIEWS = 5
 LEFT_RIGHT = re.compile(r"\b(left|right|flag|clock|o’clock|button|letter)\b", re.IGNORECASE)  # must not be mirrored
+
+PICTURE = Image.new("RGB", (SIDE, SIDE))  # all pictures have the same size, so any picture is encoded alike
 
 
 def redraw(pictures: Tensor, may_flip: Tensor, generator: torch.Generator) -> Tensor:

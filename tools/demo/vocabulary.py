@@ -13,6 +13,8 @@ from tools.demo.corpus import Corpus
 from tools.demo.teachers import TextTeacher
 
 VOCABULARY = 12_300
+ANSWERS = "▁yes", "▁no"
+ANSWER_LENGTH = 1.2  # twice that of the rarest words
 
 
 def choose_pieces(teacher: TextTeacher, corpus: Corpus) -> tuple[list[tuple[str, float]], list[int]]:
@@ -76,3 +78,9 @@ def embed_vocabulary(teacher: TextTeacher, piece_ids: list[int], logprobs: list[
     basis = torch.linalg.svd(meanings, full_matrices=False).Vh[:HIDDEN]
     weights = 1e-3 / (1e-3 + torch.tensor(logprobs).exp())
     return F.normalize(meanings @ basis.T, dim=-1) * (0.15 + 0.45 * weights)[:, None], basis
+
+
+@torch.no_grad()
+def lengthen(embeddings: Tensor, answers: list[int]) -> None:
+    """Give the answers' rows ANSWER_LENGTH: as short as a frequent word's, "no" would lose to "nope" as an output."""
+    embeddings[answers] = ANSWER_LENGTH * F.normalize(embeddings[answers], dim=-1)

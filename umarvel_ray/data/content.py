@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from umarvel_ray.ragged import Ragged
+
 NO_PICTURE = 0
 MEDIA = ("image", "video")
 
@@ -36,6 +38,17 @@ def picture_keys(rows: pa.RecordBatch) -> np.ndarray:
     media = [kind for kind in MEDIA if kind in rows.schema.names]
     parts = [map(partial(_parts, kind=kind), _values(rows[kind])) for kind in media]
     return _as_keys(map(_joined, *parts), rows.num_rows)
+
+
+def keys_of_each(column: pa.ListArray, together: np.ndarray) -> Ragged:
+    """The distinct keys under which a document may show pictures of each list: one of them alone, or all.
+
+    Args:
+        together: uint64 (n,), the picture key of each row.
+    """
+    rows = zip(column.to_pylist(), together.view(np.int64), strict=True)
+    keys = [np.unique(np.append(np.frombuffer(_parts(shown, "image"), "<i8"), key)) for shown, key in rows]
+    return Ragged.of_counts(np.fromiter(map(len, keys), np.int64), np.concatenate([np.empty(0, np.int64), *keys]))
 
 
 def content_keys(rows: pa.RecordBatch, pictures: np.ndarray) -> np.ndarray:

@@ -73,6 +73,7 @@ class Queries:
         positives: rows of the document table, at least one for each query.
         tasks: the names of all tasks in the table.
         task: int64 (n,), the number of each query's task in `tasks`.
+        galleries: rows of the only documents that each query is ranked against; None: its task's pool.
     """
 
     table: StoredTable
@@ -80,13 +81,16 @@ class Queries:
     positives: Ragged
     tasks: tuple[str, ...]
     task: np.ndarray
+    galleries: Ragged | None = None
 
     @classmethod
     def of(cls, table: StoredTable) -> Queries:
         """All rows of a table that was stored with its positives."""
         task, names = table.codes("task")
         positives = Ragged.of_arrow(table.column("positive_rows"))
-        return cls(table, np.arange(table.num_rows), positives, tuple(names), task)
+        given = "gallery_rows" in table.schema.names
+        galleries = Ragged.of_arrow(table.column("gallery_rows")) if given else None
+        return cls(table, np.arange(table.num_rows), positives, tuple(names), task, galleries)
 
     @property
     def n(self) -> int:
@@ -106,7 +110,9 @@ class Queries:
 
     def take(self, indices: np.ndarray) -> Queries:
         """The queries at these positions."""
-        return replace(self, rows=self.rows[indices], positives=self.positives.take(indices), task=self.task[indices])
+        galleries = self.galleries and self.galleries.take(indices)
+        positives, task = self.positives.take(indices), self.task[indices]
+        return replace(self, rows=self.rows[indices], positives=positives, task=task, galleries=galleries)
 
     def ids(self) -> list[str]:
         return self.table.ids(self.rows)

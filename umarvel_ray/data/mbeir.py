@@ -78,10 +78,15 @@ Prompts = dict[tuple[int, str, str], list[str]]
 
 
 class MbeirFolder:
-    """A folder in the layout above."""
+    """A folder in the layout above.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        prompt: the number, from 0, of the prompt that every query gets; None: chosen by a hash of the query's id.
+    """
+
+    def __init__(self, root: Path, prompt: int | None = None) -> None:
+        self.root, self.prompt = root, prompt
+        self.key = "" if prompt is None else f"prompt {prompt}"
 
     def files(self, name: str) -> list[Path]:
         """The files that `name` is read from: "documents", "pools", "train", "validation", "test", or below query/.
@@ -124,8 +129,9 @@ class MbeirFolder:
     def write_queries(self, path: Path, name: str, documents: StoredTable) -> StoredTable:
         """Convert a query table.
 
-        The instruction of a query is one of its task's prompts, chosen by a hash of the query id; the reference draws
-        one at random in each run (docs/method.md#instruction-choice). Positives come from the qrels where these exist.
+        The instruction of a query is one of its task's prompts, by default chosen by a hash of its id; the reference
+        draws one at random in each run (docs/method.md#instruction-choice). Positives come from the qrels where these
+        exist.
 
         Raises:
             UserError: a line is not in M-BEIR's format; see `store_queries`.
@@ -203,7 +209,7 @@ class MbeirFolder:
                     "image": batch["query_img_path"],
                     "modality": batch["query_modality"],
                     "source": sources,
-                    "instruction": pa.array((_prompt(prompts, *one) for one in asked_rows), STRING),
+                    "instruction": pa.array((_prompt(prompts, self.prompt, *one) for one in asked_rows), STRING),
                     "task": pc.binary_join_element_wise(sources, batch["task_id"].cast(STRING), "_task"),
                 }
                 yield pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
@@ -276,9 +282,15 @@ def _numbered(ids: pa.Array) -> pa.Array:
     return pc.if_else(pa.array(times > 1), pc.binary_join_element_wise(ids, pa.array(times).cast(STRING), "#"), ids)
 
 
-def _prompt(prompts: Prompts, qid: str, query: str, target: str | None) -> str | None:
+def prompt_count(root: Path) -> int:
+    """The most prompts that any task of an M-BEIR folder has."""
+    return max(map(len, _read_prompts(MbeirFolder(root)._prompts).values()), default=0)
+
+
+def _prompt(prompts: Prompts, number: int | None, qid: str, query: str, target: str | None) -> str | None:
     choices = prompts.get((int(qid.partition(":")[0]), query, target or ""), [])
-    return choices[zlib.crc32(qid.encode()) % len(choices)] if choices else None
+    number = zlib.crc32(qid.encode()) if number is None else number
+    return choices[number % len(choices)] if choices else None
 
 
 def _read_prompts(file: Path) -> Prompts:

@@ -37,6 +37,8 @@ BUFFER = 1 << 20  # bytes of a file; without one, and with pre-buffering, a row 
 class ParquetFolder:
     """A folder in the layout above."""
 
+    key = ""
+
     def __init__(self, root: Path) -> None:
         self.root = root
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -14,14 +13,21 @@ from umarvel_ray.data.mbeir import MbeirFolder
 from umarvel_ray.data.parquet import ParquetFolder
 from umarvel_ray.data.stored import StoredTable, is_stored, remove_stored
 from umarvel_ray.errors import UserError
+from umarvel_ray.files import user_cache
 from umarvel_ray.ragged import Ragged
 from umarvel_ray.recipe import Data
 
-LAYOUT = "3"  # raise it when conversion writes something else
+LAYOUT = "4"  # raise it when conversion writes something else
 
 
 class Reader(Protocol):
-    """A folder in one format; `write_…` converts a table to the file `path`."""
+    """A folder in one format; `write_…` converts a table to the file `path`.
+
+    Attributes:
+        key: of whatever else the query tables depend on; "" if it is only the files.
+    """
+
+    key: str
 
     def files(self, name: str) -> list[Path]:
         """The files behind "documents", "pools", or the query table `name`."""
@@ -36,11 +42,6 @@ class Reader(Protocol):
 def folder_of(data: Data) -> Path:
     """The folder that `data.root` names."""
     return demo.DATA if data.root == demo.NAME else Path(data.root)
-
-
-def user_cache() -> Path:
-    """Where tables are kept that belong to no run folder: $XDG_CACHE_HOME/umarvel, by default ~/.cache/umarvel."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umarvel"
 
 
 def open_dataset(data: Data, cache: str | Path | None = None) -> Dataset:
@@ -58,7 +59,18 @@ def open_dataset(data: Data, cache: str | Path | None = None) -> Dataset:
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist; set data.root=DIR")
     reader: Reader = MbeirFolder(root) if data.format == "mbeir" else ParquetFolder(root)
-    folder = Path(data.cache or cache or user_cache())
+    return open_folder(reader, root, Path(data.cache or cache or user_cache()))
+
+
+def open_folder(reader: Reader, root: Path, folder: Path) -> Dataset:
+    """Open the dataset that a reader reads.
+
+    Args:
+        root: the folder that it reads from.
+        folder: where the converted tables are kept.
+
+    Raises: see `open_dataset`.
+    """
 
     def stored(name: str, write: Callable[[Path], StoredTable], *inputs: str) -> StoredTable:
         """The converted table; it is converted now unless that has been done from the same files."""
@@ -77,7 +89,8 @@ def open_dataset(data: Data, cache: str | Path | None = None) -> Dataset:
     pools = stored("pools", lambda path: reader.write_pools(path, documents), documents.digest)
 
     def queries(name: str) -> Queries:
-        return Queries.of(stored(name, lambda path: reader.write_queries(path, name, documents), documents.digest))
+        inputs = filter(None, (documents.digest, reader.key))
+        return Queries.of(stored(name, lambda path: reader.write_queries(path, name, documents), *inputs))
 
     return Dataset(root, documents, _pools_of(pools), queries)
 

@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from umarvel_ray.data.content import KEY_COLUMNS, MEDIA, content_keys, picture_keys
+from umarvel_ray.data.content import KEY_COLUMNS, MEDIA, content_keys, keys_of_each, picture_keys
 from umarvel_ray.data.stored import StoredTable, write_stored
 from umarvel_ray.errors import UserError
 from umarvel_ray.ragged import Ragged
 
 TEXTS = ("id", "text", "instruction", "modality", "source", "concept", "task")
 PATH = pa.large_string()
+OWN_COLUMNS = ("positive_rows", "gallery_rows", "picture_keys")  # of a stored query table
 AVERAGE = "average"  # what metrics call the mean over the tasks
 
 Pool = tuple[str, str, np.ndarray]  # task, split, rows of documents
@@ -48,13 +49,23 @@ def store_documents(path: Path, batches: Iterable[pa.RecordBatch], root: Path, w
 
 
 def store_queries(
-    path: Path, batches: Iterable[pa.RecordBatch], positives: pa.ListArray, rows: Ragged, root: Path, where: str
+    path: Path,
+    batches: Iterable[pa.RecordBatch],
+    positives: pa.ListArray,
+    rows: Ragged,
+    root: Path,
+    where: str,
+    galleries: Ragged | None = None,
 ) -> StoredTable:
     """Store queries with their positives as rows of the document table, column `positive_rows`.
+
+    Queries that show lists of pictures get the keys of each of these and of all, column `picture_keys`.
 
     Args:
         positives: ids of each query's positives.
         rows: their rows, from `document_rows`.
+        galleries: rows of the only documents that each query is ranked against, column `gallery_rows`; None if queries
+            are searched in their task's pool.
 
     Raises:
         UserError: see `store_documents`; a query without a task or positives, or with an unknown one; see `check_task`.
@@ -63,9 +74,14 @@ def store_queries(
     def with_positives() -> Iterator[pa.RecordBatch]:
         start = 0
         for batch in _settled(batches, root, where):
-            own = rows.take(np.arange(start, start + batch.num_rows))
+            own = np.arange(start, start + batch.num_rows)
             start += batch.num_rows
-            yield _with_columns(batch, picture_key=picture_keys(batch), positive_rows=own.to_arrow())
+            lists = {"positive_rows": rows} | ({"gallery_rows": galleries} if galleries else {})
+            columns = {name: of_all.take(own).to_arrow() for name, of_all in lists.items()}
+            shown = picture_keys(batch)
+            if "image" in batch.schema.names and _is_list(batch["image"].type):
+                columns["picture_keys"] = keys_of_each(batch["image"], shown).to_arrow()
+            yield _with_columns(batch, picture_key=shown, **columns)
 
     def check(table: StoredTable) -> None:
         _check_ids(table, where)
@@ -173,7 +189,7 @@ def _settled(batches: Iterable[pa.RecordBatch], root: Path, where: str) -> Itera
         return strings(column, f"{where}: column '{name}'") if name in TEXTS else _plain(column)
 
     for batch in batches:
-        names = [name for name in batch.schema.names if name not in (*KEY_COLUMNS, "positive_rows")]
+        names = [name for name in batch.schema.names if name not in (*KEY_COLUMNS, *OWN_COLUMNS)]
         columns = {name: settled(name, batch[name]) for name in names}
         columns["modality"] = pc.coalesce(columns["modality"], _modality(columns))
         columns["source"] = columns["source"].fill_null("")

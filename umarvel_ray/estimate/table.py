@@ -46,16 +46,27 @@ def _header(recipe: Recipe, shape: Shape) -> str:
 
 
 def _work(recipe: Recipe, shape: Shape, phases: Sequence[Load]) -> str:
-    picture, gpu = shape.vision.tokens(recipe.model.max_pixels), recipe.cluster.gpus_per_worker > 0
+    picture, cluster = shape.vision.tokens(recipe.model.max_pixels), recipe.cluster
+    gpu, price = cluster.gpus_per_worker > 0, _price_of(recipe)
     work = ["queries", "documents", "tokens", "chunks", "TFLOP"]
-    rows = [["per worker and step", *work, "rows", "source", "steps", "hours"]]
+    rows = [["per worker and step", *work, "rows", "source", "steps", "hours", *(["cost"] if price else [])]]
+    total = 0.0
     for load in phases:
         flops = step_flops(shape, load, recipe.compute, picture)
         counts = [load.queries, load.documents, round(load.tokens), load.chunks(recipe.compute.token_budget)]
-        hours = f"{_hours(flops * load.steps):.2f}" if gpu and load.steps else "-"
-        row = [*map(_count, counts), _short(flops / 1e12), _count(load.rows), load.origin, _count(load.steps), hours]
+        hours = _hours(flops * load.steps) if gpu and load.steps else None
+        row = [*map(_count, counts), _short(flops / 1e12), _count(load.rows), load.origin, _count(load.steps)]
+        row.append("-" if hours is None else f"{hours:.2f}")
+        if price:
+            cost = (hours or 0) * cluster.workers * cluster.gpus_per_worker * price
+            total += cost
+            row.append(f"{cost:,.0f}")
         rows.append([load.name, *row])
     note = f"\nhours: for all steps, at {UTILIZATION:.0%} of {PEAK_OF}, including recomputation" if gpu else ""
+    if price:
+        note += (
+            f"\ncost: {total:,.0f} for training, at {price:g} per hour of a GPU; starts, mining and scoring come on top"
+        )
     return _aligned(rows) + note
 
 
@@ -87,6 +98,11 @@ def _mining(recipe: Recipe, shape: Shape) -> str | None:
     if recipe.cluster.gpus_per_embedder:
         line += f", {_hours(flops / embedders):.2f} hours on {embedders} GPUs"
     return line
+
+
+def _price_of(recipe: Recipe) -> float | None:
+    """Of a GPU's hour, if the recipe trains on GPUs."""
+    return recipe.cluster.gpu_hour_price if recipe.cluster.gpus_per_worker else None
 
 
 def _hours(flops: float) -> float:

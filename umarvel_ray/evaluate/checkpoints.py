@@ -14,7 +14,7 @@ from umarvel_ray.data.dataset import Dataset
 from umarvel_ray.evaluate.results import SCOPES, LadderResult, open_result, ranking_folder
 from umarvel_ray.inference.embed import EmbedderGroup
 from umarvel_ray.model.checkpoint import CheckpointRef
-from umarvel_ray.recipe import Recipe
+from umarvel_ray.recipe import MODELS, Recipe
 from umarvel_ray.retrieve.metrics import score_ranking
 from umarvel_ray.retrieve.rank import embed_split, rank
 
@@ -29,6 +29,7 @@ def evaluate_checkpoint(
     name: str,
     out_dir: str | Path,
     split: str | None = None,
+    embedded_in: Path | None = None,
 ) -> LadderResult:
     """Embed the split's queries and the union of its pools once, then rank and score in local and global pools.
 
@@ -38,6 +39,7 @@ def evaluate_checkpoint(
         name: of the result: the phase that made the checkpoint, or "base".
         out_dir: where the embeddings, the rankings and `result.json` are written.
         split: None for `recipe.evaluate.split`.
+        embedded_in: where embeddings are written, to be shared with other evaluations; None for `out_dir`.
 
     Raises:
         UserError: an empty or missing pool, an unreadable checkpoint, or a full disk.
@@ -48,14 +50,14 @@ def evaluate_checkpoint(
         ref.identity,
         name,
         split,
-        settings.model_dump_json(),
+        settings.model_dump_json(exclude=MODELS),
         dataset.documents.digest,
         queries.digest,
         dataset.digest_of_pools(split),
     )
     if saved := open_result(folder, identity):
         return saved
-    embedded = embed_split(embedders, dataset, split, ref, folder)
+    embedded = embed_split(embedders, dataset, split, ref, embedded_in or folder)
     depth = max(settings.rerank_top, MIN_DEPTH, settings.k, *settings.k_of.values())
     scores = {}
     for scope in SCOPES:

@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from umarvel_ray.errors import UserError
-from umarvel_ray.model.checkpoint import CheckpointRef, read_provenance
+from umarvel_ray.model.checkpoint import PROVENANCE, CheckpointRef, read_provenance
 from umarvel_ray.model.embedder import Embedder
 from umarvel_ray.model.hub import model_folder
 
@@ -42,6 +42,7 @@ class MtebEncoder(AbsEncoder):
             of its weights and settings).
         device: by default the best one (see `Embedder.from_pretrained`).
         dtype: of the weights in memory.
+        preset: the system that released the model, if it is none of umarvel-ray's (see `Embedder.from_pretrained`).
         instructions: by task name, instead of mteb's own.
 
     Raises:
@@ -55,13 +56,14 @@ class MtebEncoder(AbsEncoder):
         *,
         device: str | None = None,
         dtype: str = "float32",
+        preset: str | None = None,
         instructions: Mapping[str, str] | None = None,
         **_: Any,
     ) -> None:
         if MISSING:
             raise UserError(f"{MISSING} is not installed; run: pip install 'umarvel-ray[mteb]'")
         folder = model_folder(model_name, revision)
-        self.model = Embedder.from_pretrained(folder, device, dtype)
+        self.model = Embedder.from_pretrained(folder, device, dtype, preset=preset)
         self.prompts_dict = dict(instructions or {})
         self.mteb_model_meta = _meta(folder, Path(model_name).name, revision, self.model)
 
@@ -101,14 +103,14 @@ def _items(batch: Mapping[str, list]) -> list[dict[str, Any]]:
 
 
 def _meta(folder: Path, name: str, revision: str | None, model: Embedder) -> ModelMeta:
-    recipe = read_provenance(folder).get("recipe") or {}
+    recipe = read_provenance(folder).get("recipe") or {} if (folder / PROVENANCE).is_file() else {}
     known = {
         "loader": MtebEncoder,
         "name": f"umarvel-ray/{recipe.get('name', 'checkpoint')}-{name}",
-        "revision": revision or CheckpointRef.of(folder).identity[:16],
+        "revision": revision or CheckpointRef.of(folder, model.encoder.settings).identity[:16],
         "n_parameters": sum(weights.numel() for weights in model.model.backbone.parameters()),
         "embed_dim": model.dimension,
-        "max_tokens": model.encoder.settings.max_text_tokens,
+        "max_tokens": model.encoder.settings.longest,
         "modalities": ["text", "image", "video"],
         "similarity_fn_name": ScoringFunction.COSINE,
         "use_instructions": True,

@@ -21,7 +21,7 @@ from umarvel_ray.evaluate.results import AVERAGE, RERANKED, SCOPES, LadderResult
 from umarvel_ray.evaluate.trec import write_run
 from umarvel_ray.files import write_json, write_text
 from umarvel_ray.recipe import dump_recipe
-from umarvel_ray.runs import Run, read_step_log
+from umarvel_ray.runs import IN_TRAINING, Run, read_step_log
 from umarvel_ray.version import __version__
 
 TASK_SHAPES = {
@@ -37,8 +37,8 @@ TASK_SHAPES = {
 }
 
 
-def write_report(run: Run, dataset: Dataset, results: Sequence[LadderResult]) -> Path:
-    """Write all files of the report under `run.dir/report` and return the page's path.
+def write_report(run: Run, dataset: Dataset, results: Sequence[LadderResult], name: str = "report") -> Path:
+    """Write all files of the report under `run.dir/name` and return the page's path.
 
     Args:
         results: the ladder, base first, and recall-then-rerank last if there is one. The last single model before it
@@ -47,7 +47,7 @@ def write_report(run: Run, dataset: Dataset, results: Sequence[LadderResult]) ->
     Raises:
         UserError: the folder cannot be written.
     """
-    folder = run.dir / "report"
+    folder = run.dir / name
     final = [result for result in results if result.name != RERANKED][-1]
     try:
         write_json(folder / "metrics.json", metrics(results))
@@ -178,6 +178,12 @@ def _curves(run: Run) -> list[dict[str, Any]]:
             line = Line("temperature", temperatures, "smooth")
             title = f"Temperature of {path.parent.name}"
             charts.append(("temperature", Markup(line_chart([line], title, (), 360, 170, low, high))))
+        if measured := read_step_log(path.with_name(IN_TRAINING)):
+            line = Line("recall", [found["recall"] for found in measured], "smooth", dots=True)
+            steps = [str(found["step"] + 1) for found in measured]
+            charts.append(
+                ("recall, validation", Markup(line_chart([line], f"Recall of {path.parent.name}", steps, 360, 170)))
+            )
         seconds = sum(line["seconds"] for line in log)
         waited = sum(line["wait_share"] * line["seconds"] for line in log) / seconds
         rate = sum(line["samples_per_s"] * line["seconds"] for line in log) / seconds

@@ -17,7 +17,7 @@ from umarvel_ray.evaluate.separation import separation
 from umarvel_ray.inference.score import RerankerGroup, score_table
 from umarvel_ray.model.checkpoint import CheckpointRef
 from umarvel_ray.ragged import Ragged
-from umarvel_ray.recipe import Recipe
+from umarvel_ray.recipe import MODELS, Recipe
 from umarvel_ray.retrieve.fusion import answers_of, calibrate_weight, candidates_to_score, fuse_rankings
 from umarvel_ray.retrieve.metrics import score_ranking
 from umarvel_ray.retrieve.rank import Scope, write_ranking
@@ -52,7 +52,7 @@ def evaluate_reranked(
         UserError: an unreadable checkpoint, or a full disk.
     """
     start, folder, top = time.monotonic(), Path(out_dir), recipe.evaluate.rerank_top
-    identity = f"{test.identity} {ref.identity} {recipe.evaluate.model_dump_json()}"
+    identity = f"{test.identity} {ref.identity} {recipe.evaluate.model_dump_json(exclude=MODELS)}"
     if saved := open_result(folder, identity):
         return saved
     if recipe.evaluate.rerank_weight == "calibrate":

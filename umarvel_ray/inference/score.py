@@ -84,7 +84,10 @@ class RerankerActor:
         if self._loaded is None or self._loaded[0] != ref:
             self._encoded.clear()
             self._loaded = None  # frees the old weights before the new ones are read
-            self._loaded = ref, Reranker.from_pretrained(ref.path, self._device, self._compute.dtype)
+            self._loaded = (
+                ref,
+                Reranker.from_pretrained(ref.path, self._device, self._compute.dtype, settings=ref.settings),
+            )
         return self._loaded[1]
 
     def _documents(self, reranker: Reranker, documents: StoredTable, rows: list[int]) -> list[EncodedPair]:

@@ -3,6 +3,8 @@
 Queries and documents share one template: a user turn with the pictures, then the text, and the assistant turn
 `<emb>.`, rendered with the checkpoint's own chat template. A query's instruction precedes its text, wrapped in
 `<instruction_start>…<instruction_end>`; the span, including both tags, is left out of the pooled mean.
+
+Settings with a `message` render another system's instead (docs/guide.md#presets).
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ from umarvel_ray.items.template import (
     user_turn,
 )
 from umarvel_ray.items.tokens import Piece, Tokens
+from umarvel_ray.items.wording import Filler, kinds, words_of
 from umarvel_ray.recipe import ModelSettings
+from umarvel_ray.wording import Message
 
 TEXT_SLOT = "\x00"
 TAGS = (INSTRUCTION_START, INSTRUCTION_END)
@@ -82,6 +86,9 @@ class ItemEncoder:
         self.picture_token_ids = self._image, self._video = controls[IMAGE], controls[VIDEO]
         self._emb, self._start, self._end = (controls[token] for token in (EMB, *TAGS))
         self._frames: dict[tuple[bool, ...], tuple[list[Piece], list[Piece]]] = {}
+        if message := settings.message:
+            self._fill = Filler(message.text, message, self.pieces)
+            self._suffix = self.tokens.ids(self.pieces(message.suffix))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, settings: ModelSettings, limits: MediaLimits = OWN_FILES) -> ItemEncoder:
@@ -113,29 +120,38 @@ class ItemEncoder:
         """Encode one item; a bare string is text.
 
         Args:
-            item: {"text"?, "image"? (one or a list), "video"?, "instruction"? (queries only)}.
+            item: {"text"?, "image"? (one or a list), "video"?, "instruction"? (of queries; of documents where
+                `takes_document_instructions`)}.
             side: "query" or "document".
             where: names the item (file and row, or id) in errors.
             pictures: the item's, if they have been read already.
 
         Raises:
             UserError: nothing to embed, an unknown key, a bad picture or video, an instruction on a document, or one so
-                long that the text would not be read.
+                long that the text would not be read; pictures that do not fit in the tokens of a `Message`.
         """
         item = check_item(item, where)
-        if side == "document" and item.get("instruction"):
+        if side == "document" and item.get("instruction") and not self.takes_document_instructions:
             raise UserError(f"{where}: a document carries no instruction; put it on the query")
         require_room(item, where, self.leaves_room, self.settings.max_text_tokens)
         pictures = self.pictures(item, where) if pictures is None else pictures
-        text = self._text(item.get("instruction"), item.get("text"))
-        before, after = self._frame(pictures)
-        input_ids = self.tokenize([*before, *text, self._prompt(item), *after], pictures)
+        if message := self.settings.message:
+            input_ids = self._written(message, item, side, pictures, where)
+        else:
+            text = self._text(item.get("instruction"), item.get("text"))
+            before, after = self._frame(pictures)
+            input_ids = self.tokenize([*before, *text, self._prompt(item, pictures), *after], pictures)
         return EncodedItem(
             input_ids=input_ids,
             pool_mask=self._pool_mask(input_ids),
             positions=self.positions(input_ids, pictures),
             pictures=pictures,
         )
+
+    @property
+    def takes_document_instructions(self) -> bool:
+        """Whether documents may have instructions too."""
+        return self.settings.message is not None and self.settings.message.document_instructions
 
     def pictures(self, item: Item, where: str) -> tuple[Picture, ...]:
         """Open, resize and patchify the item's images, then its video."""
@@ -186,8 +202,10 @@ class ItemEncoder:
         return format_string(self.tokens.without_controls(text or ""))
 
     def leaves_room(self, instruction: str) -> bool:
-        """Whether a text after this instruction is read at least in part."""
-        return self.tokens.is_below(self.clean(instruction), self.settings.max_text_tokens - len(TAGS))
+        """Whether a text after this instruction is read at least in part; a `Message` is cut without a word."""
+        return bool(self.settings.message) or self.tokens.is_below(
+            self.clean(instruction), self.settings.max_text_tokens - len(TAGS)
+        )
 
     def _frame(self, pictures: Sequence[Picture]) -> tuple[list[Piece], list[Piece]]:
         """The conversation before and after the user's text; cached, since rendering dominates encoding."""
@@ -213,13 +231,28 @@ class ItemEncoder:
         left = limit - len(TAGS) - len(self.tokens.text_ids(instruction))
         return [self._start, instruction, self._end, self.tokens.cut(whole.removeprefix(opened), max(left, 0))]
 
-    def _prompt(self, item: Item) -> str:
+    def _prompt(self, item: Item, pictures: Sequence[Picture]) -> str:
         if not self.settings.compression_prompt:
             return ""
-        kinds = [word for key, word in (("image", "image"), ("video", "video"), ("text", "sentence")) if key in item]
-        return f"\nSummarize above {' and '.join(kinds)} in one word: "
+        return f"\nSummarize above {kinds(pictures, bool(item.keys() & {'text', 'instruction'}))} in one word: "
+
+    def _written(self, message: Message, item: Item, side: str, pictures: Sequence[Picture], where: str) -> np.ndarray:
+        """Token ids of a message of another system, cut as its code does."""
+        default, limit = message.instruction, message.max_query_tokens
+        if side == "document":
+            of_picture = message.described_document if "text" in item else message.picture_document
+            default = (of_picture if pictures else "") or default
+            limit = message.max_document_tokens
+        words = words_of(item, side, message, default, self.clean)
+        whole = self.tokenize(self._fill(words, pictures), pictures)
+        kept = whole if limit is None else whole[: max(limit - len(self._suffix), 0)]
+        if np.isin(whole[len(kept) :], self.picture_token_ids).any():
+            raise UserError(f"{where}: its pictures do not fit in the {limit} tokens of a {side}; give fewer")
+        return np.asarray([*kept, *self._suffix], dtype=np.int32)
 
     def _pool_mask(self, input_ids: np.ndarray) -> np.ndarray:
+        if self.settings.pooling == "end" or (self.settings.pooling == "last" and self._emb not in input_ids):
+            return np.asarray(np.arange(len(input_ids)) == len(input_ids) - 1)
         if self.settings.pooling == "last":
             return np.roll(input_ids == self._emb, -1)
         opened = np.cumsum(input_ids == self._start)

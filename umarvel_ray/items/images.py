@@ -40,14 +40,22 @@ class BadImage(UserError):
     """An unusable picture."""
 
 
-def open_image(image: str | Path | bytes | Image.Image, where: str, limits: MediaLimits = OWN_FILES) -> Image.Image:
-    """Read a picture as upright RGB.
+def open_image(
+    image: str | Path | bytes | Image.Image,
+    where: str,
+    limits: MediaLimits = OWN_FILES,
+    upright: bool = True,
+    on_white: bool = True,
+) -> Image.Image:
+    """Read a picture as RGB.
 
     Args:
-        image: a path, a `data:` URI, encoded bytes or a PIL picture. EXIF rotation is applied, transparency is
-            composited on white, an animation gives its first frame, and 16-bit gray is scaled to 8 bits.
+        image: a path, a `data:` URI, encoded bytes or a PIL picture. An animation gives its first frame, and 16-bit
+            gray is scaled to 8 bits.
         where: names the picture in errors (file and row, or id).
         limits: formats and sizes that are accepted; a PIL picture may have any format.
+        upright: turn it as its EXIF block says.
+        on_white: put a transparent picture on white; otherwise its colors are taken as they are stored.
 
     Raises:
         BadImage: missing, unreadable, truncated, empty, much longer than wide, over a limit, or given by URL.
@@ -62,7 +70,7 @@ def open_image(image: str | Path | bytes | Image.Image, where: str, limits: Medi
                 raise BadImage(f"{where}: picture of {picture.width}×{picture.height} is empty")
             check_aspect(picture.size, where)
             picture.load()
-            return _rgb(_upright(picture))
+            return _rgb(_upright(picture) if upright else picture, on_white)
     except BadImage:
         raise
     except FileNotFoundError as error:
@@ -200,12 +208,12 @@ def _gray(values: np.ndarray) -> np.ndarray:
     return np.asarray((shown * (255 / white)).round(), np.uint8)
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image, on_white: bool) -> Image.Image:
     if picture.mode.startswith("I;16"):  # PIL clips 16-bit gray at 255 instead of scaling it
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
         return Image.fromarray(_gray(np.asarray(picture))).convert("RGB")
-    if picture.has_transparency_data:
+    if on_white and picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")

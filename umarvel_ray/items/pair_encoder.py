@@ -2,7 +2,7 @@
 
 The wording is the reference's without its stray indentation and its typo (docs/method.md#reranker-prompt). The query
 comes first and is tokenized separately from the candidate, so the tokens up to "Candidate:" are the same for every
-candidate and are computed once per query.
+candidate and are computed once per query. Settings with a `pair` render another system's prompt instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from umarvel_ray.items.item import Item, check_item
 from umarvel_ray.items.pictures import Picture
 from umarvel_ray.items.template import EMB, picture_parts, render, text_part
 from umarvel_ray.items.tokens import Piece
+from umarvel_ray.items.wording import Filler, words_of
 from umarvel_ray.recipe import ModelSettings
+from umarvel_ray.wording import PairMessage
 
 TASK = (
     "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the requirements of "
@@ -65,7 +67,7 @@ class PairEncoder:
     """Tokenizes (query, document) pairs and prepares their pictures on the CPU. Picklable; holds no weights.
 
     Attributes:
-        answer_ids: the tokens of "Yes" and of "No".
+        answer_ids: the tokens of "Yes" and of "No", or of the words that take their place.
         end_id: the token that ends the assistant's turn.
     """
 
@@ -73,12 +75,21 @@ class PairEncoder:
         self.items = items
         self.max_text_tokens = max_text_tokens
         self._frames: dict[tuple[int, tuple[bool, ...]], tuple[list[Piece], list[Piece]]] = {}
-        self.answer_ids = {word: self._ids(word) for word in ("Yes", "No")}
-        turns = {"user": [], "assistant": [text_part(EMB)]}
-        rendered = render(items.tokenizer, [{"role": role, "content": parts} for role, parts in turns.items()])
-        self.end_id = self._ids(rendered.split(EMB)[1])[0]
+        self._pair = items.settings.pair
+        self._closing: list[int] = []
+        words = self._pair.answers if self._pair else ("Yes", "No")
+        self.answer_ids = {name: self._ids(word) for name, word in zip(("Yes", "No"), words, strict=True)}
+        if self._pair:
+            self._fill = [Filler(side, self._pair, items.pieces) for side in (self._pair.query, self._pair.document)]
+            self._closing = self._fill[DOCUMENT].closing(items.tokens)
+            self.end_id = self._closing[0]  # of the user's turn, as of the assistant's
+        else:
+            turns = {"user": [], "assistant": [text_part(EMB)]}
+            rendered = render(items.tokenizer, [{"role": role, "content": parts} for role, parts in turns.items()])
+            self.end_id = self._ids(rendered.split(EMB)[1])[0]
         if self.answer_ids["Yes"][0] == self.answer_ids["No"][0]:
-            raise UserError("'Yes' and 'No' start with the same token in this tokenizer; use one that separates them")
+            same = " and ".join(f"'{word}'" for word in words)
+            raise UserError(f"{same} start with the same token in this tokenizer; use one that separates them")
 
     @classmethod
     def from_pretrained(cls, path: str | Path, settings: ModelSettings, max_text_tokens: int) -> PairEncoder:
@@ -106,7 +117,8 @@ class PairEncoder:
             UserError: an empty item, an unknown key, an instruction on the document, a bad picture or video, an
                 instruction so long that the query's text would not be read.
         """
-        parts = [self.encode_query(query, where), self.encode_document(document, where)]
+        asked = self.encode_query(query, where)
+        parts = [asked, self.fitted(self.encode_document(document, where), asked.length)]
         return join(parts if answer is None else [*parts, self.reply(answer)])
 
     def encode_query(
@@ -116,6 +128,8 @@ class PairEncoder:
         item = check_item(item, where)
         require_room(item, where, self.leaves_room, self.max_text_tokens)
         pictures = self.items.pictures(item, where) if pictures is None else pictures
+        if self._pair:
+            return self._written(self._pair, QUERY, item, pictures)
         instruction = self.items.clean(item.get("instruction"))
         return self._side(QUERY, pictures, f"{instruction} {item.get('text') or ''}")
 
@@ -127,16 +141,41 @@ class PairEncoder:
         if item.get("instruction"):
             raise UserError(f"{where}: a document carries no instruction; put it on the query")
         pictures = self.items.pictures(item, where) if pictures is None else pictures
+        if self._pair:
+            return self._written(self._pair, DOCUMENT, item, pictures)
         return self._side(DOCUMENT, pictures, item.get("text") or "")
 
     def leaves_room(self, instruction: str) -> bool:
-        """Whether a query's text after this instruction is read at least in part."""
-        return self.items.tokens.is_below(self.items.clean(instruction), self.max_text_tokens)
+        """Whether a query's text after this instruction is read at least in part; a `PairMessage` is cut instead."""
+        return bool(self._pair) or self.items.tokens.is_below(self.items.clean(instruction), self.max_text_tokens)
 
     def reply(self, answer: bool) -> EncodedPair:
         """The answer word and the end of the turn, both with labels."""
         ids = np.asarray([*self.answer_ids["Yes" if answer else "No"], self.end_id], dtype=np.int32)
         return EncodedPair(ids, ids, self.items.positions(ids, ()), ())
+
+    def fitted(self, side: EncodedPair, before: int = 0) -> EncodedPair:
+        """A side of a `PairMessage` without the plain tokens that exceed its limit; any other side unchanged.
+
+        Control tokens, those of pictures included, and the message's end are kept.
+
+        Args:
+            before: the tokens of the query, if this is the document.
+        """
+        limit = self._pair.max_tokens if self._pair else None
+        closing = len(self._closing) if before else 0
+        if limit is None or (excess := before + side.length - closing - limit) <= 0:
+            return side
+        controls = list(self.items.tokens.controls.values())
+        plain = np.flatnonzero(~np.isin(side.input_ids[: side.length - closing], controls))
+        input_ids = np.delete(side.input_ids, plain[-excess:])
+        return self._encoded(input_ids, side.pictures)
+
+    def _written(self, pair: PairMessage, side: int, item: Item, pictures: tuple[Picture, ...]) -> EncodedPair:
+        """One side of another system's prompt."""
+        words = words_of(item, "query" if side == QUERY else "document", pair, pair.instruction, self.items.clean)
+        encoded = self._encoded(self.items.tokenize(self._fill[side](words, pictures), pictures), pictures)
+        return self.fitted(encoded) if side == QUERY else encoded
 
     def _frame(self, side: int, pictures: tuple[Picture, ...]) -> tuple[list[Piece], list[Piece]]:
         """One side of the prompt before and after the user's text; cached, since rendering dominates encoding."""
@@ -155,7 +194,9 @@ class PairEncoder:
     def _side(self, side: int, pictures: tuple[Picture, ...], text: str) -> EncodedPair:
         before, after = self._frame(side, pictures)
         text = self.items.tokens.cut(self.items.clean(text), self.max_text_tokens)
-        input_ids = self.items.tokenize([*before, text, *after], pictures)
+        return self._encoded(self.items.tokenize([*before, text, *after], pictures), pictures)
+
+    def _encoded(self, input_ids: np.ndarray, pictures: tuple[Picture, ...]) -> EncodedPair:
         positions = self.items.positions(input_ids, pictures)
         return EncodedPair(input_ids, np.full_like(input_ids, IGNORED), positions, pictures)
 

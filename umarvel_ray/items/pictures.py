@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # a process that only decodes starts without them
     import torch
 
     from umarvel_ray.recipe import ModelSettings
+    from umarvel_ray.wording import Preparation
 
 CONFIG = "preprocessor_config.json"
 REFERENCE_SIDE = 28  # the reference's own resizing always assumes merged patches of this size
@@ -82,6 +83,7 @@ class PictureFormat:
     Attributes:
         before: pixel budget (min, max) of a first resizing to multiples of 28, as the reference does
             (docs/method.md#picture-resizing); None skips it.
+        preparation: what happens to a picture before that; None: it is turned upright and put on white.
         limits: which pictures and videos may be opened.
     """
 
@@ -94,7 +96,9 @@ class PictureFormat:
     resample: int
     scale: PixelScale
     before: tuple[int, int] | None = None
+    preparation: Preparation | None = None
     limits: MediaLimits = OWN_FILES
+    video_fps: float | None = None
 
     @classmethod
     def from_pretrained(
@@ -102,20 +106,23 @@ class PictureFormat:
     ) -> PictureFormat:
         """Combine a directory's `preprocessor_config.json` with the picture sizes of the settings.
 
-        With `resize_twice` the settings' sizes apply to the first resizing and the directory's own to the second.
+        With `resize_twice` the settings' sizes apply to the first resizing and the directory's own to the second; see
+        also `Preparation`.
 
         Raises: see `read_picture_config`.
         """
-        config = read_picture_config(path)
+        config, preparation = read_picture_config(path), settings.preparation
         budget = settings.min_pixels, settings.max_pixels
+        first = preparation.first_budget if preparation else None
+        by_directory = settings.resize_twice or (preparation is not None and preparation.own_budget)
         own = config.get("size", {})
         own_min = own.get("shortest_edge", config.get("min_pixels", budget[0]))
         own_max = own.get("longest_edge", config.get("max_pixels", budget[1]))
         return cls(
             patch_size=config["patch_size"],
             merge_size=config["merge_size"],
-            min_pixels=own_min if settings.resize_twice else budget[0],
-            max_pixels=own_max if settings.resize_twice else budget[1],
+            min_pixels=own_min if by_directory else budget[0],
+            max_pixels=own_max if by_directory else budget[1],
             video_frames=settings.video_frames,
             max_video_pixels=settings.max_video_pixels,
             resample=config.get("resample", Image.Resampling.BICUBIC),
@@ -126,8 +133,10 @@ class PictureFormat:
                 patch_size=config["patch_size"],
                 times=config["temporal_patch_size"],
             ),
-            before=budget if settings.resize_twice else None,
+            before=budget if settings.resize_twice else first,
+            preparation=preparation,
             limits=limits,
+            video_fps=settings.video_fps,
         )
 
     def size(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
@@ -146,7 +155,7 @@ class PictureFormat:
 def _smart_resize(height: int, width: int, side: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(f"aspect ratio over {MAX_ASPECT}: {width} × {height} pixels")
-    rows, columns = round(height / side) * side, round(width / side) * side
+    rows, columns = (max(side, round(length / side) * side) for length in (height, width))
     if rows * columns > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         return max(side, int(height / shrink / side) * side), max(side, int(width / shrink / side) * side)
@@ -192,7 +201,10 @@ def read_picture(image: Any, form: PictureFormat, where: str) -> Picture:
     Raises:
         BadImage: unusable; the message names `where`.
     """
-    return _picture(_resize(open_image(image, where, form.limits), form, where)[None], 1, form)
+    upright, on_white = True, True
+    if form.preparation:
+        upright, on_white = form.preparation.upright, form.preparation.transparency == "white"
+    return _picture(_resize(open_image(image, where, form.limits, upright, on_white), form, where)[None], 1, form)
 
 
 def read_video(video: Any, form: PictureFormat, where: str) -> Picture:
@@ -201,7 +213,7 @@ def read_video(video: Any, form: PictureFormat, where: str) -> Picture:
     Raises:
         BadVideo, BadImage: unusable; the message names `where`.
     """
-    opened: Video = open_video(video, form.video_frames, where, form.limits)
+    opened: Video = open_video(video, form.video_frames, where, form.limits, form.video_fps)
     times = form.scale.times
     missing = -len(opened.frames) % times
     frames = [*opened.frames, *[opened.frames[-1]] * missing]
@@ -215,12 +227,20 @@ def read_video(video: Any, form: PictureFormat, where: str) -> Picture:
 def _resize(picture: Image.Image, form: PictureFormat, where: str, frames: int = 1) -> np.ndarray:
     """uint8 (height, width, 3), with both sides multiples of a merged patch."""
     try:
+        if form.preparation and (side := _square_of(picture, form, form.preparation)):
+            picture = picture.resize((side, side), form.resample)
         if form.before:
             first = _smart_resize(picture.height, picture.width, REFERENCE_SIDE, *form.before)
             picture = picture.resize(first[::-1], form.resample)
         return np.asarray(picture.resize(form.size(picture.height, picture.width, frames)[::-1], form.resample))
     except ValueError as error:
         raise BadImage(f"{where}: {error}") from None
+
+
+def _square_of(picture: Image.Image, form: PictureFormat, preparation: Preparation) -> int | None:
+    """The side of the square that a picture becomes, whatever its shape."""
+    tiny = min(picture.size) < form.patch_size * form.merge_size
+    return preparation.square or (preparation.tiny if tiny else None)
 
 
 def _picture(frames: np.ndarray, times: int, form: PictureFormat, seconds: tuple[float, ...] | None = None) -> Picture:

@@ -18,6 +18,7 @@ from umarvel_ray.items.limits import OWN_FILES, MediaLimits
 CONTAINERS = ("asf", "avi", "flv", "gif", "matroska", "mov", "mpeg", "mpegts", "ogg", "webm")
 
 MAX_STREAMS = 32  # per container: FFmpeg decodes a frame of each to identify it
+MIN_FRAMES = 4  # of a video whose frames are taken at a rate
 MIN_FRAME_PIXELS = 16_384  # counted per frame at least, so that a million tiny frames exceed the limit too
 
 
@@ -37,6 +38,7 @@ def open_video(
     max_frames: int,
     where: str,
     limits: MediaLimits = OWN_FILES,
+    fps: float | None = None,
 ) -> Video:
     """Decode at most `max_frames` evenly spaced frames, including the first and the last.
 
@@ -44,6 +46,7 @@ def open_video(
         video: a path, a `data:` URI, encoded bytes, or a list of pictures, taken as one frame per second.
         where: names the video in errors (file and row, or id).
         limits: lengths and sizes that are accepted.
+        fps: take about so many frames of each second; see `frame_count`.
 
     Raises:
         BadVideo: missing, unreadable, without frames, over a limit, a playlist, or given by URL.
@@ -54,12 +57,12 @@ def open_video(
             raise BadVideo(f"{where}: the video has no frames")
         if len(video) > limits.video_seconds:
             raise _too_long(where, limits)
-        chosen = spread(len(video), max_frames)
+        chosen = spread(len(video), frame_count(len(video), len(video), max_frames, fps))
         frames = [open_image(video[n], f"{where}, frame {n}", limits) for n in chosen]
         return Video(_of_one_size(frames), [float(n) for n in chosen])
     try:
         with open_stream(video, where, "video", limits) as stream:
-            return _decode(stream, max_frames, where, limits)
+            return _decode(stream, max_frames, where, limits, fps)
     except UserError as error:
         raise BadVideo(str(error)) from None
     except FileNotFoundError as error:
@@ -75,13 +78,22 @@ def spread(count: int, limit: int) -> list[int]:
     return [int(n) for n in np.linspace(0, count - 1, min(limit, count)).round()]
 
 
-def _decode(stream: Any, max_frames: int, where: str, limits: MediaLimits) -> Video:
+def frame_count(count: int, seconds: float, limit: int, fps: float | None) -> int:
+    """How many of `count` frames to take: at most `limit`; at a rate an even number of at least 4, if there are."""
+    if fps is None:
+        return min(count, limit)
+    wanted = min(max(int(seconds * fps), MIN_FRAMES), limit, count)
+    return max(1, wanted - wanted % 2)
+
+
+def _decode(stream: Any, max_frames: int, where: str, limits: MediaLimits, fps: float | None) -> Video:
     with _container(stream, limits) as container:  # counted, since containers may state no count or a wrong one
-        count = sum(1 for _ in _frames(container, where, limits))
+        times = [frame.time for frame in _frames(container, where, limits)]
+    count = len(times)
     if not count:
         raise BadVideo(f"{where}: the video has no frames")
     stream.seek(0)
-    wanted = set(spread(count, max_frames))
+    wanted = set(spread(count, frame_count(count, _duration(times), max_frames, fps)))
     frames, seconds = [], []
     with _container(stream, limits) as container:
         for number, frame in enumerate(islice(_frames(container, where, limits), max(wanted) + 1)):
@@ -90,6 +102,13 @@ def _decode(stream: Any, max_frames: int, where: str, limits: MediaLimits) -> Vi
                 seconds.append(float(frame.time) if frame.time is not None else float(number))
     check_aspect(frames[0].size, where)
     return Video(_of_one_size(frames), [second - seconds[0] for second in seconds])
+
+
+def _duration(times: list[float | None]) -> float:
+    """Seconds that frames are shown for, the last as long as the others on average; without times, one second each."""
+    if times[0] is None or times[-1] is None or len(times) == 1:
+        return float(len(times))
+    return (times[-1] - times[0]) * len(times) / (len(times) - 1)
 
 
 def _of_one_size(frames: list[Image.Image]) -> list[Image.Image]:

@@ -19,6 +19,7 @@ from umarvel_ray.compat.transformers import attention_in_use
 from umarvel_ray.errors import UserError
 from umarvel_ray.items.family import read_model_config, without_deepstack
 from umarvel_ray.items.template import load_tokenizer
+from umarvel_ray.model.adapter import merge_adapter
 from umarvel_ray.model.checkpoint import check_files
 from umarvel_ray.model.packing import ATTENTION, packed_arguments, use_packed_attention
 from umarvel_ray.recipe import ModelSettings
@@ -29,7 +30,7 @@ NEW_ROWS_SEED = 0
 def load_backbone(
     path: str | Path, settings: ModelSettings, dtype: torch.dtype | str = torch.float32, quantized: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load weights and tokenizer on the CPU, in eval mode.
+    """Load weights and tokenizer on the CPU, in eval mode; an adapter is merged (see `merge_adapter`).
 
     Args:
         quantized: load the language model's linear layers in 4 bits (see `four_bit`), on the GPU if there is one.
@@ -57,6 +58,7 @@ def load_backbone(
     # transformers would silently use random values for these.
     if bad := sorted(report["missing_keys"]) or [name for name, *_ in report["mismatched_keys"]]:
         raise UserError(f"{path}: no weights for '{bad[0]}' in the shape that config.json asks for; check both files")
+    merge_adapter(model, Path(path))
     tokenizer = load_tokenizer(path)
     _grow_embeddings(model, len(tokenizer))
     model.eval()

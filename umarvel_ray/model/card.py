@@ -22,6 +22,8 @@ q = embedder.encode_query([query])  # float32 (1, d), unit norm
 d = embedder.encode_document([{"image": "car.png"}, {"image": "boat.png", "text": "a boat"}, "a text"])
 print(q @ d.T)
 ```
+"""
+USE_SENTENCE_TRANSFORMERS = """\
 
 With sentence-transformers 6, which gives the same vectors and does not need umarvel-ray (`trust_remote_code` runs the
 directory's `umarvel_embedding.py`, which renders the messages and masks the instruction):
@@ -57,8 +59,9 @@ def model_card(record: Mapping[str, Any]) -> str:
             "metrics" and "versions", and for a release "license" and "evaluation" ({"k", "chance", "local", "global"},
             each by task), add to the card.
     """
+    use = USE_EMBEDDER + (USE_SENTENCE_TRANSFORMERS if follows_umarvel(record["settings"]) else "")
     sections = [
-        ("Use", USE_RERANKER if record.get("phase") == RERANKER else USE_EMBEDDER),
+        ("Use", USE_RERANKER if record.get("phase") == RERANKER else use),
         ("Settings", _settings(record)),
         ("Evaluation", _evaluation(record.get("evaluation") or {})),
         ("Last training step", _table(["", "value"], list((record.get("metrics") or {}).items()))),
@@ -69,6 +72,11 @@ def model_card(record: Mapping[str, Any]) -> str:
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections if text)
 
 
+def follows_umarvel(settings: Mapping[str, Any]) -> bool:
+    """Whether settings are within what `umarvel_embedding.py` knows: no message of another system."""
+    return settings["pooling"] != "end" and not settings.get("message") and not settings.get("preparation")
+
+
 def last_part(value: Any) -> Any:
     """The last part of a path, which means nothing on another machine; any other value unchanged."""
     return PurePath(value).name if isinstance(value, str) and value.startswith(("/", ".")) else value
@@ -76,7 +84,9 @@ def last_part(value: Any) -> Any:
 
 def _front_matter(record: Mapping[str, Any]) -> dict[str, Any]:
     reranker = record.get("phase") == RERANKER
-    library, task = ("transformers", "text-ranking") if reranker else ("sentence-transformers", "feature-extraction")
+    opens = not reranker and follows_umarvel(record["settings"])
+    library = "sentence-transformers" if opens else "transformers"
+    task = "text-ranking" if reranker else "feature-extraction"
     base = _recipe(record).get("base")
     known = {
         "library_name": library,
@@ -115,8 +125,12 @@ def _description(record: Mapping[str, Any]) -> str:
 
 def _settings(record: Mapping[str, Any]) -> str:
     settings = record["settings"]
-    pooled = "the hidden state before `<emb>`" if settings["pooling"] == "last" else "the mean over all tokens"
-    if settings["pooling"] == "mean" and settings["instruction_mask"]:
+    pooled = {
+        "last": "the hidden state before `<emb>`",
+        "end": "the hidden state of the last token",
+        "mean": "the mean over all tokens",
+    }[settings["pooling"]]
+    if settings["pooling"] == "mean" and settings["instruction_mask"] and not settings.get("message"):
         pooled += " except the instruction's"
     lines = [f"attention: {settings['attention']}"]
     if record.get("phase") != RERANKER:
@@ -126,6 +140,9 @@ def _settings(record: Mapping[str, Any]) -> str:
         f"pictures: {settings['min_pixels']:,} to {settings['max_pixels']:,} pixels; texts: up to "
         f"{settings['max_text_tokens']} tokens",
     ]
+    for key in ("message", "pair", "preparation"):
+        if settings.get(key):
+            lines.append(f"{key}: of another system, as `umarvel.json` says")
     if not settings["deepstack"]:
         lines.append("DeepStack: off")
     prompts = [key.replace("_", " ") for key in ("compression_prompt", "generation_prompt") if settings[key]]

@@ -52,7 +52,7 @@ class CheckpointRef:
         path = Path(checkpoint).absolute()
         check_files(path)
         settings = settings or load_settings(path)
-        digest = hashlib.sha256(settings.model_dump_json().encode())
+        digest = hashlib.sha256(settings.model_dump_json(exclude_none=True).encode())
         for file in sorted(path.glob("*.safetensors")):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -106,7 +106,7 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(file.read_text())
         return record
     except FileNotFoundError:
-        raise UserError(f"{file}: not found; use a checkpoint written by umarvel-ray") from None
+        raise UserError(f"{file}: not found; use a checkpoint written by umarvel-ray, or name its preset") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); write the checkpoint again") from None
 

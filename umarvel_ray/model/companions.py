@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from umarvel_ray.model.card import model_card
+from umarvel_ray.model.card import follows_umarvel, model_card
 from umarvel_ray.recipe import RERANKER
 
 MODULE = Path(__file__).with_name("umarvel_embedding.py")
@@ -19,13 +19,13 @@ MODULES = (  # folder, class
 
 
 def write_companions(folder: Path, record: dict[str, Any]) -> None:
-    """Write the model card and, for an embedder, the files of sentence-transformers.
+    """Write the model card and, for an embedder with U-MARVEL's messages, the files of sentence-transformers.
 
     Args:
         record: the contents of `umarvel.json`.
     """
     _write_card(folder, record)
-    if record.get("phase") != RERANKER:
+    if record.get("phase") != RERANKER and follows_umarvel(record["settings"]):
         _write_sentence_transformers(folder)
 
 

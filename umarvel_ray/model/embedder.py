@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from umarvel_ray.model.hub import model_folder
 from umarvel_ray.model.int8 import load_as
 from umarvel_ray.model.packing import is_packed
 from umarvel_ray.model.vectors import NOT_FINITE, truncate
+from umarvel_ray.presets import preset_settings
 from umarvel_ray.recipe import RERANKER, ModelSettings
 
 WINDOW = 512  # items decoded at once; the pictures of two windows are held in memory
@@ -60,32 +60,36 @@ class Embedder:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "float32",
         settings: ModelSettings | None = None,
-        preset: Literal["reference"] | None = None,
+        preset: str | None = None,
         generation_prompt: bool = True,
         truncate_dim: int | None = None,
         revision: str | None = None,
+        base: str | Path | None = None,
     ) -> Embedder:
         """Load a checkpoint. One without `umarvel.json` (a base, a released one) needs `settings` or `preset`.
 
         Args:
-            path: a directory, or an id on the Hugging Face Hub (see `model_folder`).
+            path: a directory, or an id on the Hugging Face Hub, of a model or a PEFT adapter (see `model_folder`).
             device: by default the best one: "cuda", "mps" if the model runs there, or "cpu".
             dtype: a PyTorch dtype, or "int8" (see `int8`).
-            preset: "reference" for a checkpoint that U-MARVEL's authors released, embedded as their code does.
-            generation_prompt: with the preset: their evaluation appends one, their training does not
+            preset: the system that released the checkpoint, whose own code it is then embedded as: "reference" for
+                U-MARVEL's authors, or "gme", "lamra-ret" … (docs/guide.md#presets).
+            generation_prompt: with "reference": their evaluation appends one, their training does not
                 (docs/method.md#generation-prompt).
             truncate_dim: keep this many coordinates of each vector, scaled to unit norm again; for checkpoints that
                 were trained with `matryoshka`.
             revision: branch, tag or commit on the Hub.
+            base: of an adapter, if it is neither named by it nor beside it.
 
         Raises:
-            UserError: not a checkpoint; missing or truncated files; another preset; no such dimension or device.
+            UserError: not a checkpoint; missing or truncated files; a preset that is unknown or for other models; no
+                such dimension or device.
         """
-        if preset not in (None, "reference"):
-            raise UserError(f"unknown preset '{preset}'; the only one is 'reference'")
+        folder = model_folder(path, revision, base)
         if preset:
-            settings = ModelSettings.reference(generation_prompt)
-        folder = model_folder(path, revision)
+            settings = preset_settings(preset, "embedder", folder)
+            if preset == "reference":
+                settings = settings.model_copy(update={"generation_prompt": generation_prompt})
         if settings is None:
             settings = load_settings(folder)
             if read_provenance(folder).get("phase") == RERANKER:
@@ -123,7 +127,8 @@ class Embedder:
     def encode_document(
         self, items: Sequence[Item | str] | Item | str, prompt: str | None = None, *, token_budget: int | None = None
     ) -> np.ndarray:
-        """Embed documents; otherwise as `encode_query`, but a `prompt` is refused: documents carry no instruction."""
+        """Embed documents; otherwise as `encode_query`, but a `prompt` is refused: documents carry no instruction,
+        unless the preset says so (`ItemEncoder.takes_document_instructions`)."""
         return self._encode(items, "document", prompt, token_budget)
 
     def encode(
@@ -158,7 +163,7 @@ class Embedder:
     ) -> np.ndarray:
         if not isinstance(prompt, str | None):
             raise UserError(f"prompt: must be text, not {type(prompt).__name__}")
-        if prompt and side == "document":
+        if prompt and side == "document" and not self.encoder.takes_document_instructions:
             raise UserError("prompt: a document carries no instruction; put it on the query")
         if isinstance(items, str | dict):
             vector: np.ndarray = self._encode([items], side, prompt, token_budget)[0]

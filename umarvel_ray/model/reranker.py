@@ -36,6 +36,7 @@ from umarvel_ray.model.int8 import load_as
 from umarvel_ray.model.multimodal import last_hidden_state, read_pictures, tower_features
 from umarvel_ray.model.vectors import NOT_FINITE
 from umarvel_ray.model.vision_cache import VisionCache
+from umarvel_ray.presets import preset_settings
 from umarvel_ray.recipe import RERANKER, ModelSettings
 
 VISION_CACHE_BYTES = 256 * 2**20
@@ -176,23 +177,34 @@ class Reranker:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "float32",
         revision: str | None = None,
+        settings: ModelSettings | None = None,
+        preset: str | None = None,
+        base: str | Path | None = None,
     ) -> Reranker:
-        """Load a reranker checkpoint.
+        """Load a reranker checkpoint. One without `umarvel.json` (a released one) needs `settings` or `preset`.
 
         Args:
-            path: a directory, or an id on the Hugging Face Hub (see `model_folder`).
+            path: a directory, or an id on the Hugging Face Hub, of a model or a PEFT adapter (see `model_folder`).
             device: by default the best one: "cuda", "mps" if the model runs there, or "cpu".
             dtype: a PyTorch dtype, or "int8" (see `int8`).
             revision: branch, tag or commit on the Hub.
+            preset: the system that released the checkpoint, whose own code it then scores as: "lamra-rank" or
+                "qwen3-vl-reranker" (docs/guide.md#presets).
+            base: of an adapter, if it is neither named by it nor beside it.
 
         Raises:
-            UserError: not a checkpoint, or that of another phase; missing or truncated files; no such device.
+            UserError: not a checkpoint, or that of another phase; missing or truncated files; a preset that is unknown
+                or for other models; no such device.
         """
-        folder = model_folder(path, revision)
-        phase = read_provenance(folder).get("phase")
-        if phase != RERANKER:
-            raise UserError(f"{folder / PROVENANCE}: phase is '{phase}', not '{RERANKER}'; give a reranker checkpoint")
-        settings = load_settings(folder)
+        folder = model_folder(path, revision, base)
+        if preset:
+            settings = preset_settings(preset, "reranker", folder)
+        if settings is None or (folder / PROVENANCE).is_file():
+            phase = read_provenance(folder).get("phase")
+            if phase != RERANKER:
+                place = folder / PROVENANCE
+                raise UserError(f"{place}: phase is '{phase}', not '{RERANKER}'; give a reranker checkpoint")
+        settings = settings or load_settings(folder)
         encoder = PairEncoder.from_pretrained(folder, settings, settings.max_text_tokens)
         chosen = best_device() if device is None else device
         require_device(chosen)
@@ -288,6 +300,7 @@ class Reranker:
         scores = np.empty(len(documents), dtype=np.float32)
         if not documents:
             return scores
+        documents = [self.encoder.fitted(document, query.length) for document in documents]
         tensors = self._tensors([query])
         read = self.model.read_query(tensors, self.vision.features(self.model, tensors.pictures))
         for bucket in token_buckets([query.length + document.length for document in documents], token_budget):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,6 @@ from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.base.modules import InputModule
 from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 SETTINGS = "umarvel.json"
 EMB, START, END = "<emb>", "<instruction_start>", "<instruction_end>"
@@ -157,8 +157,10 @@ class UMarvelEmbedding(InputModule):
         counts = {
             f"num_{kind}s_per_sample": torch.tensor([len(item[kind]) for item in items]) for kind in ("image", "video")
         }
-        stills = [self._resized(open_picture(image)) for item in items for image in item["image"]]
-        features = dict(self.image_processor(stills, return_tensors="pt")) if stills else {}
+        size = self.image_processor.size
+        budget = size["shortest_edge"], size["longest_edge"]
+        stills = [self._resized(open_picture(image), *budget) for item in items for image in item["image"]]
+        features = dict(self._patches(stills)) if stills else {}
         grids = iter(features.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long)).tolist())
         clips = [[self._clip(video) for video in item["video"]] for item in items]
         if moving := [clip for own in clips for clip in own]:
@@ -189,24 +191,30 @@ class UMarvelEmbedding(InputModule):
         hidden = self.model(**inputs, use_cache=False).last_hidden_state
         return features | {"token_embeddings": hidden.float(), "attention_mask": features["pool_mask"]}
 
-    def _resized(self, picture: Image.Image) -> Image.Image:
-        """To multiples of 28 before the processor, as U-MARVEL's own code does, if the settings ask for it."""
-        if not self.settings.get("resize_twice"):
-            return picture
-        budget = self.settings["min_pixels"], self.settings["max_pixels"]
-        height, width = smart_resize(picture.height, picture.width, 28, *budget)
-        return picture.resize((width, height), Image.Resampling.BICUBIC)
+    def _resized(self, picture: Image.Image, lower: int, upper: int) -> Image.Image:
+        """To multiples of a merged patch; before, if the settings ask for it, to multiples of 28 as U-MARVEL's code."""
+        processor = self.image_processor
+        steps = [(processor.patch_size * processor.merge_size, lower, upper)]
+        if self.settings.get("resize_twice"):
+            steps.insert(0, (28, self.settings["min_pixels"], self.settings["max_pixels"]))
+        for step in steps:
+            height, width = smart_resize(picture.height, picture.width, *step)
+            picture = picture.resize((width, height), processor.resample)
+        return picture
+
+    def _patches(self, pictures: list[Image.Image]) -> Any:
+        """The processor's patches and grids of resized pictures."""
+        return self.image_processor(pictures, do_resize=False, return_tensors="pt")
 
     def _clip(self, video: Any) -> Clip:
         """At most `video_frames` frames within `max_video_pixels`; the last is repeated to fill a temporal patch."""
-        frames, seconds = open_video(video, self.settings["video_frames"])
+        frames, seconds = open_video(video, self.settings["video_frames"], self.settings.get("video_fps"))
         depth = self.image_processor.temporal_patch_size  # frames per temporal patch
         missing = -len(frames) % depth
         frames, seconds = [*frames, *frames[-1:] * missing], [*seconds, *seconds[-1:] * missing]
         lower, upper = self.image_processor.size["shortest_edge"], self.image_processor.size["longest_edge"]
         upper = min(upper, self.settings["max_video_pixels"] // len(frames))
-        size = {"shortest_edge": min(lower, upper), "longest_edge": upper}
-        read = self.image_processor([self._resized(frame) for frame in frames], size=size, return_tensors="pt")
+        read = self._patches([self._resized(frame, min(lower, upper), upper) for frame in frames])
         _, rows, columns = read["image_grid_thw"][0].tolist()
         times = len(frames) // depth
         # The processor repeats a still image `depth` times; in a video each frame fills its own place of the patch.
@@ -265,8 +273,8 @@ class UMarvelEmbedding(InputModule):
                 left = max(limit - 2 - len(self._text_ids(instruction)), 0)
                 pieces = [self._start, instruction, self._end, self._cut(text.removeprefix(opened), left)]
         if self.settings["compression_prompt"]:
-            words = {"image": "image", "video": "video", "text": "sentence"}
-            shown = [word for key, word in words.items() if item[key]]
+            words = {"image": item["image"], "video": item["video"], "sentence": item["text"] or item["instruction"]}
+            shown = [word for word, there in words.items() if there]
             pieces.append(f"\nSummarize above {' and '.join(shown)} in one word: ")
         return pieces
 
@@ -303,6 +311,26 @@ class UMarvelEmbedding(InputModule):
         return torch.eq(is_start.cumsum(1), is_end.cumsum(1) - is_end.long())
 
 
+def smart_resize(height: int, width: int, side: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Multiples of `side`, one at least, whose product is within the budget if the shape allows it.
+
+    transformers' own rounds a short side to none, finds the area too small, and enlarges the picture.
+
+    Raises:
+        ValueError: one side is more than 200 times the other.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"aspect ratio over 200: {width} × {height} pixels")
+    rows, columns = (max(side, round(length / side) * side) for length in (height, width))
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        return max(side, int(height / shrink / side) * side), max(side, int(width / shrink / side) * side)
+    if rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        return math.ceil(height * grow / side) * side, math.ceil(width * grow / side) * side
+    return rows, columns
+
+
 def open_picture(image: str | Path | bytes | Image.Image) -> Image.Image:
     """Upright RGB: transparency on white, 16-bit gray scaled to 8 bits, the first frame of an animation."""
     picture = image if isinstance(image, Image.Image) else Image.open(_without_png_notes(image))
@@ -334,12 +362,13 @@ def _without_png_notes(image: str | Path | bytes) -> BytesIO:
     return BytesIO(b"".join(kept))
 
 
-def open_video(video: Any, max_frames: int) -> tuple[list[Image.Image], list[float]]:
+def open_video(video: Any, max_frames: int, fps: float | None = None) -> tuple[list[Image.Image], list[float]]:
     """At most `max_frames` evenly spaced frames of a video, the first and last included, and their times in seconds.
 
     Args:
         video: a path, a data URI or bytes, decoded by PyAV; or frames at one per second: a list of pictures, or uint8
             (frames, 3, height, width).
+        fps: take about so many frames of each second, an even number of at least 4.
 
     Raises:
         ValueError: the video has no frames.
@@ -347,10 +376,17 @@ def open_video(video: Any, max_frames: int) -> tuple[list[Image.Image], list[flo
     """
     if isinstance(video, np.ndarray | torch.Tensor):
         video = [Image.fromarray(frame) for frame in np.asarray(video).transpose(0, 2, 3, 1)]
-    count = len(video) if isinstance(video, list | tuple) else sum(1 for _ in _decode(video))
+    times = list(range(len(video))) if isinstance(video, list | tuple) else [frame.time for frame in _decode(video)]
+    count = len(times)
     if not count:
         raise ValueError("the video has no frames")
-    chosen = np.linspace(0, count - 1, min(max_frames, count)).round().astype(int).tolist()
+    taken = min(max_frames, count)
+    if fps:
+        timed = times[0] is not None and times[-1] is not None and count > 1
+        seconds = (times[-1] - times[0]) * count / (count - 1) if timed else count
+        taken = min(max(int(seconds * fps), 4), taken)
+        taken = max(1, taken - taken % 2)
+    chosen = np.linspace(0, count - 1, taken).round().astype(int).tolist()
     if isinstance(video, list | tuple):
         return _of_one_size([open_picture(video[number]) for number in chosen]), [float(number) for number in chosen]
     kept = [(number, frame) for number, frame in enumerate(_decode(video)) if number in chosen]

@@ -24,6 +24,7 @@ from umarvel_ray.ragged import Ragged, find
 from umarvel_ray.retrieve.topk import TopK, Vectors, merge_topk, topk_of_rows
 
 QUERY_BLOCK = 4096
+PAIR_BLOCK = 4096  # pairs whose vectors are gathered at once
 SEARCH_BYTES = 4 << 30  # of a GPU, for the blocks of a search
 
 
@@ -89,6 +90,31 @@ class ExactSearch:
             scores[inside] = self._embedders.get(ref)
         return scores
 
+    def list_scores(self, queries: np.ndarray, lists: Ragged) -> Callable[[], np.ndarray]:
+        """Start scoring lists of documents; the result is waited for when it is called.
+
+        Args:
+            queries: float32 (n, d).
+            lists: for each query, positions of documents.
+
+        Returns:
+            Cosines float32 (m,) of each query with the documents of its list, in order.
+        """
+        block, started = ray.put(queries), []
+        for slice_, actor in zip(self._slices, self._embedders.actors, strict=False):
+            inside = np.flatnonzero((lists.values >= slice_[1]) & (lists.values < slice_[2]))
+            pairs = lists.owners[inside], lists.values[inside]
+            args = (self.folder, self._identity, slice_, block, *pairs, self._embedders.device)
+            started.append((inside, actor.call.remote(_list_scores, *args)))
+
+        def wait() -> np.ndarray:
+            scores = np.empty(len(lists.values), np.float32)
+            for inside, ref in started:
+                scores[inside] = self._embedders.get(ref)
+            return scores
+
+        return wait
+
     def _start(
         self, queries: np.ndarray, k: int, pool: ray.ObjectRef[Any] | None, exclude: Ragged | None, first: int
     ) -> list[ray.ObjectRef[Any]]:
@@ -128,6 +154,25 @@ def _pair_scores(
     vectors = _vectors(folder, identity, slice_, device)[positions - slice_[1]]
     scores: np.ndarray = np.einsum("nd,nd->n", queries, torch.as_tensor(vectors).cpu().numpy())
     return scores
+
+
+def _list_scores(
+    folder: Path,
+    identity: str,
+    slice_: Slice,
+    queries: np.ndarray,
+    owners: np.ndarray,
+    positions: np.ndarray,
+    device: str,
+) -> np.ndarray:
+    vectors = torch.as_tensor(_vectors(folder, identity, slice_, device))
+    asked = torch.as_tensor(queries).to(vectors.device)
+    parts = [np.empty(0, np.float32)]
+    for first in range(0, len(owners), PAIR_BLOCK):
+        inside = slice(first, first + PAIR_BLOCK)
+        pair = asked[owners[inside]], vectors[positions[inside] - slice_[1]]
+        parts.append(torch.einsum("nd,nd->n", *pair).cpu().numpy())
+    return np.concatenate(parts)
 
 
 def _vectors(folder: Path, identity: str, slice_: Slice, device: str) -> Vectors:

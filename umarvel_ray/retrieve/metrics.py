@@ -73,6 +73,51 @@ def mrr_at_10(hits: Hits, n: int) -> np.ndarray:
     return np.where(first < CUT, 1.0 / (first + 1), 0.0)
 
 
+def average_precision_at_k(hits: Hits, relevant: np.ndarray, k: int) -> np.ndarray:
+    """CIRCO's AP@k: the precision at each hit among the first k, summed and divided by min(k, relevant): float64 (n,).
+
+    Args:
+        relevant: int64 (n,), how many documents are relevant to each query; at least 1.
+    """
+    inside = hits.ranks < k
+    queries, ranks = hits.queries[inside], hits.ranks[inside]
+    order = np.lexsort((ranks, queries))
+    queries, ranks = queries[order], ranks[order]
+    found = np.arange(len(queries)) - np.searchsorted(queries, queries) + 1  # hits of the query so far
+    summed = np.bincount(queries, found / (ranks + 1), len(relevant))
+    values: np.ndarray = summed / np.minimum(relevant, k)
+    return values
+
+
+def measures(ranking: pa.Table, queries: Queries, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Metrics by task, and "queries", how many it has.
+
+    Args:
+        ranking: columns of `retrieve.rank.RANKING`. A query without a ranking counts with 0 in every mean.
+        names: "R@k", "mAP@k", "accuracy" (which is R@1), "nDCG@10" or "MRR@10".
+    """
+    hits, relevant = find_hits(ranking, queries), count_distinct(queries.positives)
+    columns = {name: by_task(_measure(name, hits, relevant), queries) for name in names}
+    return {
+        task: {name: float(columns[name][task].mean()) for name in names} | {"queries": len(own)}
+        for task, own in by_task(relevant, queries).items()
+    }
+
+
+def _measure(name: str, hits: Hits, relevant: np.ndarray) -> np.ndarray:
+    kind, _, depth = name.partition("@")
+    if kind in ("R", "accuracy"):
+        return recall_at_k(hits, np.full(len(relevant), int(depth or 1)))
+    if kind == "mAP":
+        return average_precision_at_k(hits, relevant, int(depth))
+    return {"nDCG@10": ndcg_at_10(hits, relevant), "MRR@10": mrr_at_10(hits, len(relevant))}[name]
+
+
+def depth_of(names: Sequence[str]) -> int:
+    """How many documents per query the metrics look at."""
+    return max(int(name.partition("@")[2] or 1) for name in names)
+
+
 def chance_at_k(pool_sizes: np.ndarray, relevant: np.ndarray, k: np.ndarray) -> np.ndarray:
     """The expected recall of uniformly random rankings of N documents with R relevant: 1 − C(N−R, k) / C(N, k).
 

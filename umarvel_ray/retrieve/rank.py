@@ -89,6 +89,9 @@ def rank(
 ) -> pa.Table:
     """The `depth` nearest documents of every embedded query of the split; written to `folder` in resumable shards.
 
+    Locally, a query with a gallery is ranked against that alone, with equal scores in favor of other documents than its
+    positives: a model that cannot tell two documents apart has not found the right one.
+
     Args:
         drop_query_image: remove documents that show the query's own picture from its pool, unless they are its
             positives (docs/method.md#query-image-in-pool).
@@ -151,7 +154,7 @@ def rank_shards(
 
 
 class OwnPictures:
-    """Which documents show a query's own picture but are not its positives, and so are trivial matches.
+    """Which documents show a query's own picture, or some of several, but are not its positives: trivial matches.
 
     Args:
         documents: int64 (m,), rows of the documents to look among.
@@ -159,14 +162,17 @@ class OwnPictures:
 
     def __init__(self, dataset: Dataset, queries: Queries, documents: np.ndarray) -> None:
         self._positives = queries.positives
-        self._asked = queries.table.column("picture_key").to_numpy()[queries.rows]
+        self._asked = _pictures_of(queries)
         keys = dataset.documents.column("picture_key").to_numpy()[documents]
         shown = keys != NO_PICTURE
         self._shown = RowsByKey(keys[shown], documents[shown])
 
     def of(self, at: np.ndarray) -> Ragged:
         """The documents of the queries at these positions."""
-        shown = self._shown.having(self._asked[at])
+        asked = self._asked.take(at)
+        of_each = self._shown.having(asked.values.view(np.uint64))
+        owners = asked.owners[of_each.owners]
+        shown = Ragged.of_counts(np.bincount(owners, minlength=asked.n), of_each.values)
         return shown.keep(~self._positives.take(at).contains_pairs(shown.owners, shown.values))
 
 
@@ -193,6 +199,9 @@ class _Ranker:
         for code in np.unique(self._queries.task[at]):
             task = self._queries.tasks[code]
             inside = np.flatnonzero(self._queries.task[at] == code)
+            if self._scope == "local" and self._queries.galleries:
+                started.append((task, rows[inside], *self._gallery(at[inside], vectors[inside])))
+                continue
             pool, members = self._pool(task)
             exclude = self._own.of(at[inside])
             search = self._search.topk(vectors[inside], self._depth, pool, exclude)
@@ -205,6 +214,17 @@ class _Ranker:
             return ranking, self._lost(index, ranking)
 
         return wait
+
+    def _gallery(self, at: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, Callable[[], TopK]]:
+        """The sizes of some queries' galleries, and the search in them."""
+        assert self._queries.galleries is not None
+        given = self._queries.galleries.take(at)
+        positions, known = find(self._search.rows, given.values)
+        lists = Ragged(given.offsets, positions).keep(known)
+        documents = Ragged(lists.offsets, self._search.rows[lists.values])
+        search = self._search.list_scores(vectors, lists)
+        relevant = self._queries.positives.take(at).contains_pairs(documents.owners, documents.values)
+        return lists.counts, lambda: best_of_lists(documents, search(), relevant, self._depth)
 
     def _pool(self, task: str) -> tuple[ray.ObjectRef[Any] | None, np.ndarray]:
         """What a task is searched in, and its members as ascending rows of documents."""
@@ -221,6 +241,29 @@ class _Ranker:
         asked = self._by_task.part(index * self._shard_rows, (index + 1) * self._shard_rows).rows
         lost = asked[~np.isin(asked, ranking["query"].to_numpy())]
         return [(id_, NO_RANKING) for id_ in self._queries.table.ids(lost)]
+
+
+def best_of_lists(documents: Ragged, scores: np.ndarray, relevant: np.ndarray, k: int) -> TopK:
+    """The k best documents of each list; of equal scores, those that are not relevant come first.
+
+    Args:
+        scores, relevant: (m,), aligned with the documents.
+    """
+    order = np.lexsort((relevant, -scores, documents.owners))
+    ranks = np.arange(len(order)) - np.repeat(documents.offsets[:-1], documents.counts)
+    head = order[ranks < k]
+    best, rows = np.full((documents.n, k), -np.inf, np.float32), np.full((documents.n, k), -1, np.int64)
+    place = documents.owners[head], ranks[ranks < k]
+    best[place], rows[place] = scores[head], documents.values[head]
+    return best, rows
+
+
+def _pictures_of(queries: Queries) -> Ragged:
+    """Keys of the pictures that each query shows."""
+    if "picture_keys" in queries.table.schema.names:
+        return Ragged.of_arrow(queries.table.column("picture_keys")).take(queries.rows)
+    keys = queries.table.column("picture_key").to_numpy()[queries.rows]
+    return Ragged.of_counts(np.ones(queries.n, np.int64), keys.view(np.int64))
 
 
 def _count_inside(lists: Ragged, members: np.ndarray) -> np.ndarray:

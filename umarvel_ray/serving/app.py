@@ -10,7 +10,7 @@ from ray import serve
 
 from umarvel_ray.errors import UserError
 from umarvel_ray.index.corpus import made_with
-from umarvel_ray.model.checkpoint import CheckpointRef
+from umarvel_ray.model.hub import model_ref
 from umarvel_ray.serving.auth import Keys
 from umarvel_ray.serving.corpus import SearchDeployment, StoreDeployment, WriterDeployment
 from umarvel_ray.serving.ingress import Ingress
@@ -29,9 +29,9 @@ def build(args: Service) -> serve.Application:
     """
     service = from_environment(args)
     RemotePictures(service.limits)  # reports an invalid host here, before any running replica is replaced
-    checkpoints = {
-        name: CheckpointRef.of(path) for name in ("embedder", "reranker") if (path := getattr(service, name))
-    }
+    checkpoints = {"embedder": model_ref(service.embedder, "embedder", service.preset)}
+    if service.reranker:
+        checkpoints["reranker"] = model_ref(service.reranker, "reranker", service.reranker_preset)
     if service.store:
         open_store(service.store, checkpoints["embedder"]).close()  # its errors, too
     elif service.index and made_with(service.index) not in (None, checkpoints["embedder"].identity):

@@ -96,7 +96,7 @@ class EmbedderDeployment:
     def __init__(self, checkpoint: CheckpointRef, runtime: Runtime) -> None:
         runtime.prepare(REPLICAS)
         self._checkpoint = checkpoint
-        self._embedder = Embedder.from_pretrained(checkpoint.path, runtime.device, runtime.dtype)
+        self._embedder = Embedder.from_pretrained(checkpoint.path, runtime.device, runtime.dtype, checkpoint.settings)
         self._embedder.encode_query(["warm-up"])
         self._runner = SingleThread()
         self._batches = Counter("umarvel_batches", "batches that the embedder has run")
@@ -130,7 +130,9 @@ class RerankerDeployment:
     def __init__(self, checkpoint: CheckpointRef, runtime: Runtime) -> None:
         runtime.prepare()
         self._checkpoint = checkpoint
-        self._reranker = Reranker.from_pretrained(checkpoint.path, runtime.device, runtime.dtype)
+        self._reranker = Reranker.from_pretrained(
+            checkpoint.path, runtime.device, runtime.dtype, settings=checkpoint.settings
+        )
         self._reranker.score("warm-up", ["warm-up"])
         self._runner = SingleThread()
 

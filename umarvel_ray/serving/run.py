@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from umarvel_ray.errors import UserError
+from umarvel_ray.serving import haproxy
 from umarvel_ray.serving.settings import Service, read_config
 
 TELL_EVERY_S = 10.0
@@ -35,12 +37,14 @@ def run(config: Path) -> None:
     service, host, port = read_config(config)
     address = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     _check_port(host, port)
+    proxy = Path(tempfile.mkdtemp(prefix=haproxy.FOLDER_PREFIX, dir="/tmp"))
     descriptor, log = tempfile.mkstemp(prefix="umarvel-serve-", suffix=".log")
     with os.fdopen(descriptor, "w") as output:
         serving = subprocess.Popen(
             [sys.executable, "-m", "ray.serve.scripts", "run", str(config)],
             stdout=output,
             stderr=output,
+            env=haproxy.environment(proxy) | os.environ,
             start_new_session=True,  # Ctrl-C reaches only this process, which passes it on once
             preexec_fn=_become_service,
         )
@@ -58,6 +62,7 @@ def run(config: Path) -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _stop(serving)
+        shutil.rmtree(proxy, ignore_errors=True)
 
 
 def summary(service: Service, address: str) -> str:

@@ -127,7 +127,9 @@ class Service(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # a URL may hold a password
 
     embedder: str
+    preset: str | None = None  # the system that released the embedder, if it is none of umarvel-ray's (docs/guide.md)
     reranker: str | None = None
+    reranker_preset: str | None = None
     index: str | None = None
     data: str = "builtin:demo"
     live: str | None = None  # folder for documents that clients add; without it the index is read-only

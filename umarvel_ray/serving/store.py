@@ -11,6 +11,7 @@ from umarvel_ray.index.corpus import made_with
 from umarvel_ray.index.store import Store
 from umarvel_ray.items.family import read_model_config
 from umarvel_ray.model.checkpoint import CheckpointRef
+from umarvel_ray.model.hub import model_ref
 from umarvel_ray.recipe import Data
 from umarvel_ray.serving.settings import Pgvector, Qdrant, read_config
 
@@ -61,7 +62,7 @@ def fill_store(config: Path) -> None:
     index, live = (Path(folder) if folder else None for folder in (service.index, service.live))
     if not index and not live:
         raise UserError(f"{config}: it has neither `index` nor `live`, so there is nothing to copy")
-    checkpoint = CheckpointRef.of(service.embedder)
+    checkpoint = model_ref(service.embedder, "embedder", service.preset)
     if index and made_with(index) not in (None, checkpoint.identity):
         raise UserError(f"{index} was embedded by a different model than {service.embedder}; embed the documents again")
     store = open_store(service.store, checkpoint, embedded_dimension(index) if index else None)

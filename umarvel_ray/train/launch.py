@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util import placement_group_table
 
@@ -34,12 +34,14 @@ def train_phases(
     documents: StoredTable,
     cluster: Cluster,
     run_dir: Path,
+    validation: ValidationConfig | None = None,
 ) -> None:
     """Train phases in order in one worker group. Finished ones are skipped; an interrupted one resumes.
 
     Args:
         stage: name of the Ray Train run, under `run_dir/train_state`.
         queries: the query table of each phase, by the phase's name.
+        validation: measures the states of embedders that are saved, in a task beside the workers.
 
     Raises:
         UserError: a worker's own one-line error, or `cluster.max_failures` is used up.
@@ -49,7 +51,7 @@ def train_phases(
         return
     for spec in todo:
         spec.error_path.unlink(missing_ok=True)
-    trainer = _trainer(stage, todo, _tables(todo, queries, documents), cluster, run_dir)
+    trainer = _trainer(stage, todo, _tables(todo, queries, documents), cluster, run_dir, validation)
     with _progress_of(todo), _saying_what_it_waits_for(stage, cluster):
         try:
             trainer.fit()
@@ -68,7 +70,12 @@ def _tables(
 
 
 def _trainer(
-    stage: str, specs: Sequence[PhaseSpec], tables: dict[str, PhaseTables], cluster: Cluster, run_dir: Path
+    stage: str,
+    specs: Sequence[PhaseSpec],
+    tables: dict[str, PhaseTables],
+    cluster: Cluster,
+    run_dir: Path,
+    validation: ValidationConfig | None,
 ) -> TorchTrainer:
     return TorchTrainer(
         _train_worker,
@@ -78,7 +85,9 @@ def _trainer(
             "tasks": max(1, cluster.preprocess_tasks // cluster.workers),
             "cpus_per_task": 1 if cluster.gpus_per_worker else 0.5,
             "threads": max(1, int(cluster.cpus_per_worker)),
+            "validated": validation is not None,
         },
+        validation_config=validation,
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,

@@ -44,7 +44,7 @@ from umarvel_ray.train.stream import PhaseTables, begin, open_stream
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker; `config`: specs, tables (by phase name), tasks, cpus_per_task, threads."""
+    """Entry point of a Ray Train worker; `config`: specs, tables by phase, tasks, cpus_per_task, threads, validated."""
     prepare_cpu(config["threads"])
     # Asked for once: later checkpoints are known to rank 0 only, and this one is deleted by then.
     checkpoint = ray.train.get_checkpoint()
@@ -55,7 +55,9 @@ def train_worker(config: dict[str, Any]) -> None:
         if not spec.done:
             try:
                 resumed = checkpoint if spec.name == interrupted else None
-                _train_phase(spec, config["tables"][spec.name], config["tasks"], config["cpus_per_task"], resumed)
+                validated = config["validated"] and not isinstance(spec.phase, RerankPhase)
+                tables, tasks, cpus = config["tables"][spec.name], config["tasks"], config["cpus_per_task"]
+                _train_phase(spec, tables, tasks, cpus, resumed, validated)
             except UserError as error:
                 # One of a preprocessing task is wrapped by Ray, together with its traceback.
                 cause = getattr(error, "cause", error)
@@ -65,7 +67,12 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _train_phase(
-    spec: PhaseSpec, tables: PhaseTables, tasks: int, cpus: float, resumed: ray.train.Checkpoint | None
+    spec: PhaseSpec,
+    tables: PhaseTables,
+    tasks: int,
+    cpus: float,
+    resumed: ray.train.Checkpoint | None,
+    validated: bool,
 ) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = read_plan(spec.plan_path)
@@ -104,13 +111,13 @@ def _train_phase(
         if log:
             log.write(metrics)
         if (step + 1) % spec.phase.checkpoint_every == 0 and step + 1 < len(plan):
-            _report(spec.name, TrainState(step + 1, capture(engine)), metrics)
+            _report(spec.name, TrainState(step + 1, capture(engine)), metrics, validated)
     final = TrainState(len(plan), capture(engine))
     if log:
         log.close()
         save_merged(spec, final.tensors, metrics)
     engine.destroy()
-    _report(spec.name, final, metrics)
+    _report(spec.name, final, metrics, validated)
 
 
 def start_phase(spec: PhaseSpec, state: TrainState) -> tuple[deepspeed.DeepSpeedEngine, VisualOf]:
@@ -132,11 +139,11 @@ def start_phase(spec: PhaseSpec, state: TrainState) -> tuple[deepspeed.DeepSpeed
     return engine, partial(cache.features, tower.to(engine.device))
 
 
-def _report(phase: str, state: TrainState, metrics: dict[str, float]) -> None:
-    """Report to Ray Train, from rank 0 with a checkpoint."""
+def _report(phase: str, state: TrainState, metrics: dict[str, float], validated: bool) -> None:
+    """Report to Ray Train, from rank 0 with a checkpoint, which is then measured in another process if `validated`."""
     if dist.get_rank():
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
         state.save(phase, Path(folder))
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder), validation=validated)

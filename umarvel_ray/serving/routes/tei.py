@@ -43,7 +43,7 @@ async def info(backend: Served) -> dict[str, Any]:
         "model_id": backend.embedder.name,
         "model_sha": backend.embedder.current.identity,
         "model_type": {"embedding": {"pooling": settings.pooling}},
-        "max_input_length": settings.max_text_tokens,
+        "max_input_length": settings.longest or settings.max_text_tokens,
         "max_client_batch_size": backend.limits.max_items,
         "version": __version__,
     }
