@@ -217,7 +217,7 @@ def _model_overrides(options: argparse.Namespace) -> list[str]:
 def _run_benchmark(options: argparse.Namespace) -> None:
     if not options.data or not (options.model or options.dry_run):
         raise UserError("--benchmark needs --data DIR and --model CHECKPOINT")
-    named = any("=" not in word or os.path.isfile(word) for word in options.words)
+    named = bool(_recipes_in(options.words))
     source, overrides = _recipe_words(options.words)
     prepare_environment()
     from umarvel_ray.evaluate.benchmarks import Job, check_benchmark, evaluate_benchmark, local_resources
@@ -260,10 +260,14 @@ def _weight(text: str) -> float | Literal["calibrate"]:
 
 def _recipe_words(words: list[str]) -> tuple[str, list[str]]:
     """Split arguments into the recipe's name and its overrides."""
-    recipes = [word for word in words if "=" not in word or os.path.isfile(word)]
+    recipes = _recipes_in(words)
     if len(recipes) > 1:
         raise UserError(f"one recipe at a time, not {' and '.join(recipes)}; write changes as key=value")
     return recipes[0] if recipes else "demo", [word for word in words if word not in recipes]
+
+
+def _recipes_in(words: list[str]) -> list[str]:
+    return [word for word in words if "=" not in word or os.path.isfile(word)]
 
 
 def _run_job(job_name: str, source: str, overrides: list[str], options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from umarvel_ray.data.plan import plan_length
 from umarvel_ray.evaluate.charts import duration
 from umarvel_ray.recipe import Recipe
 from umarvel_ray.runs import Run, read_run_recipe, read_step_log
@@ -115,7 +116,7 @@ def _phases(run: Run, recipe: Recipe, running: bool) -> list[PhaseStatus]:
     for name in recipe.phases():
         folder = run.dir / "train" / name
         log, plan = read_step_log(folder / "log.jsonl"), folder / "plan.parquet"
-        steps = _plan_length(plan) if plan.exists() else None
+        steps = plan_length(plan) if plan.exists() else None
         if run.has(name):
             state = DONE
         elif log:
@@ -143,12 +144,6 @@ def _phases(run: Run, recipe: Recipe, running: bool) -> list[PhaseStatus]:
             )
         )
     return found
-
-
-def _plan_length(path: Path) -> int:
-    from umarvel_ray.data.plan import plan_length  # imports pyarrow
-
-    return plan_length(path)
 
 
 def _outputs(folder: Path) -> list[OutputStatus]:

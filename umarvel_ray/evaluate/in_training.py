@@ -126,9 +126,9 @@ def measure(
     assert isinstance(model, EmbeddingModel)  # a reranker's states are not reported for this
     embedder = Embedder(model, ItemEncoder.from_pretrained(spec.parent, spec.settings), device)
     recall = recall_by_task(embedder, sample)
-    found = {"step": step, "recall": mean(list(recall.values())), "tasks": recall}
-    _record(Path(spec.folder), found)
-    return {"recall": mean(list(recall.values()))}
+    average = mean(list(recall.values()))
+    _record(Path(spec.folder), {"step": step, "recall": average, "tasks": recall})
+    return {"recall": average}
 
 
 def recall_by_task(embedder: Embedder, sample: Sample) -> dict[str, float]:
